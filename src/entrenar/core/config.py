@@ -1,0 +1,163 @@
+"""Strict YAML configs: unknown keys, wrong types and bad values are all reported at once, each with its line.
+
+`load_config` reads a YAML file into a typed `Section` tree. YAML 1.1 reads `2e-4` as a string; here it is a number.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from entrenar.core.errors import InputError
+
+
+class Section(BaseModel):
+    """One section of a config: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+ConfigType = TypeVar("ConfigType", bound=Section)
+KeyPath = tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader whose floats follow YAML 1.2, so that `2e-4` and `1.e5` are numbers."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(kind: type[ConfigType], path: Path, overrides: Mapping[str, Any] | None = None) -> ConfigType:
+    """Read `path` as a `kind`, with `overrides` (dotted key → value) laid over it.
+
+    Raises InputError that lists every problem with file, line, key, what is allowed and, for a misspelt key, the
+    nearest known one.
+    """
+    values, lines = _read_yaml(path)
+    for dotted, value in (overrides or {}).items():
+        _set(values, dotted, value)
+    return validate(kind, values, str(path), lines)
+
+
+def validate(kind: type[ConfigType], values: Any, source: str, lines: Mapping[KeyPath, int]) -> ConfigType:
+    """Check parsed `values` against `kind`; see `load_config`."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = [_sentence(kind, detail, source, lines) for detail in error.errors()]
+    raise InputError("\n".join(dict.fromkeys(problems)))
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `a.b=value` from a command line; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise InputError(f"cannot read the override {text!r}: write it as section.key=value, e.g. optimizer.lr=1e-4")
+    return key, yaml.load(value, _Loader)  # a SafeLoader with one more float pattern
+
+
+def to_yaml(config: Section) -> str:
+    """Write a resolved config as YAML, keys in their declared order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, _Loader)
+        lines: dict[KeyPath, int] = {}
+        if node is not None:
+            _walk(node, (), lines, path)
+        values = yaml.load(text, _Loader)  # a SafeLoader with one more float pattern
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist: check the path, or run `entrenar init` for one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"config file {path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"config file {path} must be a mapping of sections (model, data, …); run `entrenar init`")
+    return values, lines
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()
+
+
+def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: Path) -> None:
+    """Record the line of every key below `node`; a key written twice is an error."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        line = key.start_mark.line + 1
+        if here in lines:
+            raise InputError(
+                f"{source}:{line}: key '{'.'.join(here)}' is written twice (first on line {lines[here]}): keep one"
+            )
+        lines[here] = line
+        _walk(value, here, lines, source)
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        values[parent] = child = dict(child) if isinstance(child, dict) else {}
+        values = child
+    values[last] = value
+
+
+def _sentence(kind: type[Section], detail: ErrorDetails, source: str, lines: Mapping[KeyPath, int]) -> str:
+    """Turn one pydantic error into `file:line: sentence`."""
+    location = _key_path(kind, detail)
+    key = ".".join(location)
+    line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
+    where = f"{source}:{line}" if line else source
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{key}'{_suggestion(kind, location)}"
+    if detail["type"] == "missing":
+        return f"{where}: required key '{key}' is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    value = detail["input"]
+    hint = " (YAML reads a bare yes/no/on/off as true/false: put it in quotes)" if isinstance(value, bool) else ""
+    return f"{where}: '{key}' is {value!r} but {message}{hint}" if key else f"{where}: {message}"
+
+
+def _key_path(kind: type[Section], detail: ErrorDetails) -> KeyPath:
+    """Pydantic's location without the names of union branches it appends after the field."""
+    path: list[str] = []
+    model: type[Section] | None = kind
+    for step in detail["loc"]:
+        if model is None:
+            break
+        path.append(str(step))
+        field = model.model_fields.get(str(step))
+        model = _section_of(field.annotation) if field else None
+    return tuple(path)
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    candidates = (annotation, *get_args(annotation))
+    found = (c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+    return cast(type[Section] | None, next(found, None))
+
+
+def _suggestion(kind: type[Section], location: KeyPath) -> str:
+    model: type[Section] | None = kind
+    for step in location[:-1]:
+        field = model.model_fields.get(step) if model else None
+        model = _section_of(field.annotation) if field else None
+    known = list(model.model_fields) if model else []
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    return f": did you mean '{close[0]}'?" if close else f": the known keys here are {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Rows → token ids and loss mask, splits, batches."""

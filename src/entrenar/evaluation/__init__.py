@@ -1,0 +1,1 @@
+"""Measure a model: perplexity, exact match, KL divergence; generate text."""

@@ -1,0 +1,49 @@
+"""Loss and perplexity over the trained tokens of a data set, and the KL divergence between two models on them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from entrenar.data.batches import micro_batches
+from entrenar.data.dataset import Dataset
+from entrenar.models.forward import target_logits, target_loss
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean loss in nats per token, over `tokens` target tokens."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, dataset: Dataset, micro_batch: int, pad_id: int) -> Perplexity:
+    """Mean loss of `model` over the target tokens of `dataset`."""
+    batches = micro_batches(dataset.examples, micro_batch, pad_id)
+    tokens = sum(batch.target_count for batch in batches)
+    total = sum(target_loss(model, batch.ids, batch.attention, batch.targets).item() for batch in batches)
+    return Perplexity(total / tokens, tokens)
+
+
+@torch.no_grad()
+def kl_divergence(
+    model: PreTrainedModel, other: PreTrainedModel, dataset: Dataset, micro_batch: int, pad_id: int
+) -> float:
+    """Mean KL(other ‖ model) in nats per target token: what is lost by using `model` in place of `other`."""
+    total, count = 0.0, 0
+    for batch in micro_batches(dataset.examples, micro_batch, pad_id):
+        logits, _ = target_logits(model, batch.ids, batch.attention, batch.targets)
+        reference, _ = target_logits(other, batch.ids, batch.attention, batch.targets)
+        log_p, log_q = F.log_softmax(reference.float(), -1), F.log_softmax(logits.float(), -1)
+        total += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+        count += batch.target_count
+    return total / count

@@ -1,0 +1,80 @@
+"""LoRALayer: a low-rank adapter over a frozen float weight."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from entrenar.core.errors import InputError
+from entrenar.lora.low_rank import MemoryStats, check_input, delta, init_factors, low_rank, memory_stats
+
+
+class LoRALayer(nn.Module):
+    """y = x·W₀ᵀ + bias + scale·B(A(x)), scale = alpha / rank; W₀ (d_out, d_in) is frozen, A and B are trained.
+
+    Args:
+        base_weight: (d_out, d_in), any float dtype; held as it is, not copied.
+        rank: 1 … min(d_out, d_in). alpha: numerator of the scale. dropout: on the adapter's input, while training.
+        bias: (d_out,), frozen.
+
+    Raises:
+        InputError: base not 2-D, or rank or dropout out of range; the numbers are named.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    scale: float
+    d_in: int
+    d_out: int
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+
+    def __init__(
+        self, base_weight: Tensor, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        init_factors(self, tuple(base_weight.shape), base_weight.device, rank, alpha, dropout)
+        self.base_weight = nn.Parameter(base_weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._unmerged: Tensor | None = None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether scale·B·A is at present added into `base_weight`."""
+        return self._unmerged is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., d_in) → (..., d_out), computed in the dtype of x; a merged layer runs its base alone."""
+        check_input(self, x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.base_weight.to(x.dtype), bias)
+        return y if self.is_merged else y + low_rank(self, x)
+
+    def trainable_params(self) -> list[nn.Parameter]:
+        """[A, B]."""
+        return [self.lora_a, self.lora_b]
+
+    def merge(self) -> None:
+        """Add scale·B·A into `base_weight`; the weight before is kept: `unmerge` is exact. Twice is an error."""
+        if self.is_merged:
+            raise InputError("this layer is merged already: call unmerge() first")
+        merged = self.merge_to_f32().to(self.base_weight.dtype)
+        self._unmerged, self.base_weight.data = self.base_weight.data, merged
+
+    def unmerge(self) -> None:
+        """Put `base_weight` back to the last bit."""
+        if self._unmerged is None:
+            raise InputError("this layer is not merged: there is nothing to undo")
+        self.base_weight.data, self._unmerged = self._unmerged, None
+
+    def merge_to_f32(self) -> Tensor:
+        """W₀ + scale·B·A, (d_out, d_in) float32, whether merged or not."""
+        base = self.base_weight.data if self._unmerged is None else self._unmerged
+        return base.float() + delta(self)
+
+    def memory_stats(self) -> MemoryStats:
+        """Bytes of base and adapter."""
+        return memory_stats(self, self.base_weight.numel() * self.base_weight.element_size())
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this layer."""
+        return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scale={self.scale:g}"

@@ -1,0 +1,107 @@
+"""The low-rank factors that both adapter layers share (LoRA, Hu et al. 2021, section 4.1).
+
+Δ = scale · B·A with A (rank, d_in), B (d_out, rank), scale = alpha / rank. A starts Kaiming-uniform with a = √5 (as in
+peft), B at zero, so that a fresh adapter changes nothing. Both are float32 whatever the base is; they are used in the
+dtype of x.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from entrenar.core.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryStats:
+    """Bytes of an adapted layer; `base_unquantized_bytes` counts the base as float32.
+
+    `compression_ratio` is base_unquantized_bytes / base_quantized_bytes.
+    """
+
+    base_unquantized_bytes: int
+    base_quantized_bytes: int
+    lora_bytes: int
+    total_bytes: int
+    compression_ratio: float
+
+
+class AdapterLayer(Protocol):
+    """What attach, save, fuse and export ask of an adapted linear layer."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    scale: float
+    d_in: int
+    d_out: int
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    training: bool
+
+    def merge_to_f32(self) -> Tensor:
+        """Base + scale·B·A, (d_out, d_in) float32."""
+        ...
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether `module` is an adapted layer: by what it can do, not by its class."""
+    return hasattr(module, "lora_a") and hasattr(module, "merge_to_f32")
+
+
+def init_factors(
+    layer: AdapterLayer, shape: tuple[int, ...], device: torch.device, rank: int, alpha: float, dropout: float
+) -> None:
+    """Give `layer` its fresh factors over a base of `shape` (d_out, d_in).
+
+    Raises:
+        InputError: the base is not 2-D, rank < 1 or above the smaller side, or dropout outside [0, 1).
+    """
+    if len(shape) != 2:
+        raise InputError(
+            f"LoRA needs a base weight with 2 dimensions (d_out, d_in); this one has {len(shape)}: {shape}"
+        )
+    if not 1 <= rank <= min(shape):
+        raise InputError(f"rank {rank} does not fit a base of shape {shape}: choose 1 to {min(shape)}")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout {dropout} is not a probability: choose 0 or more, below 1")
+    layer.d_out, layer.d_in = shape
+    layer.rank, layer.alpha, layer.dropout, layer.scale = rank, float(alpha), dropout, alpha / rank
+    layer.lora_a = nn.Parameter(torch.empty(rank, layer.d_in, dtype=torch.float32, device=device))
+    layer.lora_b = nn.Parameter(torch.zeros(layer.d_out, rank, dtype=torch.float32, device=device))
+    nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
+
+
+def check_input(layer: AdapterLayer, x: Tensor) -> None:
+    """InputError unless the last dimension of x is the layer's d_in."""
+    if x.shape[-1] != layer.d_in:
+        raise InputError(f"the input's last dimension is {x.shape[-1]} but the layer takes {layer.d_in}")
+
+
+def low_rank(layer: AdapterLayer, x: Tensor) -> Tensor:
+    """scale·B(A(dropout(x))): x (..., d_in) → (..., d_out), in the dtype of x."""
+    x = F.dropout(x, layer.dropout, training=layer.training)
+    hidden = F.linear(x, layer.lora_a.to(x.dtype)) * layer.scale
+    return F.linear(hidden, layer.lora_b.to(x.dtype))
+
+
+def delta(layer: AdapterLayer) -> Tensor:
+    """scale·B·A, (d_out, d_in) float32."""
+    return (layer.lora_b.detach() @ layer.lora_a.detach()).float() * layer.scale
+
+
+def memory_stats(layer: AdapterLayer, base_bytes: int) -> MemoryStats:
+    """The layer's MemoryStats when its base weight holds `base_bytes`."""
+    lora_bytes = sum(p.numel() * p.element_size() for p in (layer.lora_a, layer.lora_b))
+    unquantized = layer.d_out * layer.d_in * 4
+    return MemoryStats(
+        base_unquantized_bytes=unquantized,
+        base_quantized_bytes=base_bytes,
+        lora_bytes=lora_bytes,
+        total_bytes=base_bytes + lora_bytes,
+        compression_ratio=unquantized / base_bytes,
+    )

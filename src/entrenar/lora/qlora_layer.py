@@ -1,0 +1,107 @@
+"""QLoRALayer: a low-rank adapter over a frozen quantized weight (QLoRA, Dettmers et al. 2023, equation 5)."""
+
+from typing import NoReturn
+
+from torch import Tensor, nn
+
+from entrenar.core.errors import InputError
+from entrenar.lora.lora_layer import LoRALayer
+from entrenar.lora.low_rank import MemoryStats, check_input, delta, init_factors, low_rank, memory_stats
+from entrenar.quant.linear import QuantizedLinear
+from entrenar.quant.tensor import QuantizedTensor, quantize
+
+
+class QLoRALayer(nn.Module):
+    """y = x·dequantize(W)ᵀ + bias + scale·B(A(x)); W is never changed in place, and only its packed bytes are kept.
+
+    Args:
+        base_weight: (d_out, d_in) float, quantized here; or a QuantizedTensor, taken over as it is.
+        rank, alpha, dropout, bias: as in LoRALayer.
+        format: number format of the base: int4, nf4, fp4 or int8.
+        double_quant: hold the block scales in 8 bits.
+
+    Raises:
+        InputError: base not 2-D or not finite, rank or dropout out of range, unknown format.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    scale: float
+    d_in: int
+    d_out: int
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+
+    def __init__(
+        self,
+        base_weight: Tensor | QuantizedTensor,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        *,
+        format: str = "nf4",
+        double_quant: bool = False,
+        block_size: int = 64,
+    ) -> None:
+        super().__init__()
+        init_factors(self, tuple(base_weight.shape), base_weight.device, rank, alpha, dropout)
+        if isinstance(base_weight, Tensor):
+            base_weight = quantize(base_weight, format=format, block_size=block_size, double_quant=double_quant)
+        self.base = QuantizedLinear(base_weight, bias)
+
+    @classmethod
+    def from_lora(cls, layer: LoRALayer, format: str = "nf4", double_quant: bool = False) -> "QLoRALayer":
+        """Quantize the base of a LoRALayer and take over copies of its factors; a merged layer's original base."""
+        if layer.is_merged:
+            raise InputError("this LoRALayer is merged: call unmerge() first, so that its adapter is not counted twice")
+        new = cls(
+            layer.base_weight, layer.rank, layer.alpha, layer.dropout, layer.bias,
+            format=format, double_quant=double_quant,
+        )  # fmt: skip
+        new.lora_a.data.copy_(layer.lora_a.data)
+        new.lora_b.data.copy_(layer.lora_b.data)
+        return new
+
+    @property
+    def base_weight_quantized(self) -> QuantizedTensor:
+        """The packed base."""
+        return self.base.quantized_weight
+
+    @property
+    def is_double_quantized(self) -> bool:
+        """Whether the block scales are held in 8 bits."""
+        return self.base_weight_quantized.is_double_quantized
+
+    @property
+    def is_merged(self) -> bool:
+        """Always False: a quantized base is never changed in place."""
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., d_in) → (..., d_out), computed in the dtype of x."""
+        check_input(self, x)
+        return self.base(x) + low_rank(self, x)
+
+    def trainable_params(self) -> list[nn.Parameter]:
+        """[A, B]."""
+        return [self.lora_a, self.lora_b]
+
+    def merge(self) -> NoReturn:
+        """Not possible in place; the error names `merge_to_f32`."""
+        raise InputError(
+            "a quantized base is never changed in place: merge_to_f32() gives the merged weight in float32"
+        )
+
+    def merge_to_f32(self) -> Tensor:
+        """dequantize(W) + scale·B·A, (d_out, d_in) float32."""
+        return self.base.fused_weight() + delta(self)
+
+    def memory_stats(self) -> MemoryStats:
+        """Bytes of base and adapter."""
+        return memory_stats(self, self.base_weight_quantized.memory_bytes)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this layer."""
+        return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scale={self.scale:g}"

@@ -1,0 +1,1 @@
+"""Number formats: codebooks, block formats, QuantizedTensor, QuantizedLinear, one registry."""

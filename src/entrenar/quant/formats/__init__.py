@@ -1,0 +1,1 @@
+"""One file per number format; each exports one `FORMAT` row for the registry."""

@@ -1,0 +1,76 @@
+"""QuantizedLinear: a frozen linear layer that keeps its weight in a block format.
+
+The forward dequantizes the weight, multiplies and drops it; the backward for x dequantizes it again. So a layer costs
+its packed bytes plus, while it runs, one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from entrenar.core.errors import InputError
+from entrenar.quant.tensor import QuantizedTensor
+
+
+class _QuantizedMatmul(torch.autograd.Function):
+    """x (..., d_in) @ dequantize(W)ᵀ + bias; keeps only the packed weight for the backward, and never x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grad_outputs
+        return grad @ ctx.weight.dequantize(grad.dtype), None, None
+
+
+class QuantizedLinear(nn.Module):
+    """y = x·Wᵀ + bias with W (d_out, d_in) quantized and frozen.
+
+    The parts of the weight are frozen uint8 Parameters named `weight_<part>`, so that state_dict, deepcopy, DDP and
+    FSDP2 treat them as any other parameter. The compute dtype is that of x.
+    """
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
+        """Take over a quantized weight (d_out, d_in) and an optional bias (d_out,)."""
+        super().__init__()
+        if len(weight.shape) != 2:
+            raise InputError(f"a linear layer's weight has 2 dimensions, this one has shape {tuple(weight.shape)}")
+        self.out_features, self.in_features = weight.shape
+        self._layout = (weight.format, weight.shape, weight.dtype, weight.block_size)
+        self._part_names = tuple(weight.parts)
+        for name, part in weight.parts.items():
+            self.register_parameter(f"weight_{name}", nn.Parameter(part, requires_grad=False))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def quantized_weight(self) -> QuantizedTensor:
+        """The weight as it is held; its parts are the layer's own parameters."""
+        parts = {name: self.get_parameter(f"weight_{name}").data for name in self._part_names}
+        return QuantizedTensor(*self._layout, parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., d_in) → (..., d_out)."""
+        return quantized_linear(x, self.quantized_weight, self.bias)
+
+    def fused_weight(self) -> Tensor:
+        """The dequantized weight, (d_out, d_in) float32."""
+        return self.quantized_weight.dequantize()
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this layer."""
+        weight = self.quantized_weight
+        kind = f"{weight.format}, block_size={weight.block_size}, double_quant={weight.is_double_quantized}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}, bias={self.bias is not None}"
+
+
+def quantized_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., d_in) → (..., d_out) through a quantized weight (d_out, d_in); gradient reaches x only."""
+    bias = None if bias is None else bias.to(x.dtype)
+    output = _QuantizedMatmul.apply(x, weight, bias)
+    assert isinstance(output, Tensor)  # tells the type checker what apply() returns
+    return output

@@ -1,0 +1,21 @@
+"""Every number format by name."""
+
+from entrenar.core.errors import InputError
+from entrenar.quant.format import Format
+from entrenar.quant.formats import fp4, int4, int8, nf4
+
+FORMATS = {row.name: row for row in (int4.FORMAT, nf4.FORMAT, fp4.FORMAT, int8.FORMAT)}
+BLOCK_SIZES = tuple(2**power for power in range(4, 13))
+
+
+def get_format(name: str) -> Format:
+    """The format called `name`; InputError lists the known ones."""
+    if name not in FORMATS:
+        raise InputError(f"unknown number format {name!r}: the formats are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def check_block_size(block_size: int) -> None:
+    """InputError unless `block_size` is a power of two from 16 to 4096."""
+    if block_size not in BLOCK_SIZES:
+        raise InputError(f"block size {block_size} is not allowed: choose a power of two from 16 to 4096")

@@ -1,0 +1,114 @@
+"""QuantizedTensor and the functions that make and undo one."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entrenar.core.errors import InputError
+from entrenar.quant.registry import check_block_size, get_format
+from entrenar.quant.scales import Parts, as_float
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A weight in a block format: plain uint8 tensors and what is needed to read them.
+
+    Attributes:
+        format: name in the registry.
+        shape: original shape; blocks run over the flattened row-major weight.
+        dtype: dtype the weight had before.
+        block_size: elements per scale (a row's length for int8 per row).
+        parts: `codes`, `scales`, and with double quantization `nested_scales` (and `offset` for nf4, fp4); all uint8.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block_size: int
+    parts: Parts
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.parts["codes"].device
+
+    @property
+    def is_double_quantized(self) -> bool:
+        """Whether the block scales are themselves held in 8 bits."""
+        return "nested_scales" in self.parts
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes really held: the sum over all parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bytes of the original dtype per byte held."""
+        return self.numel * self.dtype.itemsize / self.memory_bytes if self.memory_bytes else 1.0
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight in its original shape, rounded once from float32 to `dtype`."""
+        flat = get_format(self.format).dequantize(self.parts, self.block_size, self.numel, dtype)
+        return flat.view(self.shape)
+
+
+def quantize(
+    weight: Tensor, *, format: str, block_size: int | None = 64, double_quant: bool = False, name: str = "weight"
+) -> QuantizedTensor:
+    """Quantize a float weight of any shape.
+
+    Args:
+        weight: float32, float16 or bfloat16, any shape, any strides.
+        format: a name of the registry.
+        block_size: elements per scale, a power of two from 16 to 4096; None with int8 means one scale a row.
+        double_quant: hold the scales in 8 bits.
+        name: what an error calls the tensor.
+
+    Raises:
+        InputError: unknown format, block size or dtype, or a non-finite value in the weight.
+    """
+    row = get_format(format)
+    if weight.dtype not in _FLOATS:
+        raise InputError(f"{name} is {weight.dtype}: quantization takes float32, float16 or bfloat16")
+    if block_size is None:
+        if format != "int8":
+            raise InputError(
+                f"block_size is None, one scale a row, but that is int8's alone: give {format} a block size"
+            )
+        block_size = max(weight.shape[-1], 1) if weight.dim() else 1
+    else:
+        check_block_size(block_size)
+    parts = row.quantize(weight.detach().reshape(-1), block_size, double_quant)
+    _check_finite(parts, name)
+    return QuantizedTensor(format, tuple(weight.shape), weight.dtype, block_size, parts)
+
+
+def quantize_4bit(
+    weight: Tensor, *, format: str = "nf4", block_size: int = 64, double_quant: bool = False, name: str = "weight"
+) -> QuantizedTensor:
+    """Quantize to `int4`, `nf4` or `fp4`; see `quantize`. nf4 and fp4 equal bitsandbytes to the byte."""
+    if get_format(format).bits != 4:
+        raise InputError(f"{format} is not a 4-bit format: quantize_4bit takes int4, nf4 or fp4")
+    return quantize(weight, format=format, block_size=block_size, double_quant=double_quant, name=name)
+
+
+def dequantize_4bit(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight in its original shape as `dtype`."""
+    return quantized.dequantize(dtype)
+
+
+def _check_finite(parts: Parts, name: str) -> None:
+    """A NaN or infinity in a block always reaches its scale, so the scales tell for the whole tensor."""
+    held = parts.get("nested_scales", parts["scales"])
+    if not as_float(held).isfinite().all():
+        raise InputError(f"{name} holds a NaN or an infinity: quantization takes finite weights only, check its source")

@@ -1,0 +1,99 @@
+"""Checkpoints of a run: adapter, optimiser state and counters as safetensors and JSON, never pickle.
+
+`checkpoints/step-N/` appears complete or not at all: it is filled under a temporary name, then renamed. `manifest.json`
+holds a SHA-256 of every file; resume takes the newest checkpoint that agrees with its manifest.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from entrenar.core.atomic import atomic_directory
+from entrenar.core.errors import InputError
+from entrenar.files.peft import WEIGHTS_NAME, factor_tensors, read_factors
+from entrenar.lora.adapter_io import adapter_factors, set_factors
+from entrenar.training.state import State
+
+_OPTIMIZER, _STATE, _MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
+
+
+def save_checkpoint(
+    directory: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, keep: int = 0
+) -> None:
+    """Write `directory/name`; with `keep`, remove the oldest `step-*` beyond that many. An equal name is replaced."""
+    target = directory / name
+    if target.exists():
+        shutil.rmtree(target)
+    with atomic_directory(target) as temporary:
+        save_file(factor_tensors(adapter_factors(model)), temporary / WEIGHTS_NAME)
+        save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
+        (temporary / _STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8")
+        manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    for old in _by_step(directory)[keep:] if keep else []:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest `step-*` that agrees with its manifest, or None."""
+    return next((path for path in _by_step(directory) if _is_valid(path)), None)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> State:
+    """Put adapter and optimiser back as they were and return the counters.
+
+    Raises:
+        InputError: the data is not what the checkpoint was trained on, or it adapts other layers.
+    """
+    state = State(**json.loads((path / _STATE).read_text(encoding="utf-8")))
+    if state.fingerprint != fingerprint:
+        raise InputError(f"{path} was trained on other data (rows, template or lengths changed): choose another output")
+    set_factors(model, read_factors(path / WEIGHTS_NAME), str(path))
+    _set_optimizer(model, optimizer, load_file(path / _OPTIMIZER))
+    return state
+
+
+def load_factors(path: Path, model: nn.Module) -> None:
+    """Put only the adapter of a checkpoint back."""
+    set_factors(model, read_factors(path / WEIGHTS_NAME), str(path))
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`<parameter>|<state>` → tensor."""
+    return {
+        f"{name}|{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _set_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition("|")
+        optimizer.state[parameters[parameter]][key] = value
+
+
+def _by_step(directory: Path) -> list[Path]:
+    """Newest first."""
+    found = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _is_valid(path: Path) -> bool:
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        return all(_sha256(path / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

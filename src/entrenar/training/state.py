@@ -1,0 +1,61 @@
+"""Where a run stands, and what it was asked to do."""
+
+from dataclasses import dataclass
+
+from entrenar.optim.schedule import ScheduleName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything the loop needs to know; steps are optimiser updates.
+
+    `eval_every` and `checkpoint_every` count steps, 0 means never; `patience`: evaluations without a better loss
+    before the run ends early, 0 means never.
+    """
+
+    total_steps: int
+    batch_size: int
+    micro_batch: int
+    seed: int
+    lr: float
+    schedule: ScheduleName
+    warmup_steps: int
+    max_grad_norm: float
+    eval_every: int
+    patience: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+
+@dataclass
+class State:
+    """Counters of a run; with the adapter and the optimiser they are all that a resumed run needs.
+
+    `step`: updates made. `batch`: batches consumed, more than `step` when batches were skipped for a non-finite loss.
+    """
+
+    fingerprint: str
+    step: int = 0
+    batch: int = 0
+    tokens: int = 0
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    train_loss: float | None = None
+    eval_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What the loop tells after each step; loss in nats per target token, memory in bytes (anonymous)."""
+
+    step: int
+    total_steps: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    seconds_left: float
+    memory_bytes: int
+    eval_loss: float | None = None

@@ -1,0 +1,60 @@
+"""One optimiser update over one global batch, in as many micro-batches as asked for.
+
+Loss = sum over the target tokens of the whole batch / their count, so that the split into micro-batches does not
+change the gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from entrenar.data.batches import Batch
+from entrenar.models.forward import target_loss
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss in nats per target token, and the gradient norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the update may be made."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def accumulate(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+    """Forward and backward over micro-batches; gradients add up to those of the mean loss, which is returned."""
+    count = sum(batch.target_count for batch in batches)
+    total = 0.0
+    for batch in batches:
+        loss = target_loss(model, batch.ids, batch.attention, batch.targets) / count
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def update(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    lr: float,
+    max_grad_norm: float,
+) -> StepResult:
+    """One step; when loss or gradient norm is not finite nothing is changed."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer.zero_grad(set_to_none=True)
+    loss = accumulate(model, batches)
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
+    result = StepResult(loss, float(norm))
+    if result.is_finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return result
