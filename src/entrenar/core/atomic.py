@@ -72,6 +72,8 @@ def _fsync(path: Path) -> None:
 
 # What a library reports in its own words when write() fails for want of space.
 _NO_SPACE_TEXT = ("No space left on device", "StorageFull", "File too large")
+# Errors that another output name would cure.
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -87,6 +89,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
                 f"no space left while writing {path}: the partial file was removed and what was there before is "
                 "untouched; free some space and run the command again"
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError):
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             raise InputError(f"cannot write {path}: {error.strerror}; choose another output name") from error
         raise

@@ -62,7 +62,10 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise InputError(f"cannot read the override {text!r}: write it as section.key=value, e.g. optimizer.lr=1e-4")
-    return key, yaml.load(value, _Loader)  # a SafeLoader with one more float pattern
+    try:
+        return key, yaml.load(value, _Loader)  # a SafeLoader with one more float pattern
+    except yaml.YAMLError as error:
+        raise InputError(f"the value in the override {text!r} is not YAML: {_one_line(error)}") from None
 
 
 def to_yaml(config: Section) -> str:
@@ -84,6 +87,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         raise InputError(f"config file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise InputError(f"config file {path} is not YAML: {_one_line(error)}") from error
+    except RecursionError:
+        raise InputError(
+            f"config file {path} nests without end: an alias (*name) stands inside its own value"
+        ) from None
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must be a mapping of sections (model, data, …); run `entrenar init`")
     return values, lines

@@ -67,8 +67,9 @@ def prepare(
     """
     file = read_rows(train)
     tally = _Tally(rejected=list(file.rejected))
-    held_out = [row for row in file.rows if _chosen(row, seed, validation_fraction)]
-    kept = [row for row in file.rows if not _chosen(row, seed, validation_fraction)]
+    fraction = validation_fraction if validation is None else 0.0
+    held_out = [row for row in file.rows if _chosen(row, seed, fraction)]
+    kept = [row for row in file.rows if not _chosen(row, seed, fraction)]
     training = _encode_rows(kept, train, tokenizer, max_length, too_long, tally)
     if not len(training):
         raise InputError(f"{train} leaves no row to train on: check max_length and the rejected rows")

@@ -38,7 +38,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
     """
     if row.text:
         ids = tokenizer(row.text, return_attention_mask=False)["input_ids"]
-        ids = _end_of_text(list(ids), tokenizer)
+        ids = _end_of_text(_one_bos(list(ids), tokenizer), tokenizer)
         return Example(row.line, ids, [i != tokenizer.bos_token_id or n > 0 for n, i in enumerate(ids)])
     messages = list(row.messages)
     text = render(messages, tokenizer)
@@ -59,7 +59,7 @@ def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, answer_n
         )
     try:
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise InputError(f"the model's chat template refuses this conversation: {error}") from None
     return text
 
@@ -92,6 +92,11 @@ def _cut_after_end_of_turn(ids: list[int], trained: list[bool], tokenizer: PreTr
 def _runs(flags: list[bool]) -> list[Span]:
     edges = [i for i in range(len(flags) + 1) if (i < len(flags) and flags[i]) != (i > 0 and flags[i - 1])]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Plain text that already begins with the BOS written out does not get the tokenizer's own before it."""
+    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids
 
 
 def _end_of_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -106,6 +106,8 @@ def _from_messages(row: dict[str, Any], line: int) -> Row | str:
             return f"a turn that is not {{role: {' | '.join(_ROLES)}, content: text}}"
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
         return "no assistant turn with text, so nothing to train on"
+    if messages[0]["role"] == "assistant":
+        return "the assistant speaks first, so nothing leads to its answer"
     return Row(line, tuple({"role": turn["role"], "content": turn["content"]} for turn in messages))
 
 

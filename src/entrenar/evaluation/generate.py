@@ -10,7 +10,7 @@ from entrenar.data.rows import Message
 
 
 def prompt_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The conversation in the model's template, ready for the assistant to answer; without a template, the plain text."""
+    """The conversation in the model's template, ready to be answered; without a template, the plain text."""
     if tokenizer.chat_template:
         return render(list(messages), tokenizer, answer_next=True)
     return "\n".join(message["content"] for message in messages)

@@ -66,7 +66,12 @@ class GGUFFile:
             data = torch.frombuffer(self._map, dtype=torch.uint8, count=info.size, offset=info.start)
             return data.view(_PLAIN[info.type.name]).view(info.shape)
         raw = np.frombuffer(self._map, np.uint8, info.size, info.start)
-        values = gguf.quants.dequantize(raw.reshape(-1), info.type)
+        try:
+            values = gguf.quants.dequantize(raw.reshape(-1), info.type)
+        except NotImplementedError:
+            raise InputError(
+                f"{self.path}: tensor {name!r} is {info.type.name}, which is not read as weights"
+            ) from None
         return torch.from_numpy(values.reshape(info.shape))
 
 
@@ -178,6 +183,8 @@ def _byte_size(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int) ->
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
         raise cursor.error(f"tensor {name!r} has the unknown type {kind}") from None
-    if not shape or shape[-1] % block:
-        raise cursor.error(f"tensor {name!r} has rows of shape {shape}, not a multiple of its block of {block}")
+    if not shape or 0 in shape or shape[-1] % block:
+        raise cursor.error(
+            f"tensor {name!r} has the shape {shape}: empty, or rows that are not whole blocks of {block}"
+        )
     return math.prod(shape) // block * block_bytes

@@ -21,7 +21,7 @@ class Line:
 def read_json_lines(path: Path) -> Iterator[Line]:
     """Every non-blank line of a UTF-8 JSONL file, good or bad; InputError when the file itself cannot be read."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, text in enumerate(file, start=1):
                 if text.strip():
                     yield _parse(number, text)
@@ -36,9 +36,12 @@ def read_json_lines(path: Path) -> Iterator[Line]:
 def _parse(number: int, text: str) -> Line:
     try:
         row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        return Line(number, None, f"not JSON ({reason})")
+        if "\\ud" in text.lower():
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text: no tokenizer takes it
+    except RecursionError:
+        return Line(number, None, "not JSON (nested too deeply)")
+    except ValueError as error:  # JSONDecodeError, a number of thousands of digits, half of a surrogate pair
+        return Line(number, None, f"not JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})")
     if not isinstance(row, dict):
         return Line(number, None, f"a JSON {type(row).__name__}, not an object")
     return Line(number, row)

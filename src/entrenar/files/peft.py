@@ -6,7 +6,7 @@ wrong prefix as an adapter without effect and only warns; here every key must be
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from entrenar.core.atomic import atomic_directory
 from entrenar.core.errors import InputError, listing
-from entrenar.files.safetensors import SafetensorsCheckpoint
+from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_BASE_KEY = "entrenar.base_format"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -34,6 +35,15 @@ _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseFormat:
+    """How the base was held while the adapter was trained; noted in the metadata of the adapter's file."""
+
+    format: str
+    block_size: int
+    double_quant: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class PeftAdapter:
     """A LoRA adapter as it stands on disk; `factors`: layer path → (A (rank, d_in), B (d_out, rank))."""
 
@@ -42,6 +52,7 @@ class PeftAdapter:
     dropout: float
     targets: list[str] | str
     base_model: str | None
+    base_format: BaseFormat | None
     factors: dict[str, tuple[Tensor, Tensor]] = field(repr=False)
 
 
@@ -56,7 +67,23 @@ def write_adapter(directory: Path, adapter: PeftAdapter) -> None:
     }  # fmt: skip
     with atomic_directory(directory) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(factor_tensors(adapter.factors), temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(factor_tensors(adapter.factors), temporary / WEIGHTS_NAME, metadata=_metadata(adapter))
+
+
+def _metadata(adapter: PeftAdapter) -> dict[str, str]:
+    note = {_BASE_KEY: json.dumps(asdict(adapter.base_format))} if adapter.base_format else {}
+    return {"format": "pt", **note}
+
+
+def read_base_format(directory: Path) -> BaseFormat | None:
+    """How the base was held when this adapter was trained, or None when its file does not say (peft's never does)."""
+    note = read_metadata(_weights_file(directory)).get(_BASE_KEY)
+    try:
+        return BaseFormat(**json.loads(note)) if note else None
+    except (ValueError, TypeError):
+        raise InputError(
+            f"{directory / WEIGHTS_NAME} has broken metadata {_BASE_KEY}: save the adapter again"
+        ) from None
 
 
 def factor_tensors(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -81,14 +108,13 @@ def read_adapter(directory: Path) -> PeftAdapter:
         dropout=float(config.get("lora_dropout", 0.0)),
         targets=config["target_modules"],
         base_model=config.get("base_model_name_or_path"),
-        factors=read_factors(directory / WEIGHTS_NAME),
+        base_format=read_base_format(directory),
+        factors=read_factors(_weights_file(directory)),
     )
 
 
 def read_factors(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Layer path → (A, B) from a safetensors file with PEFT's keys; strict."""
-    if not file.is_file():
-        raise InputError(f"{file} does not exist: point to a PEFT adapter directory ({CONFIG_NAME}, {WEIGHTS_NAME})")
     checkpoint = SafetensorsCheckpoint(file)
     found: dict[str, dict[str, Tensor]] = {}
     strange = []
@@ -107,6 +133,13 @@ def read_factors(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
         what = f"only one of lora_A and lora_B for {listing(halves, 3)}" if halves else "no tensors"
         raise InputError(f"{file} has {what}: save the adapter again")
     return {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
+
+
+def _weights_file(directory: Path) -> Path:
+    file = directory / WEIGHTS_NAME
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: point to a PEFT adapter directory ({CONFIG_NAME}, {WEIGHTS_NAME})")
+    return file
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -71,10 +71,10 @@ def _indexed_files(index: Path) -> list[Path]:
     """The shards an index names, which must lie beside it."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index} is not a shard index (weight_map: tensor → file): {error}") from None
     for name in names:
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"{index} names {name!r}, which is not a plain file name beside it: refused")
         if not (index.parent / name).is_file():
             raise InputError(f"{index} names {name}, which is missing: the checkpoint is incomplete, fetch it again")

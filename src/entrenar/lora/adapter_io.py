@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
-from entrenar.files.peft import PeftAdapter, read_adapter, write_adapter
+from entrenar.files.peft import BaseFormat, PeftAdapter, read_adapter, write_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora, match_targets
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -28,6 +28,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         dropout=first.dropout,
         targets=_short_targets(model, list(layers)),
         base_model=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        base_format=_base_format(model),
         factors=adapter_factors(model),
     )
     write_adapter(Path(directory), adapter)
@@ -65,6 +66,17 @@ def set_factors(model: nn.Module, factors: Factors, source: str) -> None:
             if target.shape != value.shape:
                 raise InputError(f"{source} has shape {tuple(value.shape)} at {name}, the model {tuple(target.shape)}")
             target.copy_(value)
+
+
+def _base_format(model: nn.Module) -> BaseFormat | None:
+    """The format of the first quantized base below an adapter; a model is quantized in one format."""
+    for _, layer in adapted_layers(model):
+        weight = getattr(layer, "base_weight_quantized", None)
+        if weight is not None:
+            return BaseFormat(
+                format=weight.format, block_size=weight.block_size, double_quant=weight.is_double_quantized
+            )
+    return None
 
 
 def _short_targets(model: nn.Module, names: list[str]) -> list[str]:

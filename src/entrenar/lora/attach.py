@@ -38,14 +38,10 @@ def attach_lora(
     if any(True for _ in adapted_layers(model)):
         raise InputError("this model has adapters attached already: load it afresh to attach others")
     names = match_targets(model, targets)
-    for name in names:
-        module = model.get_submodule(name)
-        try:
-            adapted = _adapt(module, rank, alpha, dropout)
-        except InputError as error:
-            raise InputError(f"cannot adapt {name}: {error}") from None
+    adapted = {name: _adapt(name, model.get_submodule(name), rank, alpha, dropout) for name in names}
+    for name, layer in adapted.items():  # only now: an error above leaves the model as it was
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapted.train(module.training))
+        setattr(model.get_submodule(parent), child, layer)
     model.requires_grad_(False)
     for _, layer in adapted_layers(model):
         layer.lora_a.requires_grad_(True)
@@ -102,8 +98,13 @@ def _has_suffix(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _adapt(module: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
-    if isinstance(module, QuantizedLinear):
-        return QLoRALayer(module.quantized_weight, rank, alpha, dropout, module.bias)
-    assert isinstance(module, nn.Linear)  # match_targets yields nothing else
-    return LoRALayer(module.weight, rank, alpha, dropout, module.bias)
+def _adapt(name: str, module: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
+    try:
+        if isinstance(module, QuantizedLinear):
+            layer: nn.Module = QLoRALayer(module.quantized_weight, rank, alpha, dropout, module.bias)
+        else:
+            assert isinstance(module, nn.Linear)  # match_targets yields nothing else
+            layer = LoRALayer(module.weight, rank, alpha, dropout, module.bias)
+    except InputError as error:
+        raise InputError(f"cannot adapt {name}: {error}") from None
+    return layer.train(module.training)

@@ -78,6 +78,8 @@ def init_factors(
 
 def check_input(layer: AdapterLayer, x: Tensor) -> None:
     """InputError unless the last dimension of x is the layer's d_in."""
+    if x.dim() == 0:
+        raise InputError(f"the input has 0 dimensions but the layer takes (..., {layer.d_in})")
     if x.shape[-1] != layer.d_in:
         raise InputError(f"the input's last dimension is {x.shape[-1]} but the layer takes {layer.d_in}")
 

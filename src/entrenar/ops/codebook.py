@@ -62,7 +62,7 @@ def dequantize_codebook(
     whole = count // block_size * block_size
     if whole < count:
         codes = unpack_nibbles(packed[whole // 2 :], count - whole)
-        out[whole:] = codebook[codes.long()] * scales[-1]
+        out[whole:] = codebook[codes.long()] * scales[-1:]  # 1-D: a 0-D float64 would not widen the product
     return out
 
 

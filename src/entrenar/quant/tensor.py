@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from entrenar.core.errors import InputError
+from entrenar.ops.blocks import block_count
 from entrenar.quant.registry import check_block_size, get_format
-from entrenar.quant.scales import Parts, as_float
+from entrenar.quant.scales import GROUP, Parts, as_float
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -105,6 +106,16 @@ def quantize_4bit(
 def dequantize_4bit(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight in its original shape as `dtype`."""
     return quantized.dequantize(dtype)
+
+
+def packed_bytes(count: int, format: str, block_size: int, double_quant: bool) -> int:
+    """Bytes that `count` weights take once quantized: what `memory_bytes` will say, without quantizing."""
+    blocks = block_count(count, block_size)
+    codes = block_count(count * get_format(format).bits, 8)
+    if not double_quant:
+        return codes + 4 * blocks
+    offset = 4 if format in ("nf4", "fp4") else 0
+    return codes + blocks + 4 * block_count(blocks, GROUP) + offset
 
 
 def _check_finite(parts: Parts, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The one training loop: batch → update → log → evaluate → checkpoint, until the plan is done or a stop is asked for."""
+"""The one training loop: batch → update → log → evaluate → checkpoint, until the plan is done or a stop comes."""
 
 import time
 from collections.abc import Callable

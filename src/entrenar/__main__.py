@@ -1,0 +1,5 @@
+"""`python -m entrenar` is the `entrenar` command."""
+
+from entrenar.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""The `entrenar` command: one file per verb; each parses, calls one recipe and prints."""

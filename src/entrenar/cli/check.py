@@ -1,0 +1,60 @@
+"""`entrenar check`: show what a config would do; trains nothing."""
+
+from typing import TYPE_CHECKING
+
+from entrenar.cli.arguments import ConfigArgument, OverridesArgument
+from entrenar.cli.numbers import human_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from entrenar.recipes.check import CheckReport
+
+
+def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Resolve a config, read its data, size its model and show samples with trained tokens coloured; trains nothing."""
+    from rich.console import Console
+
+    from entrenar.core.config import parse_override, to_yaml
+    from entrenar.recipes.check import check as run
+
+    report = run(config, dict(map(parse_override, overrides or [])))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(to_yaml(report.config), markup=False)
+    _print_sizes(console, report)
+    _print_data(console, report)
+    _print_samples(console, report)
+
+
+def _print_sizes(console: "Console", report: "CheckReport") -> None:
+    console.print("sizes", style="bold")
+    sizes = {"base": report.base_bytes, "adapter": report.adapter_bytes, "optimizer": report.optimizer_bytes}
+    for name, size in sizes.items():
+        console.print(f"  {name:<10}{size:>16,} bytes  ({human_bytes(size)})")
+    console.print(f"  {report.trainable_parameters:,} trained parameters in {report.adapted_layers} layers")
+    console.print(
+        f"  {report.total_steps} steps" + (f", resuming {report.resumes_from}" if report.resumes_from else "")
+    )
+
+
+def _print_data(console: "Console", report: "CheckReport") -> None:
+    from entrenar.recipes.check import histogram
+    from entrenar.recipes.train import describe
+
+    console.print("\ndata", style="bold")
+    console.print(f"  {describe(report.data, report.config.data.train)}", markup=False)
+    bins = histogram(report.lengths)
+    most = max(count for *_, count in bins)
+    for start, end, count in bins:
+        console.print(f"  {start:>6}–{end:<6} tokens {count:>6} {'█' * round(40 * count / most)}")
+
+
+def _print_samples(console: "Console", report: "CheckReport") -> None:
+    from rich.text import Text
+
+    console.print("\nsamples (trained tokens in green, between » and «)", style="bold")
+    for number, pieces in enumerate(report.samples, start=1):
+        text = Text(f"{number}. ")
+        for piece, trained in pieces:
+            text.append(f"»{piece}«" if trained else piece, style="green" if trained else "dim")
+        console.print(text, "")

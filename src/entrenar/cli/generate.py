@@ -1,0 +1,24 @@
+"""`entrenar generate`: answer one prompt."""
+
+from typing import Annotated
+
+import typer
+
+from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
+
+
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
+    adapter: AdapterOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    quantize: QuantizeOption = None,
+) -> None:
+    """Answer one prompt in the model's own chat template (or continue it, where there is none)."""
+    from entrenar.evaluation.generate import generate as run
+    from entrenar.recipes.open_model import open_model
+
+    loaded, tokenizer = open_model(model, adapter, quantize)
+    messages = [[{"role": "user", "content": prompt}]]
+    typer.echo(run(loaded, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature)[0])

@@ -1,0 +1,66 @@
+"""`entrenar init`: write a commented config."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from entrenar.core.atomic import refuse_existing, write_text
+
+TEMPLATE = """\
+# Fine-tune with: entrenar train {name}       (look first with: entrenar check {name})
+output: runs/my-run            # config, metrics, checkpoints and the adapter go here; must be new
+
+model:
+  path: path/to/model          # Hugging Face directory or id, or a .gguf file
+  quantize: nf4                # nf4 | fp4 | int4 | int8 | none
+  double_quant: false          # hold the block scales in 8 bits: 4.13 instead of 4.5 bits a weight
+  block_size: 64               # weights that share a scale: a power of two from 16 to 4096
+  dtype: auto                  # auto: bfloat16 where the CPU has it natively, else float32
+
+data:
+  train: path/to/train.jsonl   # rows of messages | prompt, completion | instruction, input, output | text
+  # validation: path/to/validation.jsonl
+  validation_fraction: 0.05    # or a share of the training rows, chosen by a hash of each row
+  max_length: 1024             # tokens
+  too_long: error              # error | truncate | drop
+
+lora:
+  rank: 16
+  alpha: 32                    # scale = alpha / rank
+  dropout: 0.0
+  targets: all-linear          # or a list of names (q_proj, v_proj), or a regular expression
+
+optimizer:
+  lr: 2e-4
+  schedule: cosine             # cosine | linear | constant
+  warmup_steps: 10
+  weight_decay: 0.0
+  max_grad_norm: 1.0           # 0: no clipping
+
+training:
+  epochs: 3
+  # max_steps: 100
+  batch_size: 16               # global: never changes with memory
+  micro_batch: 8               # rows at a time: changes memory and speed, not the result
+  seed: 0
+
+eval:
+  # every_steps: 50            # default: once an epoch
+  patience: 0                  # evaluations without a better loss before stopping early; 0: never
+
+checkpoint:
+  every_steps: 50
+  keep: 2
+
+log:
+  progress: true
+"""
+
+
+def init(path: Annotated[str, typer.Argument(metavar="PATH", help="File to write.")] = "entrenar.yaml") -> None:
+    """Write a commented config to start from."""
+    target = Path(path)
+    refuse_existing(target)
+    write_text(target, TEMPLATE.format(name=path))
+    typer.echo(f"wrote {path}: set model.path and data.train, then run `entrenar check {path}`")

@@ -1,0 +1,1 @@
+"""Write a fine-tuned model for another tool: fused Hugging Face directory, GGUF."""

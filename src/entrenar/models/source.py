@@ -1,0 +1,131 @@
+"""Where a model's config, tokenizer and weights come from: a Hugging Face directory or id, or a GGUF file."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from entrenar.core.errors import InputError
+from entrenar.files.gguf import GGUFFile
+from entrenar.files.safetensors import SafetensorsCheckpoint
+from entrenar.models import llama_gguf
+from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
+
+
+class Weights(Protocol):
+    """Tensors by the names transformers gives them, read one at a time."""
+
+    def names(self) -> Iterable[str]:
+        """Every name the source holds."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, float."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Everything needed to build a model; `path` is the directory or file."""
+
+    path: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    weights: Weights
+    generation: GenerationConfig | None = None
+
+
+def open_source(path: str) -> ModelSource:
+    """Open a model without reading its weights.
+
+    Raises:
+        InputError: nothing there, an architecture that is not known, or a broken file.
+    """
+    if path.endswith(".gguf"):
+        return _open_gguf(Path(path))
+    directory = Path(path) if Path(path).is_dir() else _download(path)
+    with _reading(directory):
+        # False, not unset: unset, transformers asks on the terminal whether to run the directory's own code.
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        has_generation = (directory / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(directory) if has_generation else None
+    return ModelSource(directory, config, tokenizer, SafetensorsCheckpoint(directory), generation)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever transformers and tokenizers raise over a model's files is about those files."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path} is not a model that transformers {_version()} knows: {_first(error)}") from None
+
+
+def _open_gguf(path: Path) -> ModelSource:
+    file = GGUFFile(path)
+    if llama_gguf.ROPE_FACTORS in file.tensors:
+        raise InputError(
+            f"{path} has Llama 3 rotary factors, which this version reads only from a Hugging Face directory"
+        )
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"{path} has no token_embd.weight: it is not a language model")
+    rows, tied = file.tensors["token_embd.weight"].shape[0], "output.weight" not in file.tensors
+    with _reading(path):
+        tokenizer = tokenizer_from_metadata(file.metadata, str(path))
+        config = llama_gguf.config_from_metadata(file.metadata, str(path), rows, tied)
+    config.attention_bias = "blk.0.attn_q.bias" in file.tensors
+    config.architectures = ["LlamaForCausalLM"]
+    config._name_or_path = str(path)
+    return ModelSource(path, config, tokenizer, GGUFWeights(file, config))
+
+
+class GGUFWeights:
+    """The tensors of a Llama-family GGUF under transformers' names and in its row order."""
+
+    def __init__(self, file: GGUFFile, config: PretrainedConfig) -> None:
+        self._file = file
+        self._config = config
+        # A tensor the family does not have keeps its own name, and so is reported as unexpected.
+        self._names = {llama_gguf.hf_name(name) or name: name for name in file.tensors}
+
+    def names(self) -> Iterable[str]:
+        """Every tensor, by its transformers name."""
+        return self._names
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, dequantized, in transformers' row order."""
+        return llama_gguf.from_gguf(name, self._file.read(self._names[name]), self._config)
+
+
+def _download(model_id: str) -> Path:
+    """The local snapshot of a hub id; whatever stops it, the user hears one sentence."""
+    from huggingface_hub import snapshot_download
+
+    if model_id.count("/") > 1 or model_id.startswith((".", "/", "~")):
+        raise InputError(
+            f"model path {model_id!r} does not exist: point to a model directory, a .gguf file or a hub id"
+        )
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except Exception as error:
+        raise InputError(
+            f"model {model_id!r} is not a directory, a .gguf file or a hub model within reach: {_first(error)}"
+        ) from None
+
+
+def _first(error: Exception) -> str:
+    head, _, rest = str(error).strip().partition("\n")
+    return f"{head} {rest.strip().partition(chr(10))[0]}" if head.endswith(":") else head
+
+
+def _version() -> str:
+    import transformers
+
+    return transformers.__version__

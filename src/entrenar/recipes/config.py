@@ -1,0 +1,109 @@
+"""The config of a training run. Every key has a type, a bound and a default; `entrenar init` writes it commented."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from entrenar.core.config import Section
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelSection(Section):
+    """Which model, and how its base is held."""
+
+    path: str
+    quantize: Literal["nf4", "fp4", "int4", "int8", "none"] = "nf4"
+    double_quant: bool = False
+    block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class DataSection(Section):
+    """Which rows, and what becomes of them."""
+
+    train: str
+    validation: str | None = None
+    validation_fraction: Fraction = 0.0
+    max_length: Positive = 1024
+    too_long: Literal["error", "truncate", "drop"] = "error"
+
+    @model_validator(mode="after")
+    def _one_validation_source(self) -> Self:
+        if self.validation and self.validation_fraction:
+            raise ValueError("validation and validation_fraction exclude each other: keep one")
+        return self
+
+
+class LoraSection(Section):
+    """The adapter."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Fraction = 0.0
+    targets: str | list[str] = "all-linear"
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Count = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+
+
+class TrainingSection(Section):
+    """How long, and in what portions; `batch_size` is global and `micro_batch` never changes the mathematics."""
+
+    epochs: Positive = 3
+    max_steps: Positive | None = None
+    batch_size: Positive = 16
+    micro_batch: Positive = 8
+    seed: Count = 0
+
+
+class EvalSection(Section):
+    """Loss on the validation rows: every so many steps, or once an epoch; `patience` 0 never stops early."""
+
+    every_steps: Positive | None = None
+    patience: Count = 0
+
+
+class CheckpointSection(Section):
+    """Full checkpoints every so many steps (0: only when stopped); the newest `keep` stay."""
+
+    every_steps: Count = 50
+    keep: Positive = 2
+
+
+class LogSection(Section):
+    """What the run prints."""
+
+    progress: bool = True
+
+
+class RunConfig(Section):
+    """The whole config file of `entrenar train`."""
+
+    output: str
+    model: ModelSection
+    data: DataSection
+    lora: LoraSection = LoraSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection = TrainingSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _patience_needs_validation(self) -> Self:
+        if self.eval.patience and not (self.data.validation or self.data.validation_fraction):
+            raise ValueError("eval.patience needs validation rows: set data.validation or data.validation_fraction")
+        return self

@@ -1,0 +1,74 @@
+"""Look into a model file: tensors, types, shapes, sizes, metadata of safetensors, GGUF and adapters."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from entrenar.core.errors import InputError
+from entrenar.files.gguf import GGUFFile
+from entrenar.files.peft import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of the listing."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a path holds: its kind, metadata and tensors."""
+
+    kind: str
+    metadata: dict[str, Any]
+    tensors: list[TensorRow]
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Read headers only.
+
+    Raises:
+        InputError: nothing there, or not a kind of file that is known.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(
+            f"{path} does not exist: point to a .gguf or .safetensors file, a model or an adapter directory"
+        )
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if path.is_dir() and (path / CONFIG_NAME).is_file():
+        return _adapter(path)
+    if path.is_dir() or path.suffix == ".safetensors":
+        metadata = read_metadata(path) if path.is_file() else {}
+        return Inspection("safetensors", metadata, _safetensors_rows(SafetensorsCheckpoint(path)))
+    raise InputError(f"{path} is not a .gguf or .safetensors file, a model directory or an adapter directory")
+
+
+def _gguf(path: Path) -> Inspection:
+    file = GGUFFile(path)
+    rows = [TensorRow(info.name, info.type.name, info.shape, info.size) for info in file.tensors.values()]
+    return Inspection(f"GGUF v{file.version}", file.metadata, rows)
+
+
+def _adapter(path: Path) -> Inspection:
+    adapter = read_adapter(path)
+    metadata = {
+        "rank": adapter.rank, "alpha": adapter.alpha, "dropout": adapter.dropout,
+        "base model": adapter.base_model, "layers": len(adapter.factors), **read_metadata(path / WEIGHTS_NAME),
+    }  # fmt: skip
+    return Inspection("PEFT LoRA adapter", metadata, _safetensors_rows(SafetensorsCheckpoint(path / WEIGHTS_NAME)))
+
+
+def _safetensors_rows(checkpoint: SafetensorsCheckpoint) -> list[TensorRow]:
+    rows = []
+    for name in checkpoint.names():
+        tensor = checkpoint.read(name)
+        kind = str(tensor.dtype).removeprefix("torch.")
+        rows.append(TensorRow(name, kind, tuple(tensor.shape), tensor.numel() * tensor.element_size()))
+    return rows

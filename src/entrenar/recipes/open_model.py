@@ -1,0 +1,30 @@
+"""Open a model, with or without an adapter, the way the adapter was trained."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from entrenar.files.peft import read_base_format
+from entrenar.lora.adapter_io import load_adapter
+from entrenar.models.load import UNQUANTIZED, load
+
+
+def open_model(
+    model: str, adapter: str | None = None, quantize: str | None = None, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and lay an adapter over it.
+
+    Args:
+        quantize: number format of the base; None means the one the adapter was trained on (noted in its file), or
+            none at all.
+    """
+    base = read_base_format(Path(adapter)) if adapter else None
+    if quantize is not None or base is None:
+        loaded, tokenizer = load(model, quantize or UNQUANTIZED, dtype=dtype)
+    else:
+        loaded, tokenizer = load(
+            model, base.format, double_quant=base.double_quant, block_size=base.block_size, dtype=dtype
+        )
+    if adapter:
+        load_adapter(loaded, adapter)
+    return loaded, tokenizer

@@ -1,0 +1,161 @@
+"""Nothing half-written is ever visible under its final name."""
+
+import errno
+import resource
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from entrenar.core.atomic import atomic_directory, atomic_file, refuse_existing, write_text
+from entrenar.core.errors import EntrenarError, InputError
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Everything below a directory; a temporary name would show."""
+    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else b"" for p in directory.rglob("*")}
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """The kernel refuses every write beyond `size` bytes with EFBIG: a full disk, for real, without a disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def writing(target: Path, *, directory: bool) -> AbstractContextManager[Path]:
+    return atomic_directory(target) if directory else atomic_file(target)
+
+
+def put(temporary: Path, data: bytes, *, directory: bool) -> None:
+    (temporary / "part" if directory else temporary).write_bytes(data)
+
+
+def test_a_file_appears_whole_and_alone(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "down" / "out.bin"
+    with atomic_file(target) as temporary:
+        temporary.write_bytes(b"new")
+        assert not target.exists()
+        assert temporary.parent == target.parent
+    assert tree(target.parent) == {"out.bin": b"new"}
+
+
+def test_a_file_replaces_the_one_before(tmp_path: Path) -> None:
+    target = tmp_path / "out.bin"
+    target.write_bytes(b"old")
+    with atomic_file(target) as temporary:
+        temporary.write_bytes(b"new")
+        assert target.read_bytes() == b"old"
+    assert tree(tmp_path) == {"out.bin": b"new"}
+
+
+def test_a_directory_appears_whole_and_alone(tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "one"
+    with atomic_directory(target) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "file").write_bytes(b"new")
+        assert not target.exists()
+    assert tree(target.parent) == {"one": b"", "one/sub": b"", "one/sub/file": b"new"}
+
+
+@pytest.mark.parametrize("failure", [ValueError("broken"), KeyboardInterrupt(), InputError("bad"), OSError(5, "I/O")])
+def test_a_failure_leaves_the_old_file_and_no_temporary(tmp_path: Path, failure: BaseException) -> None:
+    target = tmp_path / "out.bin"
+    target.write_bytes(b"old")
+    with pytest.raises(type(failure)) as caught, atomic_file(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise failure
+    assert caught.value is failure
+    assert tree(tmp_path) == {"out.bin": b"old"}
+
+
+@pytest.mark.parametrize("failure", [ValueError("broken"), KeyboardInterrupt()])
+def test_a_failure_leaves_no_directory(tmp_path: Path, failure: BaseException) -> None:
+    with pytest.raises(type(failure)), atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "file").write_bytes(b"half")
+        raise failure
+    assert tree(tmp_path) == {}
+
+
+def test_an_existing_directory_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_bytes(b"old")
+    with pytest.raises(InputError, match="already exists"), atomic_directory(target):
+        pytest.fail("the block must not run")
+    assert tree(tmp_path) == {"out": b"", "out/mine": b"old"}
+
+
+def test_refuse_existing_names_what_is_in_the_way(tmp_path: Path) -> None:
+    refuse_existing(tmp_path / "free")
+    with pytest.raises(InputError, match=str(tmp_path)):
+        refuse_existing(tmp_path)
+
+
+@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_reported_full_disk_is_a_sentence_and_exit_code_1(tmp_path: Path, code: int, directory: bool) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(EntrenarError, match="no space left") as caught, writing(target, directory=directory) as part:
+        put(part, b"half", directory=directory)
+        raise OSError(code, "as the system says it")
+    assert caught.value.exit_code == 1
+    assert str(target) in str(caught.value)
+    assert tree(tmp_path) == {}
+
+
+def test_a_full_disk_reported_in_a_librarys_own_words_is_recognised(tmp_path: Path) -> None:
+    with pytest.raises(EntrenarError, match="no space left") as caught, atomic_file(tmp_path / "out") as part:
+        part.write_bytes(b"half")
+        raise RuntimeError('I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }')
+    assert caught.value.exit_code == 1
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_a_disk_that_is_really_full_leaves_what_was_there(tmp_path: Path, directory: bool) -> None:
+    (tmp_path / "before").write_bytes(b"old")
+    target = tmp_path / "out"
+    with (
+        pytest.raises(EntrenarError, match="no space left") as caught,
+        file_size_limit(4096),
+        writing(target, directory=directory) as part,
+    ):
+        put(part, bytes(64 * 1024), directory=directory)
+    assert caught.value.exit_code == 1
+    assert tree(tmp_path) == {"before": b"old"}
+
+
+def test_a_disk_that_is_really_full_keeps_the_file_it_was_to_replace(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.write_bytes(b"old")
+    with pytest.raises(EntrenarError, match="no space left"), file_size_limit(4096):
+        write_text(target, "x" * 64 * 1024)
+    assert tree(tmp_path) == {"out": b"old"}
+
+
+def test_a_name_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "directory").mkdir()
+    for name in ("file/below", "directory", "x" * 250):
+        with pytest.raises(InputError, match="cannot write") as caught:
+            write_text(tmp_path / name, "text")
+        assert str(tmp_path / name) in str(caught.value)
+    assert tree(tmp_path) == {"file": b"", "directory": b""}
+
+
+def test_a_directory_below_a_file_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot write"), atomic_directory(tmp_path / "file" / "below"):
+        pytest.fail("the block must not run")
+
+
+def test_text_is_utf8(tmp_path: Path) -> None:
+    write_text(tmp_path / "out", "±é漢\n")
+    assert (tmp_path / "out").read_bytes() == "±é漢\n".encode()

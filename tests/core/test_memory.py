@@ -1,0 +1,57 @@
+"""Anonymous memory: what the process holds itself, not the files it maps."""
+
+import mmap
+import time
+from pathlib import Path
+
+import pytest
+
+from entrenar.core import memory
+from entrenar.core.memory import PeakMemory, anonymous_bytes
+
+SIZE = 48 * 2**20
+SLACK = 8 * 2**20
+
+
+def test_memory_that_is_taken_shows_and_goes_again() -> None:
+    before = anonymous_bytes()
+    held = bytearray(b"x") * SIZE
+    taken = anonymous_bytes()
+    assert abs(taken - before - len(held)) < SLACK
+    del held
+    assert abs(anonymous_bytes() - before) < SLACK
+
+
+def test_a_mapped_file_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(SIZE))
+    before = anonymous_bytes()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0  # every page is in memory now
+        assert anonymous_bytes() - before < SLACK
+
+
+def test_a_kernel_that_does_not_say_gives_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "absent")
+    assert anonymous_bytes() == 0
+    (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t12 kB\n")
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    assert anonymous_bytes() == 0
+
+
+def test_the_peak_outlives_memory_that_is_freed_inside() -> None:
+    before = anonymous_bytes()
+    with PeakMemory(interval=0.001) as watch:
+        held = bytearray(b"x") * SIZE
+        deadline = time.monotonic() + 30
+        while watch.peak < before + SIZE - SLACK and time.monotonic() < deadline:
+            held[0] = 1
+        del held
+        assert anonymous_bytes() < before + SLACK
+    assert before + SIZE - SLACK < watch.peak < before + SIZE + SLACK
+
+
+def test_even_an_empty_block_is_sampled() -> None:
+    with PeakMemory(interval=1000) as watch:
+        pass
+    assert abs(watch.peak - anonymous_bytes()) < SLACK

@@ -1,0 +1,63 @@
+"""JSON lines: each line with its number, and what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from entrenar.core.errors import InputError
+from entrenar.files.json_lines import read_json_lines
+
+
+def _lines(tmp_path: Path, content: bytes) -> list[tuple[int, object, str]]:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    return [(line.number, line.row, line.problem) for line in read_json_lines(path)]
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_lines_keep_their_numbers_past_blank_ones(tmp_path: Path, newline: bytes) -> None:
+    content = newline.join([b'{"a": 1}', b"", b"   ", '{"b": "ñ\\u2028"}'.encode()])
+    assert _lines(tmp_path, content) == [(1, {"a": 1}, ""), (4, {"b": "ñ\u2028"}, "")]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    assert _lines(tmp_path, b'\xef\xbb\xbf{"a": 1}\n') == [(1, {"a": 1}, "")]
+
+
+def test_an_escaped_pair_of_surrogates_is_one_character(tmp_path: Path) -> None:
+    assert _lines(tmp_path, b'{"a": "\\ud83d\\ude00"}') == [(1, {"a": "\U0001f600"}, "")]
+
+
+_NO_JSON = {
+    "cut": b'{"a": ',
+    "words": b"hello",
+    "two objects": b'{"a": 1} {"b": 2}',
+    "nested too deeply": b"[" * 100_000,
+    "a number of 5000 digits": b'{"a": ' + b"1" * 5000 + b"}",
+    "half of a surrogate pair": b'{"a": ["\\uD800 hi"]}',
+}
+
+
+@pytest.mark.parametrize("text", _NO_JSON.values(), ids=_NO_JSON)
+def test_a_line_that_is_not_json_is_told_apart_and_reading_goes_on(tmp_path: Path, text: bytes) -> None:
+    [first, second] = _lines(tmp_path, text + b'\n{"a": 1}\n')
+    assert (first[0], first[1]) == (1, None)
+    assert first[2].startswith("not JSON (")
+    assert second == (2, {"a": 1}, "")
+
+
+@pytest.mark.parametrize(("text", "kind"), [(b"[1]", "list"), (b'"x"', "str"), (b"3", "int"), (b"null", "NoneType")])
+def test_a_line_that_is_not_an_object_is_a_problem(tmp_path: Path, text: bytes, kind: str) -> None:
+    assert _lines(tmp_path, text) == [(1, None, f"a JSON {kind}, not an object")]
+
+
+def test_a_file_that_cannot_be_read_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent\.jsonl does not exist"):
+        list(read_json_lines(tmp_path / "absent.jsonl"))
+    with pytest.raises(InputError, match="cannot be read"):
+        list(read_json_lines(tmp_path))
+
+
+def test_a_file_that_is_not_utf8_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not UTF-8"):
+        _lines(tmp_path, '{"a": "ñ"}'.encode("latin-1"))
