@@ -32,7 +32,7 @@ check: setup
 	$(BIN)/pytest tests/docs
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 # Compares with peft, bitsandbytes and llama.cpp; the last takes about five minutes to build, once.
 interop: setup .venv/.peers

@@ -4,6 +4,7 @@ import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: no test may reach the hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two workers; tiny models gain nothing from threads
 
 from pathlib import Path
 

@@ -161,6 +161,9 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise InputError(
                 f"{file} has {key} = {config[key]!r}, which this version does not read: only plain LoRA is"
             )
+    for key in ("lora_alpha", "lora_dropout"):
+        if not isinstance(config.get(key, 0.0), int | float) or isinstance(config.get(key), bool):
+            raise InputError(f"{file} has {key} = {config[key]!r}: it must be a number")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         raise InputError(

@@ -32,6 +32,8 @@ class LoRALayer(nn.Module):
         self, base_weight: Tensor, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, bias: Tensor | None = None
     ) -> None:
         super().__init__()
+        if not base_weight.is_floating_point():
+            raise InputError(f"the base weight is {base_weight.dtype}: LoRA takes a float one (QLoRALayer quantizes)")
         init_factors(self, tuple(base_weight.shape), base_weight.device, rank, alpha, dropout)
         self.base_weight = nn.Parameter(base_weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
