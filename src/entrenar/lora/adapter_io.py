@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, PeftAdapter, read_adapter, write_adapter
-from entrenar.lora.attach import adapted_layers, attach_lora, match_targets
+from entrenar.lora.attach import adapted_layers, attach_lora, match_targets, refuse_adapted
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -41,6 +41,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
         InputError: a broken directory, or layers, shapes or targets that do not fit the model.
     """
     adapter = read_adapter(Path(directory))
+    refuse_adapted(model)
     linear = match_targets(model, r".*")
     unknown = [name for name in adapter.factors if name not in linear]
     if unknown:

@@ -35,8 +35,7 @@ def attach_lora(
         InputError: a target that matches nothing (what exists is listed), a rank that does not fit a layer, or a
             model that has adapters already.
     """
-    if any(True for _ in adapted_layers(model)):
-        raise InputError("this model has adapters attached already: load it afresh to attach others")
+    refuse_adapted(model)
     names = match_targets(model, targets)
     adapted = {name: _adapt(name, model.get_submodule(name), rank, alpha, dropout) for name in names}
     for name, layer in adapted.items():  # only now: an error above leaves the model as it was
@@ -47,6 +46,12 @@ def attach_lora(
         layer.lora_a.requires_grad_(True)
         layer.lora_b.requires_grad_(True)
     return names
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """InputError when the model has adapters already."""
+    if any(True for _ in adapted_layers(model)):
+        raise InputError("this model has adapters attached already: load it afresh to attach others")
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

@@ -31,7 +31,7 @@ class MemoryStats:
 
 
 class AdapterLayer(Protocol):
-    """What attach, save, fuse and export ask of an adapted linear layer."""
+    """The interface of an adapted linear layer: what attach, save, fuse and export ask of it."""
 
     rank: int
     alpha: float

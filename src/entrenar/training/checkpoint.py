@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from entrenar.core.atomic import atomic_directory
 from entrenar.core.errors import InputError
-from entrenar.files.peft import WEIGHTS_NAME, factor_tensors, read_factors
+from entrenar.files.peft import WEIGHTS_NAME, read_factors, write_factors
 from entrenar.lora.adapter_io import adapter_factors, set_factors
 from entrenar.training.state import State
 
@@ -31,7 +31,7 @@ def save_checkpoint(
     if target.exists():
         shutil.rmtree(target)
     with atomic_directory(target) as temporary:
-        save_file(factor_tensors(adapter_factors(model)), temporary / WEIGHTS_NAME)
+        write_factors(temporary / WEIGHTS_NAME, adapter_factors(model))
         save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
         (temporary / _STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8")
         manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
