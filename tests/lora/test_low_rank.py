@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from entrenar.core.errors import InputError
 from entrenar.lora.lora_layer import LoRALayer
-from entrenar.lora.low_rank import is_adapter
 from entrenar.lora.qlora_layer import QLoRALayer
 
 KINDS = pytest.mark.parametrize("kind", [LoRALayer, QLoRALayer])
@@ -79,9 +77,3 @@ def test_an_input_without_dimensions_names_both_numbers(kind: Kind) -> None:
 def test_a_dropout_outside_its_range_is_an_error_that_shows_it(kind: Kind, dropout: float) -> None:
     with pytest.raises(InputError, match=f"dropout {dropout}"):
         kind(torch.ones(8, 6), rank=1, dropout=dropout)
-
-
-def test_an_adapter_is_known_by_what_it_can_do() -> None:
-    assert is_adapter(LoRALayer(torch.ones(8, 6), rank=1))
-    assert is_adapter(QLoRALayer(torch.ones(8, 6), rank=1))
-    assert not is_adapter(nn.Linear(6, 8))

@@ -7,7 +7,7 @@ from entrenar.core.errors import InputError
 from entrenar.lora.low_rank import AdapterLayer, MemoryStats, check_input, delta, init_factors, low_rank, memory_stats
 
 
-class LoRALayer(nn.Module, AdapterLayer):
+class LoRALayer(AdapterLayer):
     """y = x·W₀ᵀ + bias + scale·B(A(x)), scale = alpha / rank; W₀ (d_out, d_in) is frozen, A and B are trained.
 
     Args:

@@ -11,7 +11,7 @@ from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import QuantizedTensor, quantize
 
 
-class QLoRALayer(nn.Module, AdapterLayer):
+class QLoRALayer(AdapterLayer):
     """y = x·dequantize(W)ᵀ + bias + scale·B(A(x)); W is never changed in place, and only its packed bytes are kept.
 
     Args:
