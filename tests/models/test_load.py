@@ -338,3 +338,14 @@ def test_a_truncated_shard_is_an_input_error(tmp_path: Path, tiny_model_dir: Pat
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(InputError, match=r"model\.safetensors is not a complete"):
         load(str(tmp_path / "model"))
+
+
+def test_a_tied_head_with_values_of_its_own_is_an_error(tiny_model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, tmp_path / "model" / "model.safetensors")
+    load(str(tmp_path / "model"))
+    save_file({**tensors, "lm_head.weight": embedding + 1}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(str(tmp_path / "model"))

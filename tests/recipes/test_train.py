@@ -64,7 +64,7 @@ def test_a_run_leaves_config_metrics_checkpoints_and_adapter(make_config: MakeCo
     run = Path(result.run_dir)
     names = {"config.yaml", "metrics.jsonl", "adapter", "checkpoints", "result.json"}
     assert {path.name for path in run.iterdir()} == names
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-4", "best"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-4", "best-6"}
     assert "lr: 0.005" in (run / "config.yaml").read_text()
     adapter = json.loads((run / "adapter" / CONFIG_NAME).read_text())
     assert adapter["target_modules"] == ["down_proj", "q_proj"]

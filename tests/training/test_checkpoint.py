@@ -12,7 +12,7 @@ from entrenar.data.dataset import PreparedData
 from entrenar.files.peft import WEIGHTS_NAME
 from entrenar.lora.attach import adapted_layers
 from entrenar.optim.adamw import make_adamw
-from entrenar.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from entrenar.training.checkpoint import drop_older, latest_checkpoint, load_checkpoint, save_checkpoint
 from entrenar.training.state import State
 from entrenar.training.step import update
 
@@ -51,9 +51,8 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_qlora: PreTrainedModel, tmp_pa
 
 def test_only_the_newest_are_kept(tiny_qlora: PreTrainedModel, tmp_path: Path) -> None:
     for step in (2, 4, 10):
-        save_checkpoint(
-            tmp_path, f"step-{step}", tiny_qlora, optimizer_of(tiny_qlora), State("data", step=step), keep=2
-        )
+        save_checkpoint(tmp_path, f"step-{step}", tiny_qlora, optimizer_of(tiny_qlora), State("data", step=step))
+    drop_older(tmp_path, "step", keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-4"]
 
 
