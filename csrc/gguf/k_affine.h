@@ -250,7 +250,7 @@ inline void encode(const float* x, const AffineCodes& codes, int first, uint8_t*
         const Floats inverse = reciprocal_above(scale, kTiny);
         for (int i = group * 32; i < group * 32 + 32; i += kLanes) {
             const Floats code = affine_code<kTop>(load<Floats>(x + i), inverse, minimum);
-            store(out + i, __builtin_convertvector(__builtin_convertvector(code, Ints), Bytes));
+            store_bytes(__builtin_convertvector(code, Ints), out + i);
         }
     }
 }

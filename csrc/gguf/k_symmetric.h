@@ -142,7 +142,7 @@ inline void encode(const float* x, const SymmetricCodes& codes, uint8_t* out) {
         const Floats inverse = signed_reciprocal(all(codes.d) * codes.s.at[group]);
         for (int i = group * 16; i < group * 16 + 16; i += kLanes) {
             const Floats code = symmetric_code(load<Floats>(x + i), inverse) + 32.0f;
-            store(out + i, __builtin_convertvector(__builtin_convertvector(code, Ints), Bytes));
+            store_bytes(__builtin_convertvector(code, Ints), out + i);
         }
     }
 }

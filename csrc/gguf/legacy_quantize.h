@@ -23,12 +23,7 @@ inline Range range_of(const float* x) {
         low = smaller(value, low);
         high = larger(value, high);
     }
-    Range range{low[0], high[0]};
-    for (int lane = 1; lane < kLanes; ++lane) {
-        range.low = low[lane] < range.low ? low[lane] : range.low;
-        range.high = high[lane] > range.high ? high[lane] : range.high;
-    }
-    return range;
+    return {smallest(low), largest(high)};
 }
 
 // The first element of magnitude `size`, with its sign: which of two equals comes first decides the bytes.
@@ -55,30 +50,19 @@ inline Ints truncate(Floats value, int limit) {
     return code < limit ? code : limit - Ints{};
 }
 
-inline void store_codes(Ints codes, uint8_t* to) { store(to, __builtin_convertvector(codes, Bytes)); }
-
-// Low nibbles hold elements 0…15, high nibbles 16…31.
-inline void pack_nibbles(const uint8_t* codes, uint8_t* out) {
-    for (int i = 0; i < 16; ++i) out[i] = static_cast<uint8_t>((codes[i] & 15) | (codes[i + 16] << 4));
-}
-
-// Bit 4 of every code; bit i belongs to element i.
-inline void pack_fifth_bits(const uint8_t* codes, uint8_t* out) {
-    for (int byte = 0; byte < 4; ++byte) {
-        uint64_t eight;
-        std::memcpy(&eight, codes + byte * 8, 8);
-        // The multiplication gathers the lowest bits of eight bytes in the top byte, in order.
-        out[byte] = static_cast<uint8_t>((((eight >> 4) & 0x0101010101010101u) * 0x0102040810204080u) >> 56);
-    }
-}
-
+// The codes of a block, packed from registers: the low nibbles hold elements 0…15, the high ones 16…31, and a fifth bit
+// goes to a plane of its own.
 template <int kBits>
-inline void pack(const uint8_t* codes, uint8_t* out) {
+inline void pack(const Ints* codes, uint8_t* out) {
     if (kBits == 5) {
-        pack_fifth_bits(codes, out);
+        uint32_t fifth = 0;
+        for (int part = 0; part < kParts; ++part) fifth |= sign_bits(codes[part] << 27) << (part * kLanes);
+        std::memcpy(out, &fifth, 4);
         out += 4;
     }
-    pack_nibbles(codes, out);
+    for (int part = 0; part < kParts / 2; ++part) {
+        store_bytes((codes[part] & 15) | ((codes[part + kParts / 2] & 15) << 4), out + part * kLanes);
+    }
 }
 
 // Q4_0, Q5_0: the element of largest magnitude becomes exactly −8 or −16 steps.
@@ -86,9 +70,9 @@ template <int kBits>
 inline void quantize_symmetric(const float* x, uint8_t* out) {
     constexpr int kHalf = 1 << (kBits - 1);
     const float scale = signed_absmax(x) / -kHalf, inverse = reciprocal(scale);
-    uint8_t codes[kSmallBlock];
-    for (int i = 0; i < kSmallBlock; i += kLanes) {
-        store_codes(truncate(load<Floats>(x + i) * inverse + (kHalf + 0.5f), 2 * kHalf - 1), codes + i);
+    Ints codes[kParts];
+    for (int part = 0; part < kParts; ++part) {
+        codes[part] = truncate(load<Floats>(x + part * kLanes) * inverse + (kHalf + 0.5f), 2 * kHalf - 1);
     }
     write_f16(out, scale);
     pack<kBits>(codes, out + 2);
@@ -100,10 +84,11 @@ inline void quantize_affine(const float* x, uint8_t* out) {
     constexpr int kTop = (1 << kBits) - 1;
     Range range = range_of(x);
     if (range.low == 0.0f) range.low = first_of_magnitude(x, 0.0f);  // -0 and 0 are different bytes
-    const float scale = (range.high - range.low) / kTop, inverse = reciprocal(scale);
-    uint8_t codes[kSmallBlock];
-    for (int i = 0; i < kSmallBlock; i += kLanes) {
-        store_codes(truncate((load<Floats>(x + i) - range.low) * inverse + 0.5f, kTop), codes + i);
+    const float scale = range.high > range.low ? (range.high - range.low) / kTop : 0.0f;
+    const float inverse = reciprocal(scale);
+    Ints codes[kParts];
+    for (int part = 0; part < kParts; ++part) {
+        codes[part] = truncate((load<Floats>(x + part * kLanes) - range.low) * inverse + 0.5f, kTop);
     }
     write_f16(out, scale);
     write_f16(out + 2, range.low);
@@ -121,7 +106,7 @@ inline void quantize_bytes(const float* x, uint8_t* out) {
         const Ints whole = __builtin_convertvector(sane, Ints);
         const Ints rounded = whole - (Ints)(sane - __builtin_convertvector(whole, Floats) >= 0.5f);  // true is −1
         const Ints sign = (Ints)scaled >> 31;
-        store_codes((rounded ^ sign) - sign, out + 2 + i);
+        store_bytes((rounded ^ sign) - sign, out + 2 + i);
     }
     write_f16(out, scale);
 }
