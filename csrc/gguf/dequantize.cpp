@@ -37,9 +37,10 @@ Entry entry_of(int type) {
 }  // namespace
 }  // namespace entrenar::gguf
 
-// Blocks of `type` (ggml's id), row after row → (rows, columns) of out_dtype. columns must be a multiple of the block.
-ENTRENAR_API int entrenar_dequantize_gguf(int type, const void* in, int64_t in_bytes, void* out, int64_t out_bytes,
-                                          int out_dtype, int64_t rows, int64_t columns, int threads) {
+// in: blocks of `type` (ggml's id), row after row → out: (rows, columns) of out_dtype. columns must be a multiple of the
+// block.
+ENTRENAR_API int entrenar_dequantize_gguf(const void* in, int64_t in_bytes, void* out, int64_t out_bytes, int64_t rows,
+                                          int64_t columns, int type, int out_dtype, int threads) {
     using namespace entrenar;
     using namespace entrenar::gguf;
     const Entry entry = entry_of(type);

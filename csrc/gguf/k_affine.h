@@ -40,7 +40,7 @@ inline AffineFit fit_affine(Floats w, Floats wy, Floats wl, Floats wll, Floats w
 // Step 1 for the lanes from `lane`: scale ≥ 0 and minimum ≥ 0 (to be subtracted).
 template <int kTop>
 inline void search(const AffineTile& tile, int lane, PerLane& scales, PerLane& minima) {
-    Floats low{}, high{};
+    Floats low{}, high = load<Floats>(&tile.x[0][lane]);
     for (int i = 0; i < 32; ++i) {
         low = smaller(load<Floats>(&tile.x[i][lane]), low);
         high = larger(load<Floats>(&tile.x[i][lane]), high);
@@ -55,7 +55,8 @@ inline void search(const AffineTile& tile, int lane, PerLane& scales, PerLane& m
         wy = wy + weight * shifted;
     }
     const Floats per_spread = reciprocal_above(high - low, kTiny), ceiling = -low;
-    AffineFit best{Floats{}, ceiling, Floats{}};
+    const Floats mean = smaller(wy / w, ceiling);
+    AffineFit best{Floats{}, mean, mean * (2.0f * wy - mean * w)};  // one value for all, to be improved on
     for (int width = 0; width < kStepWidths; ++width) {
         const Floats per_step = per_spread * (kTop - 2 + 0.25f * static_cast<float>(width));
         Floats wl{}, wll{}, wly{};

@@ -37,11 +37,12 @@ Entry entry_of(int type) {
 }  // namespace
 }  // namespace entrenar::gguf
 
-// weight (rows, columns) of in_dtype → blocks, row after row. `type` is ggml's id; `importance` (columns) floats or null,
-// for K types only. columns must be a multiple of the block.
-ENTRENAR_API int entrenar_quantize_gguf(int type, const void* in, int64_t in_bytes, int in_dtype, void* out,
-                                        int64_t out_bytes, int64_t rows, int64_t columns, const float* importance,
-                                        int threads) {
+// in: weight (rows, columns) of in_dtype → out: blocks, row after row. `type` is ggml's id; importance: `columns` float32,
+// or null for none (the only choice for types that are not K). columns must be a multiple of the block.
+// A block with a NaN or an infinity has unspecified bytes.
+ENTRENAR_API int entrenar_quantize_gguf(const void* in, int64_t in_bytes, void* out, int64_t out_bytes,
+                                        const void* importance, int64_t importance_bytes, int64_t rows, int64_t columns,
+                                        int type, int in_dtype, int threads) {
     using namespace entrenar;
     using namespace entrenar::gguf;
     const Entry entry = entry_of(type);
@@ -52,10 +53,14 @@ ENTRENAR_API int entrenar_quantize_gguf(int type, const void* in, int64_t in_byt
     const int64_t blocks = elements / entry.elements;
     if (const int error = check_buffer(in, in_bytes, elements, dtype_bytes(in_dtype))) return error;
     if (const int error = check_buffer(out, out_bytes, blocks, entry.bytes)) return error;
+    if (importance) {
+        if (const int error = check_buffer(importance, importance_bytes, columns, 4)) return error;
+    }
     parallel_for(blocks, 16384 / entry.elements, threads, [&](int64_t begin, int64_t end) {
         const int64_t first = begin * entry.elements;
         entry.kernel({static_cast<const char*>(in) + first * dtype_bytes(in_dtype), in_dtype,
-                      static_cast<uint8_t*>(out) + begin * entry.bytes, end - begin, importance, first % columns, columns});
+                      static_cast<uint8_t*>(out) + begin * entry.bytes, end - begin,
+                      static_cast<const float*>(importance), first % columns, columns});
     });
     return kOk;
 }
