@@ -1,4 +1,4 @@
-"""GGUF blocks: equal to the `gguf` package on every path; K quantizers equal to their reference; nothing written outside."""
+"""GGUF blocks: equal to the `gguf` package on every path; K quantizers equal to their reference."""
 
 import warnings
 
@@ -87,14 +87,12 @@ def _cases(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: weight for name, weight in cast.items() if weight.isfinite().all()}
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("type", LEGACY)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_legacy_bytes_are_the_gguf_packages(type: str, dtype: torch.dtype, path: str) -> None:
+def test_legacy_bytes_are_the_gguf_packages(type: str, dtype: torch.dtype, kernel_path: str) -> None:
     for name, weight in _cases(dtype).items():
         expected = _gguf_bytes(weight, type)
-        with native.using(path):
-            assert torch.equal(quantize_gguf(weight, type), expected), name
+        assert torch.equal(quantize_gguf(weight, type), expected), name
 
 
 @pytest.mark.parametrize("type", ["q4_1", "q5_1"])
@@ -121,12 +119,10 @@ def test_k_bytes_are_the_references_on_every_path(type: str, dtype: torch.dtype,
                 assert torch.equal(quantize_gguf(weight, type, importance), expected), (name, path)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("type", "error"), [("q4_k", 0.00509), ("q5_k", 0.00131), ("q6_k", 0.000315)])
-def test_k_error_on_gaussian_weights_is_at_most_llama_cpps(type: str, error: float, path: str) -> None:
+def test_k_error_on_gaussian_weights_is_at_most_llama_cpps(type: str, error: float, kernel_path: str) -> None:
     weight = _random(64, 1024)
-    with native.using(path):
-        packed = quantize_gguf(weight, type)
+    packed = quantize_gguf(weight, type)
     assert (_gguf_values(packed, type) - weight).square().mean() < error
 
 
@@ -152,16 +148,14 @@ def test_importance_moves_the_error_to_the_columns_that_do_not_count(type: str) 
     assert error(quantize_gguf(weight, type, importance)) < 0.8 * error(quantize_gguf(weight, type))
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("type", DEQUANTIZED_TYPES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_values_are_the_gguf_packages(type: str, dtype: torch.dtype, path: str) -> None:
+def test_values_are_the_gguf_packages(type: str, dtype: torch.dtype, kernel_path: str) -> None:
     packed = _random_bytes(65, _row_bytes(type, 768))
     expected = _gguf_values(packed, type).to(dtype)  # some scales are infinite or NaN
     out = torch.empty_like(expected)
-    with native.using(path):
-        fresh = dequantize_gguf(packed, type, 768, dtype)
-        assert dequantize_gguf(packed, type, 768, dtype, out) is out
+    fresh = dequantize_gguf(packed, type, 768, dtype)
+    assert dequantize_gguf(packed, type, 768, dtype, out) is out
     for values in (fresh, out):
         assert torch.equal(values.isnan(), expected.isnan())
         kept = ~expected.isnan()
@@ -172,15 +166,13 @@ def _bits(values: Tensor) -> Tensor:
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("type", QUANTIZED_TYPES)
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("columns", [0, 256, 768])
-def test_small_and_empty_matrices_there_and_back(type: str, rows: int, columns: int, path: str) -> None:
+def test_small_and_empty_matrices_there_and_back(type: str, rows: int, columns: int, kernel_path: str) -> None:
     weight = _random(rows, columns)
-    with native.using(path):
-        packed = quantize_gguf(weight, type)
-        values = dequantize_gguf(packed, type, columns)
+    packed = quantize_gguf(weight, type)
+    values = dequantize_gguf(packed, type, columns)
     assert packed.shape == (rows, _row_bytes(type, columns))
     assert values.shape == weight.shape
     assert (values - weight).norm() <= 0.1 * weight.norm()

@@ -1,7 +1,7 @@
 """GGUF's block types: quantize rows of a weight to ggml's bytes, and bytes back to numbers.
 
-Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 are equal to the `gguf` package's bytes, and all dequantized values to its values. Q4_K, Q5_K
-and Q6_K are searched (gguf_k_reference.py); their squared error is below llama.cpp's.
+Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 are equal to the `gguf` package's bytes, and all dequantized values to its values. Q4_K,
+Q5_K and Q6_K are searched (gguf_k_reference.py); their squared error is below llama.cpp's.
 """
 
 import warnings
@@ -46,8 +46,8 @@ def quantize_gguf(weight: Tensor, type: str, importance: Tensor | None = None) -
     _check_type(type, QUANTIZED_TYPES, "quantized to")
     if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] % _block(type)[0]:
         raise InputError(
-            f"a {weight.dtype} tensor of shape {tuple(weight.shape)} cannot be quantized to {type}: give a float matrix "
-            f"whose rows are a multiple of {_block(type)[0]}"
+            f"a {weight.dtype} tensor of shape {tuple(weight.shape)} cannot be quantized to {type}: give a float "
+            f"matrix whose rows are a multiple of {_block(type)[0]}"
         )
     if importance is not None and (type not in _K_QUANTIZERS or importance.shape != weight.shape[1:]):
         raise InputError(
@@ -124,7 +124,7 @@ def _quantize_reference(weight: Tensor, type: str, importance: Tensor | None) ->
 
 
 def _settle_zero_minimum(values: Tensor, blocks: Tensor) -> None:
-    """Of zeros of both signs the first is the minimum, as in llama.cpp; numpy's choice depends on its vectors' width."""
+    """Of zeros of both signs the first is the minimum, as in llama.cpp; numpy's choice depends on its vectors."""
     first_zero = (values == 0).to(torch.uint8).argmax(dim=1, keepdim=True)
     negative = values.gather(1, first_zero).signbit().flatten()
     is_zero = values.amin(dim=1) == 0

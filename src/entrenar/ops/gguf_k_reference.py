@@ -2,12 +2,12 @@
 
 A super-block of 256 elements has sub-blocks with a scale each (and a minimum, in Q4_K and Q5_K), and these scales are
 themselves small integers under a float16 unit. Three steps, the error weighted by (rms + |x|) · importance:
-1. for each sub-block the best real scale and minimum: codes under a range of step widths, the least-squares fit to each;
+1. for each sub-block the best real scale and minimum: codes under many step widths, the least-squares fit to each;
 2. the units so that the largest scale fits, and for each sub-block the best codes around its scale and minimum;
 3. the units fitted again to all codes, step 2 again; kept where the error fell.
 
-Sub-blocks lie in columns: x (elements of a sub-block, sub-blocks). Sums run in the order of the native kernels, and every
-operation is rounded to float32 by itself. B super-blocks, L sub-blocks, E elements of a sub-block.
+Sub-blocks lie in columns: x (elements of a sub-block, sub-blocks). Sums run in the order of the native kernels, and
+every operation is rounded to float32 by itself. B super-blocks, L sub-blocks, G groups (sub-blocks) of a super-block.
 """
 
 from dataclasses import dataclass, replace
@@ -41,9 +41,7 @@ def quantize_q6_k(blocks: Tensor, importance: Tensor | None) -> Tensor:
     x, weight = _columns(blocks, importance, 16)
     fitted = _round_symmetric(_search_symmetric(x, weight).view(-1, 16))
     fitted = _refine_symmetric(x, weight, fitted)
-    again = _refine_symmetric(x, weight, _refit_symmetric(x, weight, fitted))
-    better = _in_order(again.error.T) < _in_order(fitted.error.T)
-    fitted = _Fitted(*(torch.where(better.view(-1, 1), new, old) for new, old in zip(again.parts, fitted.parts)))
+    fitted = fitted.or_better(_refine_symmetric(x, weight, _refit_symmetric(x, weight, fitted)))
     codes = _symmetric_codes(x, _signed_reciprocal((fitted.d * fitted.s).flatten())) + 32
     codes = codes.T.reshape(-1, SUPER_BLOCK).to(torch.uint8)
     pairs = (codes >> 4).view(-1, 2, 4, 32) << torch.arange(0, 8, 2, dtype=torch.uint8).view(4, 1)
@@ -62,9 +60,11 @@ class _Fitted:
     m: Tensor
     error: Tensor
 
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        return self.d, self.dmin, self.s, self.m, self.error
+    def or_better(self, other: "_Fitted") -> "_Fitted":
+        """Of each super-block the fit with the smaller error."""
+        better = (_in_order(other.error.T) < _in_order(self.error.T)).view(-1, 1)
+        parts = (torch.where(better, getattr(other, name), old) for name, old in vars(self).items())
+        return _Fitted(*parts)
 
 
 def _columns(blocks: Tensor, importance: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
@@ -124,9 +124,7 @@ def _affine(blocks: Tensor, importance: Tensor | None, top: int) -> tuple[Tensor
     x, weight = _columns(blocks, importance, 32)
     scale, minimum = _search_affine(x, weight, top)
     fitted = _refine_affine(x, weight, _round_affine(scale.view(-1, 8), minimum.view(-1, 8)), top)
-    again = _refine_affine(x, weight, _refit_affine(x, weight, fitted, top), top)
-    better = _in_order(again.error.T) < _in_order(fitted.error.T)
-    fitted = _Fitted(*(torch.where(better.view(-1, 1), new, old) for new, old in zip(again.parts, fitted.parts)))
+    fitted = fitted.or_better(_refine_affine(x, weight, _refit_affine(x, weight, fitted, top), top))
     codes = _affine_codes(x, (fitted.d * fitted.s).flatten(), (fitted.dmin * fitted.m).flatten(), top)
     s, m = fitted.s.to(torch.uint8), fitted.m.to(torch.uint8)
     low, high = slice(0, 4), slice(4, 8)
@@ -160,9 +158,7 @@ def _search_affine(x: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]
     return best_scale, _larger(-(low + best_offset), 0.0)
 
 
-def _fit_line(
-    w: Tensor, wy: Tensor, wl: Tensor, wll: Tensor, wly: Tensor, ceiling: Tensor
-) -> tuple[Tensor, Tensor]:
+def _fit_line(w: Tensor, wy: Tensor, wl: Tensor, wll: Tensor, wly: Tensor, ceiling: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares of y ≈ scale·code + offset; through `ceiling` where the offset would pass it or codes are equal."""
     determinant = w * wll - wl * wl
     inverse = 1.0 / determinant
