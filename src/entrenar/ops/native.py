@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from entrenar.core.errors import InputError
+from entrenar.core.errors import EntrenarError, InputError
 
 _LOG = logging.getLogger(__name__)
 _NAME = "libentrenar_kernels.so"
@@ -68,7 +68,11 @@ class Function:
     def _function(self) -> Callable[..., int]:
         library = _library()
         assert library is not None, "callers ask available() first"
-        function = library[self.name]
+        try:
+            function = library[self.name]
+        except AttributeError as error:
+            hint = "build it again with `pip install -e .`"
+            raise EntrenarError(f"{library._name} has no {self.name}, it is older than the sources: {hint}") from error
         function.argtypes = [kind for letter in self.signature for kind in _TYPES[letter]]
         return function
 
