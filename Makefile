@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: setup check test interop demo bench clean
+.PHONY: setup check test test-slow asan interop demo bench clean
 
 setup: .venv/.setup $(MODEL)
 
@@ -33,6 +33,18 @@ check: setup
 
 test: setup
 	$(BIN)/pytest -n 2
+
+# A few tests that need gigabytes of memory.
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+# The kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the native library.
+asan: setup
+	cmake -S . -B build/asan -DENTRENAR_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/asan --parallel 2
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	ENTRENAR_LIBRARY=build/asan/libentrenar_kernels.so $(BIN)/pytest -p no:cacheprovider tests/ops tests/quant
 
 # Compares with peft, bitsandbytes and llama.cpp; the last takes about five minutes to build, once.
 interop: setup .venv/.peers

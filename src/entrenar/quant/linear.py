@@ -1,7 +1,8 @@
 """QuantizedLinear: a frozen linear layer that keeps its weight in a block format.
 
-The forward dequantizes the weight, multiplies and drops it; the backward for x dequantizes it again. So a layer costs
-its packed bytes plus, while it runs, one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
+A 4-bit layer decodes its weight a panel at a time (ops/linear_codebook.py). Other formats dequantize the whole weight,
+multiply and drop it, and do so again in the backward for x: such a layer costs its packed bytes plus, while it runs, one
+weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.quant.registry import get_format
 from entrenar.quant.tensor import QuantizedTensor
 
 
@@ -70,7 +72,18 @@ class QuantizedLinear(nn.Module):
 
 def quantized_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """x (..., d_in) → (..., d_out) through a quantized weight (d_out, d_in); gradient reaches x only."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     bias = None if bias is None else bias.to(x.dtype)
+    kernel = get_format(weight.format).linear
+    if kernel is not None:
+        _check_features(x, weight)
+        return kernel(x, weight.parts, weight.block_size, weight.shape[0], bias)
     output = _QuantizedMatmul.apply(x, weight, bias)
     assert isinstance(output, Tensor)  # tells the type checker what apply() returns
     return output
+
+
+def _check_features(x: Tensor, weight: QuantizedTensor) -> None:
+    if x.shape[-1:] != weight.shape[1:]:
+        raise InputError(f"the input has shape {tuple(x.shape)} but the layer takes (..., {weight.shape[1]})")

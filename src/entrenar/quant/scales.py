@@ -9,10 +9,13 @@ Double quantization, for one group of 256 blocks each:
 import torch
 from torch import Tensor
 
-from entrenar.ops.blocks import block_absmax
+from entrenar.ops.scales import GROUP, decode_scales, nest_scales
 from entrenar.quant.codebooks import dynamic_map
 
-GROUP = 256
+__all__ = [
+    "GROUP", "Parts", "as_bytes", "as_float", "block_scales", "nest_dynamic", "nest_linear", "plain", "scale_tensors"
+]  # fmt: skip
+
 Parts = dict[str, Tensor]
 
 
@@ -33,46 +36,25 @@ def plain(scales: Tensor) -> Parts:
 
 def nest_dynamic(scales: Tensor) -> Parts:
     """Double quantization with bitsandbytes' dynamic map and offset. scales (blocks,) float32."""
-    offset = scales.mean() if scales.numel() else scales.new_zeros(())
-    centred = scales - offset
-    group_absmax = block_absmax(centred, GROUP)
-    spread = group_absmax.repeat_interleave(GROUP)[: scales.numel()]
-    codes = torch.where(spread > 0, _dynamic_codes(centred * (1.0 / spread)), 0)
-    return {
-        "scales": codes.to(torch.uint8),
-        "nested_scales": as_bytes(group_absmax),
-        "offset": as_bytes(offset.view(1)),
-    }
-
-
-def _dynamic_codes(scaled: Tensor) -> Tensor:
-    """Nearest entries of the dynamic map to scaled (n,) float32 in [−1, 1].
-
-    bitsandbytes' CPU kernel first rounds to a grid of 65,536 steps, by one fused multiply-add; the float64 arithmetic
-    below gives the same bits.
-    """
-    shifted = scaled.clamp(-1, 1) + 1
-    step = (shifted.double() * 0.5 * 65535 + 0.5).float().to(torch.int32)
-    grid = -1.0 + (2.0 * step.float()) / 65535
-    code = dynamic_map(scaled.device)
-    return torch.bucketize(grid, 0.5 * (code[:-1] + code[1:]), out_int32=True)
+    offset = (scales.mean() if scales.numel() else scales.new_zeros(())).view(1)
+    codes, group = nest_scales(scales, offset, dynamic_map(scales.device))
+    return {"scales": codes, "nested_scales": as_bytes(group), "offset": as_bytes(offset)}
 
 
 def nest_linear(scales: Tensor) -> Parts:
     """Double quantization of non-negative scales: round(s / max · 255), one float32 maximum per group."""
-    group_maximum = block_absmax(scales, GROUP)
-    spread = group_maximum.repeat_interleave(GROUP)[: scales.numel()]
-    codes = torch.where(spread > 0, scales / spread * 255, 0.0).round()
-    return {"scales": codes.to(torch.uint8), "nested_scales": as_bytes(group_maximum)}
+    codes, group = nest_scales(scales)
+    return {"scales": codes, "nested_scales": as_bytes(group)}
+
+
+def scale_tensors(parts: Parts) -> list[Tensor]:
+    """The scales as the operations take them (ops/scales.py)."""
+    if "nested_scales" not in parts:
+        return [as_float(parts["scales"])]
+    held = [parts["scales"], as_float(parts["nested_scales"])]
+    return held if "offset" not in parts else [*held, as_float(parts["offset"]), dynamic_map(parts["scales"].device)]
 
 
 def block_scales(parts: Parts) -> Tensor:
     """The float32 scale of every block, (blocks,), from whichever way they are held."""
-    if "nested_scales" not in parts:
-        return as_float(parts["scales"])
-    codes = parts["scales"]
-    group = as_float(parts["nested_scales"]).repeat_interleave(GROUP)[: codes.numel()]
-    if "offset" not in parts:
-        return codes.float() / 255 * group
-    offset = as_float(parts["offset"])
-    return dynamic_map(codes.device)[codes.long()] * group + offset if codes.numel() else group
+    return decode_scales(scale_tensors(parts))

@@ -1,27 +1,37 @@
-"""What nf4 and fp4 share: bitsandbytes' absmax, nested scales and byte order around a codebook."""
+"""What the 4-bit formats share: two codes a byte, read through a codebook; and bitsandbytes' way to write them."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from entrenar.ops.blocks import block_absmax
-from entrenar.ops.codebook import TINY, dequantize_codebook, quantize_codebook
+from entrenar.ops.dequantize_codebook import dequantize_codebook
+from entrenar.ops.linear_codebook import linear_codebook
+from entrenar.ops.quantize_codebook import quantize_codebook
 from entrenar.quant.codebooks import codebook
 from entrenar.quant.format import Format
-from entrenar.quant.scales import Parts, block_scales, nest_dynamic, plain
+from entrenar.quant.scales import Parts, nest_dynamic, plain, scale_tensors
+
+
+def four_bit_format(name: str, quantize: Callable[[Tensor, int, bool], Parts]) -> Format:
+    """The registry row of a format of 4-bit codes into the codebook `name`."""
+
+    def dequantize(parts: Parts, block_size: int, count: int, dtype: torch.dtype) -> Tensor:
+        table = codebook(name, parts["codes"].device)
+        return dequantize_codebook(parts["codes"], scale_tensors(parts), table, block_size, count, dtype)
+
+    def linear(x: Tensor, parts: Parts, block_size: int, out_features: int, bias: Tensor | None) -> Tensor:
+        table = codebook(name, parts["codes"].device)
+        return linear_codebook(x, parts["codes"], scale_tensors(parts), table, block_size, out_features, bias)
+
+    return Format(name=name, bits=4, quantize=quantize, dequantize=dequantize, linear=linear)
 
 
 def codebook_format(name: str) -> Format:
     """The registry row of a bitsandbytes 4-bit format."""
 
     def quantize(flat: Tensor, block_size: int, double_quant: bool) -> Parts:
-        absmax = block_absmax(flat, block_size)
-        if flat.numel() % block_size:
-            absmax[-1].clamp_(min=TINY)
-        codes = quantize_codebook(flat, absmax, codebook(name, flat.device), block_size)
+        codes, absmax = quantize_codebook(flat, codebook(name, flat.device), block_size)
         return {"codes": codes} | (nest_dynamic(absmax) if double_quant else plain(absmax))
 
-    def dequantize(parts: Parts, block_size: int, count: int, dtype: torch.dtype) -> Tensor:
-        table = codebook(name, parts["codes"].device)
-        return dequantize_codebook(parts["codes"], block_scales(parts), table, block_size, count, dtype)
-
-    return Format(name=name, bits=4, quantize=quantize, dequantize=dequantize)
+    return four_bit_format(name, quantize)

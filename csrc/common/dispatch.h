@@ -1,0 +1,53 @@
+// Which instruction set serves. Every kernel group has one table of function pointers per path:
+//
+//   csrc/<group>/<name>_generic.cpp   portable C++, always there
+//   csrc/<group>/<name>_avx2.cpp      -mavx2 -mfma -mf16c
+//   csrc/<group>/<name>_avx512.cpp    + F, BW, DQ, VL, VBMI (Ice Lake, Zen 4 and later)
+//   csrc/<group>/<name>_avx512bf16.cpp  + BF16: not a path of its own, a part of avx512 where the CPU has it
+//   csrc/<group>/<name>_neon.cpp      aarch64
+//   csrc/<group>/<name>.cpp           the exported functions: check sizes, pick a table, split the work over threads
+//
+// Kernel files (with a suffix) define `extern const Table <name>_<path>` and keep everything else in an anonymous
+// namespace; they use no inline function or template with external linkage (see common/floats.h for the reason).
+#pragma once
+
+#if defined(__x86_64__)
+#define ENTRENAR_ON_X86(pointer) (pointer)
+#else
+#define ENTRENAR_ON_X86(pointer) nullptr
+#endif
+#if defined(__aarch64__)
+#define ENTRENAR_ON_ARM(pointer) (pointer)
+#else
+#define ENTRENAR_ON_ARM(pointer) nullptr
+#endif
+
+namespace entrenar {
+
+enum class Path : int { generic, avx2, avx512, neon };
+
+// The path in use: the best one this CPU has, or what entrenar_set_path chose.
+Path current_path();
+
+// Whether the CPU has AVX512-BF16 and the path in use is avx512.
+bool has_avx512_bf16();
+
+// One table per path; a null entry falls back to the next simpler one, in the end to `generic`.
+template <class Table>
+struct Paths {
+    const Table* generic;
+    const Table* avx2;
+    const Table* avx512;
+    const Table* neon;
+};
+
+template <class Table>
+const Table& pick(const Paths<Table>& paths) {
+    const Path path = current_path();
+    if (path == Path::neon && paths.neon) return *paths.neon;
+    if (path == Path::avx512 && paths.avx512) return *paths.avx512;
+    if ((path == Path::avx512 || path == Path::avx2) && paths.avx2) return *paths.avx2;
+    return *paths.generic;
+}
+
+}  // namespace entrenar

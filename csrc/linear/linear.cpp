@@ -1,0 +1,156 @@
+// A linear layer over a codebook weight for up to 16 tokens: the packed bytes are read once and decoded a tile at a
+// time, and the weight as a whole never exists. Each output element is summed by one thread in a fixed order, so the
+// result does not depend on the number of threads.
+#include "linear/linear.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "codebook4/dequantize.h"
+#include "common/dispatch.h"
+#include "common/errors.h"
+#include "common/floats.h"
+#include "common/parallel.h"
+#include "common/sizes.h"
+
+namespace entrenar {
+namespace {
+
+constexpr int64_t kGrainRows = 16;
+
+const Paths<Linear> kPaths = {&linear_generic, ENTRENAR_ON_X86(&linear_avx2), ENTRENAR_ON_X86(&linear_avx512), nullptr};
+
+decltype(Linear::dot) pick_dot(int dtype) {
+#if defined(__x86_64__)
+    if (dtype == kBfloat16 && has_avx512_bf16()) return dot_bf16_avx512bf16;
+#endif
+    (void)dtype;
+    return pick(kPaths).dot;
+}
+
+struct Shape {
+    int64_t tokens, rows, columns;
+};
+
+int check_shape(const Shape& shape, int dtype, const void* in, int64_t in_bytes, int64_t in_columns, const void* out,
+                int64_t out_bytes, int64_t out_columns) {
+    if (!is_dtype(dtype)) return kBadDtype;
+    int64_t elements = 0;
+    if (!multiply(shape.rows, shape.columns, &elements)) return kBadSize;
+    if (shape.tokens < 0 || shape.tokens > kMaxTokens) return kBadArgument;
+    if (!multiply(shape.tokens, in_columns, &elements)) return kBadSize;
+    if (const int error = check_buffer(in, in_bytes, elements, dtype_bytes(dtype))) return error;
+    if (!multiply(shape.tokens, out_columns, &elements)) return kBadSize;
+    return check_buffer(out, out_bytes, elements, dtype_bytes(dtype));
+}
+
+// y[:, first … first + kTileRows) of the forward.
+void forward_rows(const CodebookWeight& weight, const DequantizeCodebook& decoder, decltype(Linear::dot) dot,
+                  const Shape& shape, int64_t first, const void* x, const void* bias, void* y, int dtype) {
+    alignas(64) float tile[kTileRows * kTileColumns];  // room for float32; a 16-bit tile uses half
+    const int64_t bytes = dtype_bytes(dtype), rows = std::min(kTileRows, shape.rows - first);
+    float sums[kMaxTokens * kTileRows] = {};
+    if (rows < kTileRows) std::memset(tile, 0, sizeof tile);
+    for (int64_t k = 0; k < shape.columns; k += kTileColumns) {
+        const int64_t columns = std::min(kTileColumns, shape.columns - k);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t begin = (first + r) * shape.columns + k;
+            char* row = reinterpret_cast<char*>(tile) + r * kTileColumns * bytes;
+            decode(decoder, weight, begin, begin + columns, row, dtype, false);
+        }
+        dot(tile, static_cast<const char*>(x) + k * bytes, shape.columns, shape.tokens, columns, dtype, sums);
+    }
+    for (int64_t t = 0; t < shape.tokens; ++t) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const float added = bias ? load_element(bias, dtype, first + r) : 0.0f;
+            store_element(y, dtype, t * shape.rows + first + r, sums[t * kTileRows + r] + added);
+        }
+    }
+}
+
+// dx[:, begin … begin + columns) of the backward.
+void backward_columns(const CodebookWeight& weight, const DequantizeCodebook& decoder, const Linear& kernel,
+                      const Shape& shape, int64_t first, int64_t columns, const void* gradient, void* dx, int dtype) {
+    alignas(64) float tile[kTileRows * kBackwardColumns];
+    alignas(64) float sums[kMaxTokens * kBackwardColumns] = {};
+    const int64_t bytes = dtype_bytes(dtype);
+    for (int64_t row = 0; row < shape.rows; row += kTileRows) {
+        float factors[kMaxTokens * kTileRows] = {};
+        const int64_t rows = std::min(kTileRows, shape.rows - row);
+        if (rows < kTileRows) std::memset(tile, 0, sizeof tile);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t begin = (row + r) * shape.columns + first;
+            char* to = reinterpret_cast<char*>(tile) + r * kBackwardColumns * bytes;
+            decode(decoder, weight, begin, begin + columns, to, dtype, false);
+            for (int64_t t = 0; t < shape.tokens; ++t) {
+                factors[t * kTileRows + r] = load_element(gradient, dtype, t * shape.rows + row + r);
+            }
+        }
+        kernel.accumulate(tile, factors, shape.tokens, columns, dtype, sums);
+    }
+    for (int64_t t = 0; t < shape.tokens; ++t) {
+        for (int64_t k = 0; k < columns; ++k) {
+            store_element(dx, dtype, t * shape.columns + first + k, sums[t * kBackwardColumns + k]);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace entrenar
+
+// y (tokens, rows) = x (tokens, columns) · Wᵀ + bias; W (rows, columns) as in entrenar_dequantize_codebook, rounded to
+// `dtype`, which x, bias and y also have; bias may be null. At most 16 tokens.
+ENTRENAR_API int entrenar_linear_codebook(const void* x, int64_t x_bytes, const void* packed, int64_t packed_bytes,
+                                          const void* scales, int64_t scales_bytes, const void* group,
+                                          int64_t group_bytes, const void* offset, int64_t offset_bytes,
+                                          const void* map, int64_t map_bytes, const void* codebook,
+                                          int64_t codebook_bytes, const void* bias, int64_t bias_bytes, void* y,
+                                          int64_t y_bytes, int64_t tokens, int64_t rows, int64_t columns,
+                                          int64_t block_size, int dtype, int threads) {
+    using namespace entrenar;
+    const Shape shape{tokens, rows, columns};
+    if (const int error = check_shape(shape, dtype, x, x_bytes, columns, y, y_bytes, rows)) return error;
+    if (bias != nullptr) {
+        if (const int error = check_buffer(bias, bias_bytes, rows, dtype_bytes(dtype))) return error;
+    }
+    const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
+    CodebookWeight weight;
+    if (const int error = read_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, rows * columns,
+                                      &weight)) {
+        return error;
+    }
+    const DequantizeCodebook& decoder = dequantize_codebook_kernel();
+    const auto dot = pick_dot(dtype);
+    parallel_for(rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row += kTileRows) {
+            forward_rows(weight, decoder, dot, shape, row, x, bias, y, dtype);
+        }
+    });
+    return kOk;
+}
+
+// dx (tokens, columns) = gradient (tokens, rows) · W. At most 16 tokens.
+ENTRENAR_API int entrenar_linear_codebook_backward(
+    const void* gradient, int64_t gradient_bytes, const void* packed, int64_t packed_bytes, const void* scales,
+    int64_t scales_bytes, const void* group, int64_t group_bytes, const void* offset, int64_t offset_bytes,
+    const void* map, int64_t map_bytes, const void* codebook, int64_t codebook_bytes, void* dx, int64_t dx_bytes,
+    int64_t tokens, int64_t rows, int64_t columns, int64_t block_size, int dtype, int threads) {
+    using namespace entrenar;
+    const Shape shape{tokens, rows, columns};
+    if (const int error = check_shape(shape, dtype, gradient, gradient_bytes, rows, dx, dx_bytes, columns)) return error;
+    const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
+    CodebookWeight weight;
+    if (const int error = read_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, rows * columns,
+                                      &weight)) {
+        return error;
+    }
+    const DequantizeCodebook& decoder = dequantize_codebook_kernel();
+    const Linear& kernel = pick(kPaths);
+    parallel_for(columns, kBackwardColumns, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin; k < end; k += kBackwardColumns) {
+            const int64_t width = std::min(kBackwardColumns, end - k);
+            backward_columns(weight, decoder, kernel, shape, k, width, gradient, dx, dtype);
+        }
+    });
+    return kOk;
+}

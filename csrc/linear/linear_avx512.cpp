@@ -1,0 +1,82 @@
+// Few-token inner loops, 16 lanes of float32.
+#include "common/avx512.h"
+#include "linear/linear.h"
+
+namespace entrenar {
+namespace {
+
+template <int kDtype>
+constexpr int64_t kBytes = kDtype == kFloat32 ? 4 : 2;
+
+// Add the products of 16 (or, masked, fewer) columns to one sum per row.
+template <int kDtype>
+inline void add16(const char* rows, __m512 x, int64_t k, int64_t count, __m512* sums) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
+        const char* from = rows + (r * kTileColumns + k) * kBytes<kDtype>;
+        const __m512 weight = count == 16 ? load16<kDtype>(from) : load_up_to_16<kDtype>(from, count);
+        sums[r] = _mm512_fmadd_ps(weight, x, sums[r]);
+    }
+}
+
+template <int kDtype>
+void dot_token(const char* rows, const char* x, int64_t columns, float* out) {
+    __m512 sums[kTileRows] = {}, others[kTileRows] = {};
+    int64_t k = 0;
+    for (; k + 32 <= columns; k += 32) {
+        add16<kDtype>(rows, load16<kDtype>(x + k * kBytes<kDtype>), k, 16, sums);
+        add16<kDtype>(rows, load16<kDtype>(x + (k + 16) * kBytes<kDtype>), k + 16, 16, others);
+    }
+    for (; k < columns; k += 16) {
+        const int64_t count = columns - k < 16 ? columns - k : 16;
+        add16<kDtype>(rows, load_up_to_16<kDtype>(x + k * kBytes<kDtype>, count), k, count, sums);
+    }
+    for (int64_t r = 0; r < kTileRows; ++r) out[r] += _mm512_reduce_add_ps(_mm512_add_ps(sums[r], others[r]));
+}
+
+template <int kDtype>
+void dot_tokens(const void* rows, const void* x, int64_t x_stride, int64_t tokens, int64_t columns, float* sums) {
+    for (int64_t t = 0; t < tokens; ++t) {
+        const char* token = static_cast<const char*>(x) + t * x_stride * kBytes<kDtype>;
+        dot_token<kDtype>(static_cast<const char*>(rows), token, columns, sums + t * kTileRows);
+    }
+}
+
+void dot(const void* rows, const void* x, int64_t x_stride, int64_t tokens, int64_t columns, int dtype, float* sums) {
+    const auto chosen = dtype == kFloat32   ? dot_tokens<kFloat32>
+                        : dtype == kFloat16 ? dot_tokens<kFloat16>
+                                            : dot_tokens<kBfloat16>;
+    chosen(rows, x, x_stride, tokens, columns, sums);
+}
+
+template <int kDtype>
+void accumulate_tokens(const void* rows, const float* factors, int64_t tokens, int64_t columns, float* sums) {
+    // Whole vectors: a tile is 512 wide in memory whatever `columns` is, and what is beyond is not used.
+    for (int64_t k = 0; k < columns; k += 16) {
+        __m512 weights[kTileRows];
+        for (int64_t r = 0; r < kTileRows; ++r) {
+            const char* from = static_cast<const char*>(rows) + (r * kBackwardColumns + k) * kBytes<kDtype>;
+            weights[r] = load_up_to_16<kDtype>(from, columns - k < 16 ? columns - k : 16);
+        }
+        for (int64_t t = 0; t < tokens; ++t) {
+            float* to = sums + t * kBackwardColumns + k;
+            __m512 sum = _mm512_loadu_ps(to);
+            for (int64_t r = 0; r < kTileRows; ++r) {
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(factors[t * kTileRows + r]), weights[r], sum);
+            }
+            _mm512_storeu_ps(to, sum);
+        }
+    }
+}
+
+void accumulate(const void* rows, const float* factors, int64_t tokens, int64_t columns, int dtype, float* sums) {
+    const auto chosen = dtype == kFloat32   ? accumulate_tokens<kFloat32>
+                        : dtype == kFloat16 ? accumulate_tokens<kFloat16>
+                                            : accumulate_tokens<kBfloat16>;
+    chosen(rows, factors, tokens, columns, sums);
+}
+
+}  // namespace
+
+const Linear linear_avx512 = {dot, accumulate};
+
+}  // namespace entrenar

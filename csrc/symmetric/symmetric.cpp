@@ -1,0 +1,85 @@
+// Entry points of the symmetric integer formats.
+#include "symmetric/symmetric.h"
+
+#include <algorithm>
+
+#include "common/dispatch.h"
+#include "common/errors.h"
+#include "common/floats.h"
+#include "common/parallel.h"
+#include "common/sizes.h"
+#include "scales/scales.h"
+
+namespace entrenar {
+namespace {
+
+constexpr int64_t kGrainElements = 1 << 14;
+
+const Paths<Symmetric> kPaths = {&symmetric_generic, ENTRENAR_ON_X86(&symmetric_avx2),
+                                 ENTRENAR_ON_X86(&symmetric_avx512), nullptr};
+
+int64_t grain_of(int64_t block_size) { return std::max<int64_t>(kGrainElements / block_size, 1); }
+
+// Elements [begin, end) into out, with the scales decoded a tile at a time.
+void dequantize_range(const Symmetric& kernel, const int8_t* codes, const ScaleBuffers& held, int64_t block_size,
+                      int64_t begin, int64_t end, char* out, int dtype) {
+    float scales[kScaleGroup];
+    for (int64_t stop; begin < end; begin = stop) {
+        const int64_t first = begin / block_size;
+        const int64_t blocks = std::min(divide_up(end - first * block_size, block_size), kScaleGroup);
+        stop = blocks * block_size < end - first * block_size ? (first + blocks) * block_size : end;
+        decode_scales(held, first, blocks, scales);
+        kernel.dequantize(codes, scales, block_size, begin, stop, out, dtype);
+        out += (stop - begin) * dtype_bytes(dtype);
+    }
+}
+
+}  // namespace
+}  // namespace entrenar
+
+// in: count floats of `dtype`; limit 7 or 127; codes: ceil(count / 2) or count bytes; scales: one float32 a block.
+ENTRENAR_API int entrenar_quantize_symmetric(const void* in, int64_t in_bytes, void* codes, int64_t codes_bytes,
+                                             void* scales, int64_t scales_bytes, int64_t count, int64_t block_size,
+                                             int limit, int dtype, int threads) {
+    using namespace entrenar;
+    if (!is_dtype(dtype)) return kBadDtype;
+    if (limit != 7 && limit != 127) return kBadArgument;
+    if (count < 0) return kBadSize;
+    const int per_byte = limit == 7 ? 2 : 1;
+    if (block_size < 1 || block_size % per_byte != 0) return kBadBlockSize;
+    const int64_t blocks = divide_up(count, block_size);
+    if (const int error = check_buffer(in, in_bytes, count, dtype_bytes(dtype))) return error;
+    if (const int error = check_buffer(codes, codes_bytes, divide_up(count, per_byte), 1)) return error;
+    if (const int error = check_buffer(scales, scales_bytes, blocks, 4)) return error;
+    const Symmetric& kernel = pick(kPaths);
+    parallel_for(blocks, grain_of(block_size), threads, [&](int64_t begin, int64_t end) {
+        const int64_t from = begin * block_size, elements = end == blocks ? count - from : (end - begin) * block_size;
+        kernel.quantize(static_cast<const char*>(in) + from * dtype_bytes(dtype), dtype, limit, block_size, elements,
+                        static_cast<uint8_t*>(codes) + from / per_byte, static_cast<char*>(scales) + begin * 4);
+    });
+    return kOk;
+}
+
+// codes: count int8; scales: see scales/scales.h; out: count floats of `dtype`.
+ENTRENAR_API int entrenar_dequantize_int8(const void* codes, int64_t codes_bytes, const void* scales,
+                                          int64_t scales_bytes, const void* group, int64_t group_bytes,
+                                          const void* offset, int64_t offset_bytes, const void* map, int64_t map_bytes,
+                                          void* out, int64_t out_bytes, int64_t count, int64_t block_size, int dtype,
+                                          int threads) {
+    using namespace entrenar;
+    if (!is_dtype(dtype)) return kBadDtype;
+    if (count < 0) return kBadSize;
+    if (block_size < 1) return kBadBlockSize;
+    const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
+    const int64_t blocks = divide_up(count, block_size);
+    if (const int error = check_buffer(codes, codes_bytes, count, 1)) return error;
+    if (const int error = check_scales(held, blocks)) return error;
+    if (const int error = check_buffer(out, out_bytes, count, dtype_bytes(dtype))) return error;
+    const Symmetric& kernel = pick(kPaths);
+    parallel_for(blocks, grain_of(block_size), threads, [&](int64_t begin, int64_t end) {
+        const int64_t from = begin * block_size, to = end == blocks ? count : end * block_size;
+        dequantize_range(kernel, static_cast<const int8_t*>(codes), held, block_size, from, to,
+                         static_cast<char*>(out) + from * dtype_bytes(dtype), dtype);
+    });
+    return kOk;
+}

@@ -1,0 +1,20 @@
+// Symmetric integers: scale = absmax / limit, code = round(clamp(w / scale, -limit, limit)); int8, or int4 in nibbles.
+#pragma once
+
+#include <cstdint>
+
+namespace entrenar {
+
+struct Symmetric {
+    // Elements [0, count), which start a block; the last block may be partial. limit 7: two codes a byte, even element
+    // in the high nibble, block_size even; limit 127: one code a byte. One float32 a block into scales.
+    void (*quantize)(const void* in, int dtype, int limit, int64_t block_size, int64_t count, uint8_t* codes,
+                     void* scales);
+    // Elements [begin, end) of int8 codes: code · scale; scales[0] is the scale of the block that holds `begin`.
+    void (*dequantize)(const int8_t* codes, const float* scales, int64_t block_size, int64_t begin, int64_t end,
+                       void* out, int dtype);
+};
+
+extern const Symmetric symmetric_generic, symmetric_avx2, symmetric_avx512;
+
+}  // namespace entrenar

@@ -1,0 +1,219 @@
+"""A linear layer over a 4-bit weight (QLoRA, Dettmers et al. 2023, equation 5): y = x·Wᵀ + bias, gradient for x.
+
+Up to 16 tokens read the packed bytes once and never make a weight (csrc/linear). More tokens: a panel of the weight is
+decoded into a scratch that stays in cache, and torch's matmul takes it from there. The backward for x does the same over
+panels of columns, so that each sum is one matmul, as in the reference.
+Letters: B tokens, O out_features, I in_features.
+"""
+
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from entrenar.ops import native
+from entrenar.ops.dequantize_codebook import dequantize_codebook
+from entrenar.ops.library import define, differentiate
+from entrenar.ops.scales import scale_buffers
+
+FEW_TOKENS = 16  # csrc/linear/linear.h
+PANEL_BYTES = 1 << 23
+_PANEL_MULTIPLE = 64  # narrower panels, or odd ones, are slow in torch's matmul
+
+_forward_few = native.Function("entrenar_linear_codebook", "bbbbbbbbbnnnnii")
+_backward_few = native.Function("entrenar_linear_codebook_backward", "bbbbbbbbnnnnii")
+_panel = native.Function("entrenar_dequantize_codebook_panel", "bbbbbbbnnnnnnnii")
+_scratch = threading.local()
+
+
+def linear_codebook(
+    x: Tensor,
+    packed: Tensor,
+    scales: list[Tensor],
+    codebook: Tensor,
+    block_size: int,
+    out_features: int,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x·Wᵀ + bias with W = codebook[code] · scale rounded to the dtype of x; gradient reaches x and bias.
+
+    Args:
+        x: (..., I) float; packed: (ceil(O·I/2),) uint8; scales: as ops/scales.py holds them; codebook: (16,) float32;
+        bias: (O,) of x's dtype.
+    Returns:
+        (..., O) in the dtype of x.
+    """
+    return torch.ops.entrenar.linear_codebook(x, packed, scales, codebook, block_size, out_features, bias)
+
+
+def _reference(
+    x: Tensor,
+    packed: Tensor,
+    scales: list[Tensor],
+    codebook: Tensor,
+    block_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    weight = dequantize_codebook(packed, scales, codebook, block_size, out_features * x.shape[-1], x.dtype)
+    return F.linear(x, weight.view(out_features, x.shape[-1]), bias)
+
+
+def _native(
+    x: Tensor,
+    packed: Tensor,
+    scales: list[Tensor],
+    codebook: Tensor,
+    block_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()  # (B, I)
+    y = x.new_empty(len(tokens), out_features)
+    held = (packed.contiguous(), *scale_buffers(scales), codebook)
+    if len(tokens) <= FEW_TOKENS:
+        _forward_few(
+            tokens, *held, None if bias is None else bias.contiguous(), y, *tokens.shape[:1], out_features, x.shape[-1],
+            block_size, native.DTYPES[x.dtype], native.threads(),
+        )  # fmt: skip
+    else:
+        _forward_panels(tokens, held, block_size, bias, y)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _forward_panels(
+    tokens: Tensor, held: tuple[Tensor | None, ...], block_size: int, bias: Tensor | None, y: Tensor
+) -> None:
+    """Y (B, O), a panel of rows of W at a time."""
+    rows, columns = y.shape[1], tokens.shape[1]
+    step = _panel_step(rows, columns * y.element_size())
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        weight = _decoded(held, block_size, (rows, columns), slice(start, stop), slice(0, columns), y.dtype)
+        if bias is None:
+            torch.mm(tokens, weight.t(), out=y[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], tokens, weight.t(), out=y[:, start:stop])
+
+
+def _backward_reference(
+    grad: Tensor, packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, in_features: int
+) -> Tensor:
+    weight = dequantize_codebook(packed, scales, codebook, block_size, grad.shape[-1] * in_features, grad.dtype)
+    return grad @ weight.view(grad.shape[-1], in_features)
+
+
+def _backward_native(
+    grad: Tensor, packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, in_features: int
+) -> Tensor:
+    tokens = grad.reshape(-1, grad.shape[-1]).contiguous()  # (B, O)
+    dx = grad.new_empty(len(tokens), in_features)
+    held = (packed.contiguous(), *scale_buffers(scales), codebook)
+    if len(tokens) <= FEW_TOKENS:
+        _backward_few(
+            tokens, *held, dx, *tokens.shape, in_features,
+            block_size, native.DTYPES[grad.dtype], native.threads(),
+        )  # fmt: skip
+    else:
+        _backward_panels(tokens, held, block_size, dx)
+    return dx.view(*grad.shape[:-1], in_features)
+
+
+def _backward_panels(tokens: Tensor, held: tuple[Tensor | None, ...], block_size: int, dx: Tensor) -> None:
+    """Dx (B, I), a panel of columns of W at a time."""
+    rows, columns = tokens.shape[1], dx.shape[1]
+    step = _panel_step(columns, rows * dx.element_size())
+    for start in range(0, columns, step):
+        stop = min(start + step, columns)
+        weight = _decoded(held, block_size, (rows, columns), slice(0, rows), slice(start, stop), dx.dtype)
+        torch.mm(tokens, weight, out=dx[:, start:stop])
+
+
+def _panel_step(lines: int, line_bytes: int) -> int:
+    """How many of `lines` lines of a weight make a panel; the panels are about equally large."""
+    fitting = max(PANEL_BYTES // max(line_bytes, 1), 1)
+    panels = -(-lines // fitting)
+    each = -(-lines // max(panels, 1))
+    return max(-(-each // _PANEL_MULTIPLE) * _PANEL_MULTIPLE, 1)
+
+
+def _decoded(
+    held: tuple[Tensor | None, ...],
+    block_size: int,
+    shape: tuple[int, int],
+    rows: slice,
+    columns: slice,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A panel of the weight, in this thread's scratch: valid until the next one."""
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    out = _scratch_for(height * width, dtype).view(height, width)
+    _panel(
+        *held, out, shape[0] * shape[1], shape[1], rows.start, height, columns.start, width,
+        block_size, native.DTYPES[dtype], native.threads(),
+    )  # fmt: skip
+    return out
+
+
+def _scratch_for(count: int, dtype: torch.dtype) -> Tensor:
+    """A flat tensor in this thread's scratch, which grows as needed and is never given back."""
+    needed = count * dtype.itemsize
+    if getattr(_scratch, "raw", None) is None or _scratch.raw.numel() < needed:
+        with torch.inference_mode(False):
+            _scratch.raw = torch.empty(needed, dtype=torch.uint8)
+    return _scratch.raw[:needed].view(dtype)
+
+
+def _accepts(x: Tensor, _packed: Tensor, _scales: list[Tensor], codebook: Tensor, block_size: int, *rest: Any) -> bool:
+    bias = rest[1] if len(rest) == 2 else None
+    fits = x.dtype in native.DTYPES and codebook.dtype == torch.float32 and block_size % 2 == 0
+    return fits and (bias is None or bias.dtype == x.dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - torch's signature
+    x, packed, scales, codebook, ctx.block_size, _, _ = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(packed, codebook, *scales)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    packed, codebook, *scales = ctx.saved_tensors
+    wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
+    dx = None
+    if wants_x:
+        arguments = (packed, scales, codebook, ctx.block_size, ctx.in_features)
+        dx = torch.ops.entrenar.linear_codebook_backward(grad, *arguments)
+    return dx, None, [None] * len(scales), None, None, None, grad.flatten(0, -2).sum(0) if wants_bias else None
+
+
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - torch's signature
+    grad, packed, scales, codebook, ctx.block_size, _ = inputs
+    ctx.out_features = grad.shape[-1]
+    ctx.save_for_backward(packed, codebook, *scales)
+
+
+def _second_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    packed, codebook, *scales = ctx.saved_tensors
+    forward = linear_codebook(grad, packed, scales, codebook, ctx.block_size, ctx.out_features)
+    return forward, None, [None] * len(scales), None, None, None
+
+
+_WEIGHT = "Tensor packed, Tensor[] scales, Tensor codebook, int block_size"
+define(
+    f"linear_codebook(Tensor x, {_WEIGHT}, SymInt out_features, Tensor? bias) -> Tensor",
+    reference=_reference,
+    native_cpu=_native,
+    fake=lambda x, _packed, _scales, _codebook, _size, out_features, _bias: x.new_empty(*x.shape[:-1], out_features),
+    accepts=_accepts,
+)
+define(
+    f"linear_codebook_backward(Tensor grad, {_WEIGHT}, SymInt in_features) -> Tensor",
+    reference=_backward_reference,
+    native_cpu=_backward_native,
+    fake=lambda grad, _packed, _scales, _codebook, _size, in_features: grad.new_empty(*grad.shape[:-1], in_features),
+    accepts=_accepts,
+)
+differentiate("linear_codebook", _gradients, _setup)
+differentiate("linear_codebook_backward", _second_gradients, _setup_second)
