@@ -106,7 +106,8 @@ def test_no_dense_weight_is_kept_for_the_backward() -> None:
     saved: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
+        if tensor.is_floating_point():  # the packed weight is uint8 and is what may be kept
+            saved.append(tensor.numel())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -114,7 +115,8 @@ def test_no_dense_weight_is_kept_for_the_backward() -> None:
     alive = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.numel() == 47 * 59]
     assert alive == []
     assert y.requires_grad
-    assert sum(saved) <= 3 * 59 + 3 * 3 + 3 * (47 + 59)  # x, A(x), A and B: what a low-rank product needs
+    low_rank = 3 * 59 + 3 * 3 + 3 * (47 + 59)  # x, A(x), A and B: what a low-rank product needs
+    assert sum(saved) <= low_rank + 44 + 16  # and the base's block scales and codebook
     assert max(saved) < 47 * 59
 
 
@@ -135,7 +137,7 @@ def test_a_fresh_adapter_gives_what_the_quantized_base_gives(format: str, double
     weight, x = random(12, 10), random(4, 10, seed=2)
     layer = QLoRALayer(weight, rank=3, format=format, double_quant=double_quant)
     base = quantize(weight, format=format, double_quant=double_quant).dequantize()
-    assert torch.equal(layer(x), F.linear(x, base))
+    torch.testing.assert_close(layer(x), F.linear(x, base))  # the same products, summed in another order
     assert layer.is_double_quantized is double_quant
     assert layer.base_weight_quantized.format == format
 

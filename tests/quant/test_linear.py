@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.quant.codebooks import codebook
 from entrenar.quant.linear import QuantizedLinear, quantized_linear
 from entrenar.quant.registry import FORMATS
 from entrenar.quant.tensor import QuantizedTensor, quantize
@@ -38,7 +39,8 @@ def test_it_is_torchs_linear_over_the_dequantized_weight(format: str, double_qua
     weight, bias, x = packed(format=format, double_quant=double_quant), random(24), random(5, 40, dtype=dtype)
     y = QuantizedLinear(weight, bias)(x)
     assert y.dtype == dtype
-    assert torch.equal(y, F.linear(x, weight.dequantize(dtype), bias.to(dtype)))
+    # The same products, summed in another order: equal to the rounding of the dtype.
+    torch.testing.assert_close(y, F.linear(x, weight.dequantize(dtype), bias.to(dtype)))
 
 
 @given(lead=st.lists(st.integers(0, 4), max_size=3), d_out=st.integers(1, 70), d_in=st.integers(1, 70))
@@ -71,7 +73,7 @@ def test_without_a_gradient_to_pass_on_the_output_needs_none() -> None:
     assert not QuantizedLinear(packed(), random(24))(random(3, 40)).requires_grad
 
 
-def test_nothing_is_saved_for_the_backward_neither_x_nor_a_dense_weight() -> None:
+def test_only_the_packed_weight_is_saved_for_the_backward_neither_x_nor_a_dense_weight() -> None:
     weight, x = packed(47, 59), random(3, 59).requires_grad_()
     saved: list[Tensor] = []
 
@@ -81,7 +83,8 @@ def test_nothing_is_saved_for_the_backward_neither_x_nor_a_dense_weight() -> Non
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = quantized_linear(x, weight, random(47))
-    assert saved == []
+    held = [*weight.parts.values(), codebook("nf4", x.device)]
+    assert {tensor.data_ptr() for tensor in saved} <= {tensor.data_ptr() for tensor in held}
     dense = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.numel() == 47 * 59]
     assert dense == []
     y.sum().backward()
