@@ -55,5 +55,7 @@ def test_two_billion_elements_there_and_back(path: str) -> None:
         assert torch.equal(packed[-tail // 2 :], small[0])
         assert torch.equal(absmax[-tail // 64 :], small[1])
         restored = dequantize_codebook(packed, [absmax], CODEBOOK, 64, count, torch.bfloat16)
-        assert torch.equal(restored[-tail:], dequantize_codebook(*small[:1], [small[1]], CODEBOOK, 64, tail, flat.dtype))
+        assert torch.equal(
+            restored[-tail:], dequantize_codebook(*small[:1], [small[1]], CODEBOOK, 64, tail, flat.dtype)
+        )
         assert not restored[: 64 * 1000].any()

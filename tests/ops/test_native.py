@@ -26,7 +26,9 @@ GUARD = 256
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh Python that runs `code`."""
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 SHOW = """
@@ -202,9 +204,7 @@ def test_no_kernel_writes_outside_its_buffers(path: str, count: int, dtype: torc
         )
         native.Function("entrenar_quantize_symmetric", "bbbnniii")(flat, codes, absmax, count, 64, 7, number, 2)
         native.Function("entrenar_nest_scales", "bbbbbni")(absmax, None, None, nested, group, absmax.numel(), 2)
-        native.Function("entrenar_quantize_codebook", "bbbbnnii")(
-            flat, CODEBOOK, codes, absmax, count, 64, number, 2
-        )
+        native.Function("entrenar_quantize_codebook", "bbbbnnii")(flat, CODEBOOK, codes, absmax, count, 64, number, 2)
         dequantize_codebook_into(codes, [absmax], CODEBOOK, 64, out)
         two_rows = torch.cat([codes, codes, codes])
         scales = torch.ones(-(-2 * count // 64))
@@ -258,7 +258,7 @@ def test_each_buffer_that_is_too_small_is_an_error() -> None:
         with pytest.raises(InputError, match="a buffer is too small"):
             QUANTIZE(*cut, 128, 64, 0, 2)
         missing = [None if at == index else tensor for at, tensor in enumerate(whole)]
-        with pytest.raises(InputError, match="too small|missing"):
+        with pytest.raises(InputError, match=r"too small|missing"):
             QUANTIZE(*missing, 128, 64, 0, 2)
 
 

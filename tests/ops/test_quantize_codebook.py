@@ -81,7 +81,9 @@ def test_values_are_the_entry_times_the_scale(count: int, block_size: int, seed:
 def test_half_precision_weights_quantize_as_their_float32_values(dtype: torch.dtype) -> None:
     flat = torch.randn(200, generator=torch.Generator().manual_seed(0)).to(dtype)
     codebook = shuffled_codebook(0)
-    for low, full in zip(quantize_codebook(flat, codebook, 64), quantize_codebook(flat.float(), codebook, 64), strict=True):
+    for low, full in zip(
+        quantize_codebook(flat, codebook, 64), quantize_codebook(flat.float(), codebook, 64), strict=True
+    ):
         assert torch.equal(low, full)
 
 

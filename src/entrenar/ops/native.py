@@ -63,7 +63,6 @@ class Function:
         if code:
             raise InputError(f"{self.name} refused its arguments: {_ERRORS.get(code, f'error {code}')}")
 
-
     @cached_property
     def _function(self) -> Callable[..., int]:
         library = _library()
@@ -151,7 +150,9 @@ def _library() -> ctypes.CDLL | None:
     """The loaded library, prepared once; None if there is none."""
     chosen = os.environ.get("ENTRENAR_KERNELS", "")
     if chosen not in ("", "reference", *_PATHS):
-        raise InputError(f"ENTRENAR_KERNELS is {chosen!r}: allowed are reference, {', '.join(_PATHS)}, or leave it unset")
+        raise InputError(
+            f"ENTRENAR_KERNELS is {chosen!r}: allowed are reference, {', '.join(_PATHS)}, or leave it unset"
+        )
     _state.reference = _state.reference or chosen == "reference"
     found = _find()
     if chosen == "reference":
@@ -193,4 +194,3 @@ def _gomp_parallel() -> int | None:
         return ctypes.cast(ctypes.CDLL(str(torch_library)).GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
-
