@@ -8,7 +8,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 setup: .venv/.setup $(MODEL)
 
-.venv/.setup: pyproject.toml constraints.txt
+.venv/.setup: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
 	$(PIP) --editable ".[dev]"
@@ -32,7 +32,7 @@ check: setup
 	$(BIN)/pytest tests/docs
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 # A few tests that need gigabytes of memory.
 test-slow: setup

@@ -1,6 +1,7 @@
 """Nothing half-written is ever visible under its final name."""
 
 import errno
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -154,6 +155,21 @@ def test_a_directory_below_a_file_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="cannot write"), atomic_directory(tmp_path / "file" / "below"):
         pytest.fail("the block must not run")
+
+
+def test_the_data_is_flushed_to_disk_before_the_name_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[int, list[str]]] = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, [name for name in ("file", "dir") if (tmp_path / name).exists()]))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "file", "text")
+    with atomic_directory(tmp_path / "dir") as temporary:
+        (temporary / "inner").write_bytes(b"data")
+    for path, before in (("file", []), ("dir/inner", ["file"]), ("dir", ["file"])):
+        assert ((tmp_path / path).stat().st_ino, before) in flushed
+    assert flushed[-1] == (tmp_path.stat().st_ino, ["file", "dir"])  # the new name itself, last
 
 
 def test_text_is_utf8(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ lora:
 optimizer:
   lr: 2e-4
   schedule: cosine             # cosine | linear | constant
-  warmup_steps: 10
+  warmup_steps: 5
   weight_decay: 0.0
   max_grad_norm: 1.0           # 0: no clipping
 

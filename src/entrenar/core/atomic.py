@@ -5,6 +5,7 @@ A sibling temporary name is filled, flushed to disk (fsync) and renamed. On any 
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def _fsync(path: Path) -> None:
 
 
 # What a library reports in its own words when write() fails for want of space.
-_NO_SPACE_TEXT = ("No space left on device", "StorageFull", "File too large")
+_NO_SPACE_TEXT = re.compile(r"No space left on device|StorageFull|File too large|\d+ requested and \d+ written")
 # Errors that another output name would cure.
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
@@ -84,7 +85,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or any(text in str(error) for text in _NO_SPACE_TEXT):
+        if full or _NO_SPACE_TEXT.search(str(error)):
             raise EntrenarError(
                 f"no space left while writing {path}: the partial file was removed and what was there before is "
                 "untouched; free some space and run the command again"

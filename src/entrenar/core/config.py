@@ -24,6 +24,7 @@ class Section(BaseModel):
 
 ConfigType = TypeVar("ConfigType", bound=Section)
 KeyPath = tuple[str, ...]
+_OVERRIDE = -1  # in place of a line number: the key was given beside the file
 
 
 class _Loader(yaml.SafeLoader):
@@ -45,6 +46,7 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Mapping[str, Any]
     values, lines = _read_yaml(path)
     for dotted, value in (overrides or {}).items():
         _set(values, dotted, value)
+        lines[tuple(dotted.split("."))] = _OVERRIDE
     return validate(kind, values, str(path), lines)
 
 
@@ -129,11 +131,13 @@ def _sentence(kind: type[Section], detail: ErrorDetails, source: str, lines: Map
     location = _key_path(kind, detail)
     key = ".".join(location)
     line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
-    where = f"{source}:{line}" if line else source
+    where = "override" if line == _OVERRIDE else f"{source}:{line}" if line else source
     if detail["type"] == "extra_forbidden":
         return f"{where}: unknown key '{key}'{_suggestion(kind, location)}"
     if detail["type"] == "missing":
         return f"{where}: required key '{key}' is missing"
+    if detail["type"] == "model_type":
+        return f"{where}: '{key}' is {detail['input']!r} but must be a section with keys of its own"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     value = detail["input"]

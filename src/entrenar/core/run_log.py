@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from entrenar.core.atomic import write_text
+from entrenar.core.errors import EntrenarError
 
 
 class MetricsLog:
@@ -18,8 +19,14 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; it must have a `step`."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise EntrenarError(
+                f"cannot write {self._file.name}: {error.strerror}; make room, and the same command goes on from the "
+                "newest checkpoint"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -71,8 +71,6 @@ def prepare(
     held_out = [row for row in file.rows if _chosen(row, seed, fraction)]
     kept = [row for row in file.rows if not _chosen(row, seed, fraction)]
     training = _encode_rows(kept, train, tokenizer, max_length, too_long, tally)
-    if not len(training):
-        raise InputError(f"{train} leaves no row to train on: check max_length and the rejected rows")
     if validation is not None:
         other = read_rows(validation)
         tally.rejected += other.rejected
@@ -80,6 +78,9 @@ def prepare(
     else:
         source = train
     evaluating = _encode_rows(held_out, source, tokenizer, max_length, too_long, tally) if held_out else None
+    for path, dataset, purpose in ((train, training, "train"), (source, evaluating, "validate")):
+        if dataset is not None and not len(dataset):
+            raise InputError(f"{path} leaves no row to {purpose} on: check max_length and the rejected rows")
     fingerprint = _fingerprint(training, evaluating)
     return PreparedData(training, evaluating, file.shape, tally.rejected, tally.truncated, fingerprint)
 

@@ -3,14 +3,14 @@
 For a 16-bit result the dequantized base + Δ is the model that was trained, so that is what is written.
 """
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import cast
 
 from torch import Tensor, nn
 
 from entrenar.files.lazy_tensor import LazyTensor
-from entrenar.lora.low_rank import is_adapter
+from entrenar.lora.low_rank import AdapterLayer
+from entrenar.quant.linear import QuantizedLinear
 
 
 def fused_tensors(model: nn.Module) -> list[LazyTensor]:
@@ -19,9 +19,9 @@ def fused_tensors(model: nn.Module) -> list[LazyTensor]:
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor]:
-    make = _fused_weight(module)
-    if make is not None:
-        yield LazyTensor(f"{prefix}weight", _weight_shape(module), make)
+    fused = _fused_weight(module)
+    if fused is not None:
+        yield LazyTensor(f"{prefix}weight", *fused)
         bias = getattr(module, "base", module).bias
         if bias is not None:
             yield _plain(f"{prefix}bias", cast(Tensor, bias))
@@ -34,18 +34,13 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
         yield from _walk(child, f"{prefix}{name}.", seen)
 
 
-def _fused_weight(module: nn.Module) -> partial[Tensor] | None:
-    """How to make the weight of an adapted or quantized layer; None for any other module."""
-    for method in ("merge_to_f32", "fused_weight"):
-        if hasattr(module, method):
-            return partial(getattr(module, method))
+def _fused_weight(module: nn.Module) -> tuple[tuple[int, ...], Callable[[], Tensor]] | None:
+    """Shape and maker of the weight of an adapted or quantized layer; None for any other module."""
+    if isinstance(module, AdapterLayer):
+        return (module.d_out, module.d_in), module.merge_to_f32
+    if isinstance(module, QuantizedLinear):
+        return (module.out_features, module.in_features), module.fused_weight
     return None
-
-
-def _weight_shape(module: nn.Module) -> tuple[int, ...]:
-    if is_adapter(module):
-        return (module.d_out, module.d_in)  # pyright: ignore[reportReturnType]
-    return (module.out_features, module.in_features)  # pyright: ignore[reportReturnType]
 
 
 def _plain(name: str, parameter: Tensor) -> LazyTensor:

@@ -1,7 +1,7 @@
 """GGUF v2/v3 reader: strict, lazy, memory-mapped. (Writing goes through the `gguf` package's GGUFWriter.)
 
-The package's own GGUFReader takes 6 s for a 49k-token vocabulary and believes what the header says; this one takes a
-fraction of a second and checks every count, length and offset against the file's size before it uses it.
+The package's own GGUFReader takes seconds for a vocabulary of 49k tokens and believes what the header says; this one
+takes a fraction of a second and checks every count, length and offset against the file's size before it uses it.
 Layout: magic, version, tensor count, key count; keys (string, type, value); tensor infos (string, dimensions, type,
 offset); padding to the alignment; data.
 """

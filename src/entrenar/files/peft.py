@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from entrenar.core.atomic import atomic_directory
 from entrenar.core.errors import InputError, listing
-from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata
+from entrenar.files.lazy_tensor import LazyTensor
+from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata, write_file
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -67,12 +68,20 @@ def write_adapter(directory: Path, adapter: PeftAdapter) -> None:
     }  # fmt: skip
     with atomic_directory(directory) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(factor_tensors(adapter.factors), temporary / WEIGHTS_NAME, metadata=_metadata(adapter))
+        note = {_BASE_KEY: json.dumps(asdict(adapter.base_format))} if adapter.base_format else {}
+        write_factors(temporary / WEIGHTS_NAME, adapter.factors, note)
 
 
-def _metadata(adapter: PeftAdapter) -> dict[str, str]:
-    note = {_BASE_KEY: json.dumps(asdict(adapter.base_format))} if adapter.base_format else {}
-    return {"format": "pt", **note}
+def write_factors(
+    file: Path, factors: dict[str, tuple[Tensor, Tensor]], metadata: dict[str, str] | None = None
+) -> None:
+    """Write factors under PEFT's keys, as float32."""
+    tensors = [
+        LazyTensor(f"{_PREFIX}{layer}.lora_{letter}.weight", tuple(factor.shape), factor.clone)
+        for layer, pair in factors.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    ]
+    write_file(file, tensors, torch.float32, metadata)
 
 
 def read_base_format(directory: Path) -> BaseFormat | None:
@@ -84,15 +93,6 @@ def read_base_format(directory: Path) -> BaseFormat | None:
         raise InputError(
             f"{directory / WEIGHTS_NAME} has broken metadata {_BASE_KEY}: save the adapter again"
         ) from None
-
-
-def factor_tensors(factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The factors under PEFT's keys."""
-    return {
-        f"{_PREFIX}{layer}.lora_{letter}.weight": factor.contiguous()
-        for layer, pair in factors.items()
-        for letter, factor in zip("AB", pair, strict=True)
-    }
 
 
 def read_adapter(directory: Path) -> PeftAdapter:
@@ -161,6 +161,9 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise InputError(
                 f"{file} has {key} = {config[key]!r}, which this version does not read: only plain LoRA is"
             )
+    for key in ("lora_alpha", "lora_dropout"):
+        if not isinstance(config.get(key, 0.0), int | float) or isinstance(config.get(key), bool):
+            raise InputError(f"{file} has {key} = {config[key]!r}: it must be a number")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         raise InputError(

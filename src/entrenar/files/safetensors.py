@@ -5,7 +5,7 @@ library reads and checks; writing is ours because the library wants a whole file
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,12 +97,12 @@ def write_checkpoint(directory: Path, tensors: Sequence[LazyTensor], dtype: torc
     """
     shards = _shards(tensors, max_shard_bytes // dtype.itemsize)
     if len(shards) == 1:
-        _write_file(directory / "model.safetensors", shards[0], dtype)
+        write_file(directory / "model.safetensors", shards[0], dtype)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / name, shard, dtype)
+        write_file(directory / name, shard, dtype)
         weight_map |= {tensor.name: name for tensor in shard}
     total = sum(tensor.numel for tensor in tensors) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -121,8 +121,11 @@ def _shards(tensors: Sequence[LazyTensor], max_elements: int) -> list[list[LazyT
     return shards
 
 
-def _write_file(path: Path, tensors: Sequence[LazyTensor], dtype: torch.dtype) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def write_file(
+    path: Path, tensors: Sequence[LazyTensor], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one file, tensor by tensor; equal tensors give equal bytes (the library's metadata order is random)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for tensor in tensors:
         end = offset + tensor.numel * dtype.itemsize

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, PeftAdapter, read_adapter, write_adapter
-from entrenar.lora.attach import adapted_layers, attach_lora, match_targets
+from entrenar.lora.attach import adapted_layers, attach_lora, match_targets, refuse_adapted
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -41,12 +41,24 @@ def load_adapter(model: nn.Module, directory: str | Path) -> None:
         InputError: a broken directory, or layers, shapes or targets that do not fit the model.
     """
     adapter = read_adapter(Path(directory))
+    refuse_adapted(model)
     linear = match_targets(model, r".*")
     unknown = [name for name in adapter.factors if name not in linear]
     if unknown:
         raise InputError(f"the adapter {directory} is for layers this model does not have: {listing(unknown, 3)}")
+    _check_shapes(model, adapter, str(directory))
     attach_lora(model, adapter.rank, adapter.alpha, adapter.dropout, list(adapter.factors))
     set_factors(model, adapter.factors, str(directory))
+
+
+def _check_shapes(model: nn.Module, adapter: PeftAdapter, source: str) -> None:
+    """InputError, before anything is attached, unless every factor fits its layer and the adapter's rank."""
+    for name, pair in adapter.factors.items():
+        layer = model.get_submodule(name)
+        wanted = ((adapter.rank, layer.in_features), (layer.out_features, adapter.rank))
+        got = tuple(tuple(factor.shape) for factor in pair)
+        if got != wanted:
+            raise InputError(f"{source} has A and B of shapes {got} at {name}, where the model needs {wanted}")
 
 
 def adapter_factors(model: nn.Module) -> Factors:

@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 from torch import nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.lora.lora_layer import LoRALayer
-from entrenar.lora.low_rank import AdapterLayer, is_adapter
+from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.quant.linear import QuantizedLinear
 
@@ -35,8 +34,7 @@ def attach_lora(
         InputError: a target that matches nothing (what exists is listed), a rank that does not fit a layer, or a
             model that has adapters already.
     """
-    if any(True for _ in adapted_layers(model)):
-        raise InputError("this model has adapters attached already: load it afresh to attach others")
+    refuse_adapted(model)
     names = match_targets(model, targets)
     adapted = {name: _adapt(name, model.get_submodule(name), rank, alpha, dropout) for name in names}
     for name, layer in adapted.items():  # only now: an error above leaves the model as it was
@@ -49,11 +47,17 @@ def attach_lora(
     return names
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """InputError when the model has adapters already."""
+    if any(True for _ in adapted_layers(model)):
+        raise InputError("this model has adapters attached already: load it afresh to attach others")
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
     """Name and layer of every adapted layer, in the model's order."""
     for name, module in model.named_modules():
-        if is_adapter(module):
-            yield name, cast(AdapterLayer, module)
+        if isinstance(module, AdapterLayer):
+            yield name, module
 
 
 def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
@@ -82,7 +86,7 @@ def _linear_names(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear | QuantizedLinear) or is_adapter(module)) and not name.startswith(adapted)
+        if isinstance(module, nn.Linear | QuantizedLinear | AdapterLayer) and not name.startswith(adapted)
     ]
 
 

@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
-from entrenar.lora.low_rank import MemoryStats, check_input, delta, init_factors, low_rank, memory_stats
+from entrenar.lora.low_rank import AdapterLayer, MemoryStats, check_input, delta, init_factors, low_rank, memory_stats
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(AdapterLayer):
     """y = x·W₀ᵀ + bias + scale·B(A(x)), scale = alpha / rank; W₀ (d_out, d_in) is frozen, A and B are trained.
 
     Args:
@@ -19,19 +19,12 @@ class LoRALayer(nn.Module):
         InputError: base not 2-D, or rank or dropout out of range; the numbers are named.
     """
 
-    rank: int
-    alpha: float
-    dropout: float
-    scale: float
-    d_in: int
-    d_out: int
-    lora_a: nn.Parameter
-    lora_b: nn.Parameter
-
     def __init__(
         self, base_weight: Tensor, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, bias: Tensor | None = None
     ) -> None:
         super().__init__()
+        if not base_weight.is_floating_point():
+            raise InputError(f"the base weight is {base_weight.dtype}: LoRA takes a float one (QLoRALayer quantizes)")
         init_factors(self, tuple(base_weight.shape), base_weight.device, rank, alpha, dropout)
         self.base_weight = nn.Parameter(base_weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

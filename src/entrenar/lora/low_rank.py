@@ -7,7 +7,6 @@ dtype of x.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,8 @@ class MemoryStats:
     compression_ratio: float
 
 
-class AdapterLayer(Protocol):
-    """What attach, save, fuse and export ask of an adapted linear layer."""
+class AdapterLayer(nn.Module):
+    """The interface of an adapted linear layer: what attach, save, fuse and export ask of it. It shares no code."""
 
     rank: int
     alpha: float
@@ -41,16 +40,10 @@ class AdapterLayer(Protocol):
     d_out: int
     lora_a: nn.Parameter
     lora_b: nn.Parameter
-    training: bool
 
     def merge_to_f32(self) -> Tensor:
         """Base + scale·B·A, (d_out, d_in) float32."""
-        ...
-
-
-def is_adapter(module: nn.Module) -> bool:
-    """Whether `module` is an adapted layer: by what it can do, not by its class."""
-    return hasattr(module, "lora_a") and hasattr(module, "merge_to_f32")
+        raise NotImplementedError
 
 
 def init_factors(

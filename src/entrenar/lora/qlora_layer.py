@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.lora.lora_layer import LoRALayer
-from entrenar.lora.low_rank import MemoryStats, check_input, delta, init_factors, low_rank, memory_stats
+from entrenar.lora.low_rank import AdapterLayer, MemoryStats, check_input, delta, init_factors, low_rank, memory_stats
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import QuantizedTensor, quantize
 
 
-class QLoRALayer(nn.Module):
+class QLoRALayer(AdapterLayer):
     """y = x·dequantize(W)ᵀ + bias + scale·B(A(x)); W is never changed in place, and only its packed bytes are kept.
 
     Args:
@@ -23,15 +23,6 @@ class QLoRALayer(nn.Module):
     Raises:
         InputError: base not 2-D or not finite, rank or dropout out of range, unknown format.
     """
-
-    rank: int
-    alpha: float
-    dropout: float
-    scale: float
-    d_in: int
-    d_out: int
-    lora_a: nn.Parameter
-    lora_b: nn.Parameter
 
     def __init__(
         self,

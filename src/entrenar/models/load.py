@@ -65,6 +65,7 @@ def load_source(
             _replace(model, owner, QuantizedLinear(packed, module.bias))
         else:
             _place(module, leaf, _own(_read(source, name, tuple(parameter.shape)), dtype))
+    _check_tied(model, source)
     model.tie_weights()
     _compute_buffers(model)
     head.register_forward_pre_hook(_contiguous_input)
@@ -88,7 +89,7 @@ def _check_names(model: PreTrainedModel, source: ModelSource) -> None:
     """InputError unless the source has exactly the model's parameters (a tied head may be there or not)."""
     have = set(source.weights.names())
     wanted = {name for name, _ in model.named_parameters()}
-    optional = _tied_names(model) | {name for name in have if name.endswith("rotary_emb.inv_freq")}
+    optional = set(_tied_names(model)) | {name for name in have if name.endswith("rotary_emb.inv_freq")}
     missing, unexpected = sorted(wanted - have - optional), sorted(have - wanted - optional)
     if missing:
         raise InputError(f"{source.path} lacks {len(missing)} tensors of {type(model).__name__}: {listing(missing, 5)}")
@@ -98,11 +99,20 @@ def _check_names(model: PreTrainedModel, source: ModelSource) -> None:
         )
 
 
-def _tied_names(model: PreTrainedModel) -> set[str]:
-    if not model.config.get_text_config().tie_word_embeddings:
-        return set()
-    tied = model._tied_weights_keys
-    return set(tied or ())
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Tied parameter → the one whose storage it shares."""
+    tied = model._tied_weights_keys if model.config.get_text_config().tie_word_embeddings else None
+    return dict(tied or {})
+
+
+def _check_tied(model: PreTrainedModel, source: ModelSource) -> None:
+    """InputError when the source holds a tied tensor with values of its own: one of the two would be lost."""
+    have = set(source.weights.names())
+    for name, origin in _tied_names(model).items():
+        if {name, origin} <= have and not torch.equal(source.weights.read(name), source.weights.read(origin)):
+            raise InputError(
+                f"{source.path}: {name} differs from {origin} but the config ties them: set tie_word_embeddings false"
+            )
 
 
 def _read(source: ModelSource, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -28,7 +28,6 @@ class RunDirectory:
 
     def start(self, config: RunConfig) -> None:
         """Make the directory and write the resolved config, once everything else has been found in order."""
-        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / CONFIG_NAME, to_yaml(config))
 
 

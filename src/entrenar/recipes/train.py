@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.atomic import write_text
 from entrenar.core.config import load_config
-from entrenar.core.errors import InputError
 from entrenar.core.memory import PeakMemory
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
@@ -133,10 +132,6 @@ def make_plan(config: RunConfig, data: PreparedData) -> Plan:
     """Turn epochs into steps."""
     training, per_epoch = config.training, batches_per_epoch(len(data.train), config.training.batch_size)
     total = min(training.epochs * per_epoch, training.max_steps or training.epochs * per_epoch)
-    if config.optimizer.warmup_steps > total:
-        raise InputError(
-            f"optimizer.warmup_steps is {config.optimizer.warmup_steps} but the run has {total} steps: lower it"
-        )
     return Plan(
         total_steps=total,
         batch_size=training.batch_size,

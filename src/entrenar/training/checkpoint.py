@@ -1,7 +1,8 @@
 """Checkpoints of a run: adapter, optimiser state and counters as safetensors and JSON, never pickle.
 
-`checkpoints/step-N/` appears complete or not at all: it is filled under a temporary name, then renamed. `manifest.json`
-holds a SHA-256 of every file; resume takes the newest checkpoint that agrees with its manifest.
+`checkpoints/step-N/` (to resume from) and `best-N/` (lowest validation loss) appear complete or not at all: each is
+filled under a temporary name, then renamed. `manifest.json` holds a SHA-256 of every file; resume takes the newest
+`step-N` that agrees with its manifest.
 """
 
 import dataclasses
@@ -16,33 +17,38 @@ from torch import Tensor, nn
 
 from entrenar.core.atomic import atomic_directory
 from entrenar.core.errors import InputError
-from entrenar.files.peft import WEIGHTS_NAME, factor_tensors, read_factors
+from entrenar.files.peft import WEIGHTS_NAME, read_factors, write_factors
 from entrenar.lora.adapter_io import adapter_factors, set_factors
 from entrenar.training.state import State
 
+STEP, BEST = "step", "best"
 _OPTIMIZER, _STATE, _MANIFEST = "optimizer.safetensors", "state.json", "manifest.json"
 
 
 def save_checkpoint(
-    directory: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: State, keep: int = 0
+    directory: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: State
 ) -> None:
-    """Write `directory/name`; with `keep`, remove the oldest `step-*` beyond that many. An equal name is replaced."""
+    """Write `directory/name`; one of that name, left by a run that was killed and is now repeated, is replaced."""
     target = directory / name
     if target.exists():
         shutil.rmtree(target)
     with atomic_directory(target) as temporary:
-        save_file(factor_tensors(adapter_factors(model)), temporary / WEIGHTS_NAME)
+        write_factors(temporary / WEIGHTS_NAME, adapter_factors(model))
         save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
         (temporary / _STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8")
         manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for old in _by_step(directory)[keep:] if keep else []:
+
+
+def drop_older(directory: Path, prefix: str, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints called `<prefix>-N`."""
+    for old in _by_step(directory, prefix)[keep:]:
         shutil.rmtree(old)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest `step-*` that agrees with its manifest, or None."""
-    return next((path for path in _by_step(directory) if _is_valid(path)), None)
+    return next((path for path in _by_step(directory, STEP) if _is_valid(path)), None)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: str) -> State:
@@ -80,10 +86,11 @@ def _set_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         optimizer.state[parameters[parameter]][key] = value
 
 
-def _by_step(directory: Path) -> list[Path]:
-    """Newest first."""
-    found = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+def _by_step(directory: Path, prefix: str) -> list[Path]:
+    """`<prefix>-N`, newest first."""
+    numbers = {path: path.name.removeprefix(f"{prefix}-") for path in directory.glob(f"{prefix}-*")}
+    found = [path for path, number in numbers.items() if number.isdigit()]
+    return sorted(found, key=lambda path: int(numbers[path]), reverse=True)
 
 
 def _is_valid(path: Path) -> bool:

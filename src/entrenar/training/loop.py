@@ -14,12 +14,11 @@ from entrenar.data.batches import batch_rows, micro_batches
 from entrenar.data.dataset import Dataset, PreparedData
 from entrenar.models.forward import target_loss
 from entrenar.optim.schedule import learning_rate_factor
-from entrenar.training.checkpoint import load_factors, save_checkpoint
+from entrenar.training.checkpoint import BEST, STEP, drop_older, load_factors, save_checkpoint
 from entrenar.training.signals import StopRequest
 from entrenar.training.state import Plan, State, StepReport
 from entrenar.training.step import StepResult, update
 
-BEST = "best"
 MAX_SKIPPED = 3
 OnStep = Callable[[StepReport], None]
 
@@ -62,7 +61,7 @@ class Trainer:
             self._log.close()
             self._model.eval()
         if self._plan.patience and self.state.best_step:
-            load_factors(self._checkpoints / BEST, self._model)
+            load_factors(self._checkpoints / f"{BEST}-{self.state.best_step}", self._model)
         return self.state
 
     def _step(self) -> None:
@@ -92,7 +91,7 @@ class Trainer:
         self._log.write({"step": state.step, **row, **({} if evaluated is None else {"eval_loss": evaluated})})
         self._on_step(report)
         if self._is_due(plan.checkpoint_every) and state.step < plan.total_steps:
-            self._save(f"step-{state.step}")
+            self._save(STEP, plan.keep_checkpoints)
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and (self.state.step % every == 0 or self.state.step == self._plan.total_steps)
@@ -107,7 +106,7 @@ class Trainer:
         state.eval_loss = self._mean_loss(dataset)
         if state.best_loss is None or state.eval_loss < state.best_loss:
             state.best_loss, state.best_step, state.evaluations_since_best = state.eval_loss, state.step, 0
-            self._save(BEST)
+            self._save(BEST, keep=1)
         else:
             state.evaluations_since_best += 1
         return state.eval_loss
@@ -147,13 +146,14 @@ class Trainer:
                 "optimizer.lr or look at those rows; nothing non-finite was saved"
             )
 
-    def _save(self, name: str) -> None:
-        keep = 0 if name == BEST else self._plan.keep_checkpoints
-        save_checkpoint(self._checkpoints, name, self._model, self._optimizer, self.state, keep)
+    def _save(self, prefix: str, keep: int) -> None:
+        name = f"{prefix}-{self.state.step}"
+        save_checkpoint(self._checkpoints, name, self._model, self._optimizer, self.state)
+        drop_older(self._checkpoints, prefix, keep)
 
     def _stop(self, signal_name: str) -> None:
         if self.state.step < self._plan.total_steps:
-            self._save(f"step-{self.state.step}")
+            self._save(STEP, self._plan.keep_checkpoints)
             raise StoppedError(
                 f"stopped by {signal_name} after step {self.state.step} of {self._plan.total_steps}; a checkpoint was "
                 "written, and the same command goes on from there"

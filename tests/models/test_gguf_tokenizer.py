@@ -1,0 +1,222 @@
+"""Tokenizers rebuilt from GGUF metadata give the ids of those they were made from."""
+
+import json
+import random
+import unicodedata
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers import decoders as decode
+from tokenizers import pre_tokenizers as pre
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+from entrenar.core.errors import InputError
+from entrenar.files.gguf import GGUFFile
+from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
+from entrenar.models.pre_tokenizers import PRE_TOKENIZERS
+
+_CORPUS = ["The quick brown fox jumps over 12345 lazy dogs, isn't it?\n\nDON'T panic! (x = y_1 + 20.5) ñandú 漢字"] * 2
+_SPECIAL = ["<unk>", "<s>", "</s>"]
+_ANY_TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
+_WORDS = st.lists(
+    st.sampled_from([*_CORPUS[0].split(), *_SPECIAL, "  ", "\n", "777", "漢", "\U0001f600"]), max_size=12
+).map(" ".join)
+
+
+def _byte_level(split: str) -> Tokenizer:
+    """A BPE trained with one split of the table."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = PRE_TOKENIZERS[split].make()
+    backend.decoder = decode.ByteLevel()
+    alphabet = pre.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=330, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(_CORPUS, trainer)
+    return backend
+
+
+def _metadata(backend: Tokenizer, split: str) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a tokenizer.json."""
+    model = json.loads(backend.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": split,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in _SPECIAL else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    ids: Any = tokenizer(text)["input_ids"]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def byte_level_pairs() -> dict[str, tuple[Tokenizer, PreTrainedTokenizerFast]]:
+    """For each split: the trained tokenizer, and ours from its metadata."""
+    trained = {split: _byte_level(split) for split in PRE_TOKENIZERS}
+    return {
+        split: (backend, tokenizer_from_metadata(_metadata(backend, split), "x.gguf"))
+        for split, backend in trained.items()
+    }
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2"])
+@settings(max_examples=40, deadline=None)
+@given(text=_WORDS | _ANY_TEXT)
+def test_byte_level_ids_are_those_of_the_original(
+    byte_level_pairs: dict[str, tuple[Tokenizer, PreTrainedTokenizerFast]], split: str, text: str
+) -> None:
+    original, ours = byte_level_pairs[split]
+    if split == "qwen2":  # the published one composes characters first (NFC)
+        text = unicodedata.normalize("NFC", text)
+    assert _ids(ours, text) == original.encode(text).ids
+    assert ours.decode(_ids(ours, text)) == text
+
+
+def test_llama3_takes_a_word_of_the_vocabulary_whole_whatever_its_merges() -> None:
+    """`ignore_merges`: without it this word, which no merge makes, would be single bytes."""
+    backend = _byte_level("llama-bpe")
+    metadata = _metadata(backend, "llama-bpe")
+    metadata["tokenizer.ggml.tokens"].append("zebra")
+    metadata["tokenizer.ggml.token_type"].append(1)
+    word = len(metadata["tokenizer.ggml.tokens"]) - 1
+    assert _ids(tokenizer_from_metadata(metadata, "x.gguf"), "zebra") == [word]
+    assert len(_ids(tokenizer_from_metadata(metadata | {"tokenizer.ggml.pre": "gpt-2"}, "x.gguf"), "zebra")) > 1
+
+
+def test_qwen2_composes_characters(
+    byte_level_pairs: dict[str, tuple[Tokenizer, PreTrainedTokenizerFast]],
+) -> None:
+    ours = byte_level_pairs["qwen2"][1]
+    assert _ids(ours, "n\u0303andu\u0301") == _ids(ours, "ñandú")
+
+
+def test_special_tokens_are_single_and_the_template_comes_along() -> None:
+    metadata = _metadata(_byte_level("gpt-2"), "gpt-2") | {"tokenizer.chat_template": "{{ messages[0].content }}"}
+    ours = tokenizer_from_metadata(metadata, "x.gguf")
+    assert _ids(ours, "<s>The</s>")[0] == 1
+    assert _ids(ours, "<s>The</s>")[-1] == 2
+    assert (ours.unk_token, ours.bos_token, ours.eos_token, ours.pad_token) == ("<unk>", "<s>", "</s>", None)
+    assert ours.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
+    assert ours.decode(_ids(ours, "<s>The fox</s>"), skip_special_tokens=True) == "The fox"
+
+
+@pytest.mark.parametrize(("asked", "starts"), [(True, True), (False, False), (None, False)])
+def test_a_bos_is_added_where_the_file_says_so(asked: bool | None, starts: bool) -> None:
+    """Byte-level files that say nothing add none; SentencePiece ones do (llama.cpp's defaults)."""
+    metadata = _metadata(_byte_level("gpt-2"), "gpt-2")
+    if asked is not None:
+        metadata["tokenizer.ggml.add_bos_token"] = asked
+    assert (_ids(tokenizer_from_metadata(metadata, "x.gguf"), "The fox")[0] == 1) == starts
+
+
+# SentencePiece
+
+# Single characters, and pieces of two and three that overlap, so that the order of merging decides: "ban" is
+# "ba" + "n" or "b" + "an".
+_LETTERS = "▁abnñ1"
+_PIECES = [*_LETTERS, *map("".join, product("▁abn", repeat=2)), "▁ba", "ban", "ana", "nan", "▁an", "a1", "11", "ñ1"]
+
+
+def _sentencepiece_metadata(seed: int, **changes: Any) -> dict[str, Any]:
+    """A vocabulary as the converter writes it: 3 special tokens, 256 bytes, pieces with scores (in a random order)."""
+    scores = random.Random(seed).sample(range(1, 999), len(_PIECES))
+    tokens = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *_PIECES]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(score) for score in scores],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(_PIECES),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    } | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+
+
+def _merge_by_score(text: str, metadata: dict[str, Any]) -> list[int]:
+    """SentencePiece's BPE, literally: join the neighbours of the best score, leftmost first, until none; then bytes."""
+    index = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    scores = metadata["tokenizer.ggml.scores"]
+    parts = list(("▁" + text).replace(" ", "▁"))
+    while True:
+        joined = [(scores[index[a + b]], -at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in index]
+        if not joined:
+            return [number for part in parts for number in _in_bytes(part, index)]
+        at = -max(joined)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def _in_bytes(part: str, index: dict[str, int]) -> list[int]:
+    return [index[part]] if part in index else [index[f"<0x{byte:02X}>"] for byte in part.encode()]
+
+
+_NEAR_WORDS = st.text(st.sampled_from("  abnabnñ1漢\n"), min_size=1, max_size=25)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=_NEAR_WORDS, seed=st.integers(0, 20))
+def test_sentencepiece_ids_are_those_of_its_algorithm(text: str, seed: int) -> None:
+    metadata = _sentencepiece_metadata(seed)
+    assert _ids(tokenizer_from_metadata(metadata, "x.gguf"), text) == [1, *_merge_by_score(text, metadata)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=_ANY_TEXT.filter(lambda text: "▁" not in text))
+def test_sentencepiece_text_survives(text: str) -> None:
+    ours = tokenizer_from_metadata(_sentencepiece_metadata(0), "x.gguf")
+    assert ours.decode(_ids(ours, text), skip_special_tokens=True) == text
+
+
+def test_sentencepiece_without_a_space_before_the_text() -> None:
+    """Gemma's kind."""
+    metadata = _sentencepiece_metadata(0, add_space_prefix=False, add_bos_token=False)
+    ours = tokenizer_from_metadata(metadata, "x.gguf")
+    assert ours.convert_ids_to_tokens(_ids(ours, "ñ")) == ["ñ"]
+    assert ours.decode(_ids(ours, " ban")) == " ban"
+
+
+def test_a_sentencepiece_vocabulary_without_scores_is_an_input_error() -> None:
+    for scores in (None, [0.0]):
+        with pytest.raises(InputError, match=r"x\.gguf has no score for every token"):
+            tokenizer_from_metadata(_sentencepiece_metadata(0, scores=scores), "x.gguf")
+
+
+# The real one
+
+
+@pytest.fixture(scope="module")
+def real(smollm2: Any) -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer from its GGUF."""
+    return tokenizer_from_metadata(GGUFFile(smollm2).metadata, str(smollm2))
+
+
+def test_smollm2_splits_every_digit_and_keeps_its_special_tokens(real: PreTrainedTokenizerFast) -> None:
+    text = "<|im_start|>user\nThe year 2024<|im_end|>\n"
+    pieces = [real.decode([token]) for token in _ids(real, text)]
+    assert pieces == ["<|im_start|>", "user", "\n", "The", " year", " ", "2", "0", "2", "4", "<|im_end|>", "\n"]
+    assert (len(real), real.bos_token_id, real.eos_token_id, real.pad_token_id) == (49152, 1, 2, 2)
+    assert _ids(real, "<|endoftext|><|im_start|><|im_end|>") == [0, 1, 2]
+
+
+def test_smollm2_has_the_template_the_other_tests_use(
+    real: PreTrainedTokenizerFast, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert str(real.chat_template).rstrip("\n") == str(tiny_tokenizer.chat_template).rstrip("\n")
+
+
+@settings(max_examples=30, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8", max_codepoint=0xFFFF, exclude_categories=["Cc"]), max_size=40))
+def test_smollm2_gives_back_text(real: PreTrainedTokenizerFast, text: str) -> None:
+    """Its vocabulary lacks 21 single bytes, those of control characters and of planes above the first."""
+    assert real.decode(_ids(real, text)) == text

@@ -1,0 +1,192 @@
+"""The Llama family in GGUF: names, hyper-parameters, row order and rotary factors, against gguf and transformers."""
+
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from entrenar.core.errors import InputError
+from entrenar.models import llama_gguf as family
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 90, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0},
+}  # fmt: skip
+
+
+def _llama(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(**(_SIZES | changes))
+
+
+_CONFIG = _llama()
+
+
+def _parameter_names(config: PretrainedConfig) -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [_llama(attention_bias=True, mlp_bias=True), MistralConfig(**_SIZES)],
+    ids=["llama", "mistral"],
+)
+def test_names_are_those_of_the_gguf_package_both_ways(config: PretrainedConfig) -> None:
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, _SIZES["num_hidden_layers"])
+    names = _parameter_names(config)
+    expected = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names]
+    assert [family.gguf_name(name) for name in names] == expected
+    assert [family.hf_name(str(name)) for name in expected] == names
+
+
+@pytest.mark.parametrize("name", [
+    "model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj.weight", "model.layers.x.mlp.up_proj.weight",
+    "model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.self_attn.q_norm.weight", "", "weight",
+])  # fmt: skip
+def test_a_parameter_the_family_does_not_have_has_no_name(name: str) -> None:
+    assert family.gguf_name(name) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["rope_freqs.weight", "blk.0.ffn_gate_exps.weight", "blk.0.attn_q", "blk.a.attn_q.bias"]
+)
+def test_a_tensor_the_family_does_not_have_has_no_name(name: str) -> None:
+    assert family.hf_name(name) is None
+
+
+_HEADS = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6))  # key heads, queries a key, half a head
+
+
+@given(sizes=_HEADS, tail=st.sampled_from([(), (1,), (5,)]), seed=st.integers(0, 99))
+def test_row_order_goes_there_and_back(sizes: tuple[int, int, int], tail: tuple[int, ...], seed: int) -> None:
+    """Weights and biases, of queries and of the fewer keys."""
+    keys, group, half = sizes
+    config = LlamaConfig(
+        num_attention_heads=keys * group, num_key_value_heads=keys, head_dim=2 * half, hidden_size=keys * group * 4
+    )
+    for part, heads in (("q_proj", keys * group), ("k_proj", keys)):
+        name = f"model.layers.0.self_attn.{part}.weight"
+        tensor = torch.randn(heads * 2 * half, *tail, generator=torch.Generator().manual_seed(seed))
+        there = family.to_gguf(name, tensor, config)
+        assert torch.equal(family.from_gguf(name, there, config), tensor)
+        # convert_hf_to_gguf.py, LlamaModel.permute:
+        array = tensor.numpy().reshape(heads, 2, half, *tail).swapaxes(1, 2).reshape(tensor.shape)
+        assert torch.equal(there, torch.from_numpy(array.copy()))
+
+
+def test_neighbouring_pairs_rotated_as_llama_cpp_does_are_halves_rotated_as_transformers_does() -> None:
+    """The scores of a query and a key are the same in both worlds; so the row order means what it must."""
+    torch.manual_seed(0)
+    heads, keys, dim, positions = 6, 2, 8, torch.arange(5)
+    cos, sin = LlamaRotaryEmbedding(_CONFIG)(torch.zeros(1), positions[None])
+    x = torch.randn(5, 48)
+    queries, later = {}, {}
+    for part, count in (("q_proj", heads), ("k_proj", keys)):
+        weight = torch.randn(count * dim, 48)
+        permuted = family.to_gguf(f"model.layers.0.self_attn.{part}.weight", weight, _CONFIG)
+        queries[part] = (x @ weight.T).view(5, count, dim).transpose(0, 1)[None]
+        later[part] = _rotate_pairs((x @ permuted.T).view(5, count, dim), positions)
+    q, k = apply_rotary_pos_emb(queries["q_proj"], queries["k_proj"], cos, sin)
+    ours = torch.einsum("thd,sd->hts", later["q_proj"], later["k_proj"][:, 0])
+    theirs = torch.einsum("htd,sd->hts", q[0], k[0, 0])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def _rotate_pairs(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """ggml's rope of mode 0: elements 2i and 2i+1 of (T, heads, dim) turned by position·θ^(−2i/dim)."""
+    dim = x.shape[-1]
+    angles = positions[:, None] / _SIZES["rope_parameters"]["rope_theta"] ** (torch.arange(0, dim, 2) / dim)
+    turned = torch.view_as_complex(x.view(*x.shape[:-1], dim // 2, 2)) * torch.exp(1j * angles)[:, None]
+    return torch.view_as_real(turned).reshape(x.shape)
+
+
+@pytest.mark.parametrize("part", ["v_proj", "o_proj"])
+def test_other_rows_stay_where_they_are(part: str) -> None:
+    tensor = torch.randn(48, 48)
+    name = f"model.layers.0.self_attn.{part}.weight"
+    assert torch.equal(family.to_gguf(name, tensor, _CONFIG), tensor)
+    assert torch.equal(family.from_gguf(name, tensor, _CONFIG), tensor)
+
+
+@given(
+    theta=st.floats(1e3, 1e6), factor=st.floats(1.5, 40), low=st.floats(0.5, 2), more=st.floats(0.5, 8),
+    context=st.sampled_from([64, 1024, 8192]), head_dim=st.sampled_from([8, 64, 128]),
+)  # fmt: skip
+def test_rotary_factors_turn_default_frequencies_into_transformers_llama3_ones(
+    theta: float, factor: float, low: float, more: float, context: int, head_dim: int
+) -> None:
+    rope = {
+        "rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
+        "high_freq_factor": low + more, "original_max_position_embeddings": context,
+    }  # fmt: skip
+    config = _llama(rope_parameters=rope, head_dim=head_dim, max_position_embeddings=2**17)
+    expected, attention = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    factors = family.rope_factors(config)
+    assert factors is not None
+    assert factors.shape == (head_dim // 2,)
+    assert attention == 1.0
+    torch.testing.assert_close(plain / factors, expected, rtol=1e-4, atol=0)
+
+
+def test_plain_rotary_embeddings_have_no_factors() -> None:
+    assert family.rope_factors(_CONFIG) is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("extra", [{}, {"head_dim": 12}], ids=["derived head size", "head size of its own"])
+def test_a_config_survives_gguf_metadata(tied: bool, extra: dict[str, Any]) -> None:
+    config = _llama(**extra, tie_word_embeddings=tied)
+    metadata = {f"llama.{key}": value for key, value in family.metadata_from_config(config).items()}
+    tokens = {f"tokenizer.ggml.{name}_token_id": value for name, value in (("bos", 1), ("eos", 2), ("padding", 2))}
+    back = family.config_from_metadata(
+        {"general.architecture": "llama"} | metadata | tokens, "x.gguf", config.vocab_size, tied
+    )
+    assert back.to_dict() == config.to_dict()
+
+
+def test_metadata_keys_are_the_gguf_packages() -> None:
+    known = {value for name, value in vars(gguf.Keys.LLM).items() if name.isupper()}
+    known |= {value for group in (gguf.Keys.Attention, gguf.Keys.Rope) for value in vars(group).values()}
+    assert {f"{{arch}}.{key}" for key in family.metadata_from_config(_CONFIG)} <= known
+
+
+def test_what_is_optional_in_metadata_has_llama_cpps_defaults() -> None:
+    """As many key heads as heads, heads that share the width evenly, θ = 10000."""
+    metadata = {f"llama.{key}": value for key, value in family.metadata_from_config(_CONFIG).items()}
+    for key in ("attention.head_count_kv", "attention.key_length", "rope.freq_base"):
+        del metadata[f"llama.{key}"]
+    config = family.config_from_metadata(metadata | {"general.architecture": "llama"}, "x.gguf", 90, tied=True)
+    assert (config.num_key_value_heads, family.head_dim(config)) == (6, 8)
+    assert config.to_dict()["rope_parameters"]["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize("rope_type", ["default", "llama3"])
+def test_the_family_can_be_exported(rope_type: str) -> None:
+    rope = {
+        "rope_type": rope_type, "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    family.check_exportable(_llama(rope_parameters=rope))
+    family.check_exportable(MistralConfig(**_SIZES, sliding_window=None))
+
+
+_LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (Qwen2Config(**_SIZES), "'qwen2' is not in this version: it writes llama, mistral"),
+    (_llama(rope_parameters=_LINEAR_ROPE), "rope type 'linear'"),
+    (MistralConfig(**_SIZES, sliding_window=32), "sliding window"),
+], ids=["qwen2", "linear rotary", "sliding window"])  # fmt: skip
+def test_what_would_be_exported_wrongly_is_refused(config: PretrainedConfig, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        family.check_exportable(config)

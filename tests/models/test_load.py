@@ -1,0 +1,351 @@
+"""Loading: transformers' numbers from every kind of source, one tensor at a time, and strict about names and shapes."""
+
+import dataclasses
+import json
+import shutil
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from entrenar.core.errors import InputError
+from entrenar.models.load import load, load_source
+from entrenar.models.source import Weights, open_source
+from entrenar.quant.linear import QuantizedLinear
+from entrenar.quant.tensor import dequantize_4bit, quantize_4bit
+
+_IDS = torch.tensor([[1, 45, 99, 300, 7, 7, 12, 2]])
+_SIZES: dict[str, Any] = {
+    "vocab_size": 362, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+_ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "llama, untied": LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "llama, biases": LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama 3 rotary": LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE),
+    "mistral": MistralConfig(**_SIZES, sliding_window=4),
+    "qwen2": Qwen2Config(**_SIZES, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(**_SIZES, head_dim=16, query_pre_attn_scalar=16, final_logit_softcapping=5.0),
+}
+
+
+def _logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=_IDS).logits
+
+
+def _assert_same_logits(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
+    torch.testing.assert_close(_logits(ours), _logits(theirs.eval()), rtol=0, atol=0)
+
+
+def _save(directory: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A random model of an architecture; biases and norms too, which transformers starts at zero and one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def _copy(source: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> str:
+    """The checkpoint with other tensors."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return str(target)
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "head" not in name
+    }
+
+
+@pytest.mark.parametrize("name", _ARCHITECTURES)
+def test_logits_equal_those_of_from_pretrained(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
+    theirs = _save(tmp_path, _ARCHITECTURES[name], tiny_tokenizer)
+    ours, _ = load(str(tmp_path), dtype="float32")
+    assert type(ours) is type(theirs)
+    _assert_same_logits(ours, theirs)
+
+
+def test_shards_load_as_one_file_does(tmp_path: Path, tiny_model_dir: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    shutil.copytree(tiny_model_dir, tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    ours, _ = load(str(tmp_path / "shards"), dtype="float32")
+    _assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_gguf_logits_equal_those_of_from_pretrained(make_gguf: Callable[..., Path], kind: str) -> None:
+    path = make_gguf(kind)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    ours, _ = load(str(path), dtype="float32")
+    _assert_same_logits(ours, theirs)
+
+
+def test_a_gguf_with_an_output_head_of_its_own(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, make_gguf: Callable[..., Path]
+) -> None:
+    theirs = _save(tmp_path / "untied", _ARCHITECTURES["llama, untied"], tiny_tokenizer)
+    ours, _ = load(str(make_gguf(source=tmp_path / "untied")), dtype="float32")
+    _assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_all_that_stays_unquantized_has_the_asked_dtype(tiny_model_dir: Path, dtype: str) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=getattr(torch, dtype))
+    ours, _ = load(str(tiny_model_dir), dtype=dtype)
+    assert {parameter.dtype for parameter in ours.parameters()} == {getattr(torch, dtype)}
+    _assert_same_logits(ours, theirs)
+
+
+def test_the_model_is_frozen_and_in_evaluation_mode(tiny_model_dir: Path) -> None:
+    model, _ = load(str(tiny_model_dir))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_the_generation_settings_come_along(tmp_path: Path, tiny_model_dir: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 5], "max_new_tokens": 9}')
+    model, _ = load(str(tmp_path / "model"))
+    assert model.generation_config is not None
+    assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == ([2, 5], 9)
+
+
+# Quantized as it is read
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize(("name", "double_quant"), [("llama, biases", False), ("llama, untied", True)])
+def test_the_linear_layers_but_not_the_head_are_quantized(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, format: str, name: str, double_quant: bool
+) -> None:
+    """Equal to transformers' model with those weights rounded to what the format can hold."""
+    theirs = _save(tmp_path, _ARCHITECTURES[name], tiny_tokenizer)
+    for linear in _linears(theirs).values():
+        packed = quantize_4bit(linear.weight, format=format, double_quant=double_quant)
+        linear.weight.data = dequantize_4bit(packed)
+    ours, _ = load(str(tmp_path), format, double_quant=double_quant, dtype="float32")
+    quantized = {path for path, module in ours.named_modules() if isinstance(module, QuantizedLinear)}
+    assert quantized == _linears(theirs).keys()
+    torch.testing.assert_close(_logits(ours), _logits(theirs), rtol=0, atol=1e-6)
+
+
+def test_a_quantized_model_holds_packed_bytes_and_no_other_copy(tiny_model_dir: Path) -> None:
+    """4 bits a weight and a float32 scale for 64 of them; embeddings (tied, so once) and norms in float32."""
+    linear = sum(
+        module.weight.numel() for module in _linears(AutoModelForCausalLM.from_pretrained(tiny_model_dir)).values()
+    )
+    model, _ = load(str(tiny_model_dir), "nf4", dtype="float32")
+    others = 362 * 64 + 5 * 64
+    expected = linear * (4 / 8 + 4 / 64) + others * 4
+    storages = {
+        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes() for parameter in model.parameters()
+    }
+    assert sum(storages.values()) == expected
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_one_tensor_of_the_source_is_held_at_a_time(
+    tiny_model_dir: Path, make_gguf: Callable[..., Path], kind: str, quantize: str
+) -> None:
+    source = open_source(str(tiny_model_dir if kind == "directory" else make_gguf("Q8_0")))
+    tracked = _TrackedWeights(source.weights)
+    tracking = dataclasses.replace(source, weights=tracked)
+    model = load_source(tracking, quantize, double_quant=False, block_size=64, dtype=torch.float32)
+    assert len(tracked.reads) == len(set(tracked.reads)) == 20
+    assert tracked.most_alive == 1
+    assert tracked.alive() == 0, "the model leans on no tensor of the source"
+    assert torch.isfinite(_logits(model)).all()
+
+
+class _TrackedWeights:
+    """Weights whose every tensor lies in a numpy array of its own, so that one can see when it is let go."""
+
+    def __init__(self, inner: Weights) -> None:
+        self._inner = inner
+        self._arrays: list[weakref.ref[np.ndarray]] = []
+        self.reads: list[str] = []
+        self.most_alive = 0
+
+    def names(self) -> Iterable[str]:
+        return self._inner.names()
+
+    def read(self, name: str) -> Tensor:
+        array = np.array(self._inner.read(name).float().numpy())
+        self._arrays.append(weakref.ref(array))
+        self.reads.append(name)
+        self.most_alive = max(self.most_alive, self.alive())
+        return torch.from_numpy(array)
+
+    def alive(self) -> int:
+        return sum(array() is not None for array in self._arrays)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"quantize": "nf5"}, "nf5"), ({"quantize": "nf4", "block_size": 65}, "65"), ({"dtype": "float8"}, "float8"),
+])  # fmt: skip
+def test_unknown_formats_block_sizes_and_dtypes_are_input_errors(
+    tiny_model_dir: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(str(tiny_model_dir), **options)
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, tiny_model_dir: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    path = _copy(tiny_model_dir, tmp_path / "model", lambda tensors: tensors[name][3, 4:5].fill_(torch.inf))
+    with pytest.raises(InputError, match=name):
+        load(path, "nf4")
+
+
+# Tied embeddings
+
+
+def _assert_tied(model: PreTrainedModel) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(head, nn.Linear)
+    assert isinstance(embedding, nn.Embedding)
+    assert head.weight.data_ptr() == embedding.weight.data_ptr()
+    assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_tied_embeddings_stay_one_storage(tiny_model_dir: Path, make_gguf: Callable[..., Path], quantize: str) -> None:
+    for path in (tiny_model_dir, make_gguf("F16")):
+        _assert_tied(load(str(path), quantize)[0])
+
+
+def test_a_tied_head_that_is_also_in_the_file_is_not_a_second_copy(tmp_path: Path, tiny_model_dir: Path) -> None:
+    embedding = "model.embed_tokens.weight"
+    path = _copy(tiny_model_dir, tmp_path / "model", lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
+    model, _ = load(path, dtype="float32")
+    _assert_tied(model)
+    _assert_same_logits(model, AutoModelForCausalLM.from_pretrained(tiny_model_dir))
+
+
+def test_untied_embeddings_stay_two(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    _save(tmp_path, _ARCHITECTURES["llama, untied"], tiny_tokenizer)
+    model, _ = load(str(tmp_path))
+    assert (
+        model.get_parameter("lm_head.weight").data_ptr() != model.get_parameter("model.embed_tokens.weight").data_ptr()
+    )
+
+
+# What does not fit is named
+
+_DOWN = "model.layers.1.mlp.down_proj.weight"
+_CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "missing": (lambda t: t.pop(_DOWN), rf"lacks 1 tensors of LlamaForCausalLM: {_DOWN}"),
+    "two missing": (
+        lambda t: (t.pop(_DOWN), t.pop("model.norm.weight")), rf"lacks 2 tensors .*: {_DOWN}, model\.norm\.weight"
+    ),
+    "no embedding": (lambda t: t.pop("model.embed_tokens.weight"), r"lacks 1 tensors .*: model\.embed_tokens\.weight"),
+    "unexpected": (
+        lambda t: t.update({"model.layers.2.extra": torch.zeros(2)}), r"has 1 tensors that .*: model\.layers\.2\.extra"
+    ),
+    "misshapen": (
+        lambda t: t.update({_DOWN: torch.zeros(64, 64)}),
+        rf"{_DOWN} has shape \(64, 64\) but the config says \(64, 128\)",
+    ),
+    "transposed": (lambda t: t.update({_DOWN: torch.zeros(128, 64)}), rf"{_DOWN} has shape \(128, 64\)"),
+    "integers": (lambda t: t.update({_DOWN: torch.zeros(64, 128, dtype=torch.int8)}), rf"{_DOWN} is torch\.int8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize(("change", "message"), _CHANGES.values(), ids=_CHANGES)
+def test_tensors_that_do_not_fit_the_config_are_named(
+    tmp_path: Path, tiny_model_dir: Path, change: Callable[[dict[str, Tensor]], object], message: str, quantize: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(_copy(tiny_model_dir, tmp_path / "model", change), quantize)
+
+
+_GGUF_CHANGES: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
+    "missing": (lambda t: t.pop("blk.1.ffn_down.weight"), rf"lacks 1 tensors .*: {_DOWN}"),
+    "unexpected": (
+        lambda t: t.update({"blk.0.ssm_a.weight": np.zeros(2, np.float32)}),
+        r"has 1 tensors that .*: blk\.0\.ssm_a\.weight",
+    ),
+    "misshapen": (lambda t: t.update({"blk.1.ffn_down.weight": np.zeros((64, 64), np.float32)}), rf"{_DOWN} has shape"),
+    "no embedding": (lambda t: t.pop("token_embd.weight"), r"has no token_embd\.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), _GGUF_CHANGES.values(), ids=_GGUF_CHANGES)
+def test_tensors_that_do_not_fit_the_metadata_are_named(
+    make_gguf: Callable[..., Path], change: Callable[[dict[str, np.ndarray]], object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(str(make_gguf(change=change)))
+
+
+def _with_config(directory: Path, target: Path, **changes: Any) -> str:
+    shutil.copytree(directory, target)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    (target / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return str(target)
+
+
+@pytest.mark.parametrize("changes", [
+    {"model_type": "nonesuch"}, {"model_type": "t5"}, {"hidden_size": "wide"}, {"num_attention_heads": 0},
+    {"hidden_act": "nonesuch"}, {"vocab_size": -1}, {"num_hidden_layers": 3}, {"hidden_size": 128},
+    {"rope_parameters": {"rope_type": "nonesuch"}},
+], ids=str)  # fmt: skip
+def test_a_config_that_makes_no_model_of_these_weights_is_an_input_error(
+    tmp_path: Path, tiny_model_dir: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match="model"):
+        load(_with_config(tiny_model_dir, tmp_path / "model", **changes))
+
+
+def test_a_truncated_shard_is_an_input_error(tmp_path: Path, tiny_model_dir: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"model\.safetensors is not a complete"):
+        load(str(tmp_path / "model"))
+
+
+def test_a_tied_head_with_values_of_its_own_is_an_error(tiny_model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, tmp_path / "model" / "model.safetensors")
+    load(str(tmp_path / "model"))
+    save_file({**tensors, "lm_head.weight": embedding + 1}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(str(tmp_path / "model"))

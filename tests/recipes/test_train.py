@@ -1,0 +1,123 @@
+"""A whole run: resumed = straight, bit for bit; somebody else's directory is left alone."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from entrenar.core.errors import InputError, StoppedError
+from entrenar.core.run_log import read_metrics
+from entrenar.files.peft import CONFIG_NAME, WEIGHTS_NAME
+from entrenar.recipes.train import train
+from entrenar.training.state import StepReport
+
+MakeConfig = Callable[..., Path]
+NUMBERS = ("step", "loss", "lr", "grad_norm", "tokens", "eval_loss")
+
+
+def numbers(run_dir: str) -> list[dict[str, float]]:
+    """The log without what depends on the clock."""
+    rows = read_metrics(Path(run_dir) / "metrics.jsonl")
+    return [{key: row[key] for key in NUMBERS if key in row} for row in rows]
+
+
+def stop_after(step: int, number: int) -> Callable[[StepReport], None]:
+    def on_step(report: StepReport) -> None:
+        if report.step == step:
+            signal.raise_signal(number)
+
+    return on_step
+
+
+@pytest.mark.parametrize(("step", "number"), [(3, signal.SIGINT), (4, signal.SIGTERM)])
+def test_a_stopped_run_goes_on_to_the_same_numbers_bit_for_bit(make_config: MakeConfig, step: int, number: int) -> None:
+    straight = train(make_config("straight"))
+    broken = make_config("broken")
+    with pytest.raises(StoppedError, match=f"after step {step} of 6"):
+        train(broken, on_step=stop_after(step, number))
+    resumed = train(broken)
+    assert resumed.resumed_from_step == step
+    one, other = (Path(result.adapter) / WEIGHTS_NAME for result in (straight, resumed))
+    assert one.read_bytes() == other.read_bytes()
+    assert numbers(straight.run_dir) == numbers(resumed.run_dir)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(make_config: MakeConfig) -> None:
+    straight, broken = train(make_config("straight")), make_config("broken")
+
+    def die(report: StepReport) -> None:
+        if report.step == 5:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train(broken, on_step=die)
+    resumed = train(broken)
+    assert resumed.resumed_from_step == 4
+    assert numbers(straight.run_dir) == numbers(resumed.run_dir)
+
+
+def test_a_run_leaves_config_metrics_checkpoints_and_adapter(make_config: MakeConfig) -> None:
+    result = train(make_config(), {"optimizer.lr": 5e-3, "lora.targets": ["q_proj", "down_proj"]})
+    run = Path(result.run_dir)
+    names = {"config.yaml", "metrics.jsonl", "adapter", "checkpoints", "result.json"}
+    assert {path.name for path in run.iterdir()} == names
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-4", "best-6"}
+    assert "lr: 0.005" in (run / "config.yaml").read_text()
+    adapter = json.loads((run / "adapter" / CONFIG_NAME).read_text())
+    assert adapter["target_modules"] == ["down_proj", "q_proj"]
+    assert len(load_file(run / "adapter" / WEIGHTS_NAME)) == 2 * 2 * 2
+
+
+def test_a_finished_run_is_reported_not_repeated(make_config: MakeConfig) -> None:
+    config, said, reports = make_config(), [], []
+    first = train(config)
+    assert train(config, say=said.append, on_step=reports.append) == first
+    assert "finished" in said[0]
+    assert not reports
+
+
+def test_a_directory_with_another_run_is_refused_and_untouched(make_config: MakeConfig) -> None:
+    result = train(make_config())
+    before = {path: path.read_bytes() for path in Path(result.run_dir).rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"another run, which differs in lora\.rank, optimizer\.lr"):
+        train(make_config(**{"lora.rank": 2, "optimizer.lr": 1e-3}))
+    assert before == {path: path.read_bytes() for path in Path(result.run_dir).rglob("*") if path.is_file()}
+
+
+def test_a_directory_that_is_no_run_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is not a run of entrenar"):
+        train(make_config())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lora.rank": 65}, r"model\.layers\.0\.self_attn\.q_proj.*rank 65 does not fit"),
+        ({"lora.targets": ["qq_proj"]}, r"'qq_proj' matches no linear layer: the model has .*q_proj"),
+        ({"data.max_length": 20}, r"train\.jsonl:1: the row has \d+ tokens, data\.max_length is 20"),
+        ({"data.train": "nowhere.jsonl"}, r"nowhere\.jsonl does not exist"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(
+    make_config: MakeConfig, tmp_path: Path, changes: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        train(make_config(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_few_bad_rows_are_noted_beside_the_run(make_config: MakeConfig, tiny_data: Path, tmp_path: Path) -> None:
+    rows = tiny_data.read_text(encoding="utf-8") * 5
+    data = tmp_path / "rows.jsonl"
+    data.write_text(rows + "not json\n", encoding="utf-8")
+    said: list[str] = []
+    result = train(make_config(**{"data.train": str(data)}), say=said.append)
+    (rejected,) = (Path(result.run_dir) / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(rejected)["line"] == 121
+    assert "1 rejected" in said[0]

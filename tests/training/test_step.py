@@ -1,0 +1,81 @@
+"""One update: the split into micro-batches does not change it; a non-finite one changes nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from entrenar.data.batches import collate, micro_batches
+from entrenar.data.dataset import PreparedData
+from entrenar.lora.attach import adapted_layers
+from entrenar.optim.adamw import make_adamw
+from entrenar.training.step import accumulate, update
+
+
+def factors(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    return [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
+
+
+def wake_up(model: PreTrainedModel) -> None:
+    """Give every B values, so that A has a gradient too."""
+    torch.manual_seed(1)
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_b, std=0.05)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 5])
+def test_eight_rows_in_pieces_give_the_gradient_of_eight_at_once(
+    tiny_qlora: PreTrainedModel, tiny_prepared: PreparedData, micro_batch: int
+) -> None:
+    wake_up(tiny_qlora)
+    rows = tiny_prepared.train.examples[:8]
+    whole = accumulate(tiny_qlora, micro_batches(rows, 8, 0))
+    expected = [factor.grad.clone() for factor in factors(tiny_qlora) if factor.grad is not None]
+    tiny_qlora.zero_grad()
+    pieces = accumulate(tiny_qlora, micro_batches(rows, micro_batch, 0))
+    got = [factor.grad for factor in factors(tiny_qlora) if factor.grad is not None]
+    assert pieces == pytest.approx(whole, abs=1e-6)
+    assert len(got) == len(expected) == len(factors(tiny_qlora))
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_loss_is_the_mean_over_all_target_tokens_not_a_mean_of_means(
+    tiny_qlora: PreTrainedModel, tiny_prepared: PreparedData
+) -> None:
+    batches = [collate(tiny_prepared.train.examples[:1], 0), collate(tiny_prepared.train.examples[1:6], 0)]
+    losses = []
+    for batch in batches:
+        with torch.no_grad():
+            logits = tiny_qlora(input_ids=batch.ids, attention_mask=batch.attention).logits[:, :-1]
+        labels = batch.ids[:, 1:].masked_fill(~batch.targets[:, 1:], -100)
+        losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"))
+    every = torch.cat(losses)
+    assert accumulate(tiny_qlora, batches) == pytest.approx(every.sum().item() / int((every != 0).sum()), rel=1e-5)
+
+
+def test_update_takes_pytorchs_step_on_the_clipped_gradient(
+    tiny_qlora: PreTrainedModel, tiny_prepared: PreparedData
+) -> None:
+    twin = copy.deepcopy(tiny_qlora)
+    batches = micro_batches(tiny_prepared.train.examples[:4], 4, 0)
+    optimizer = make_adamw(factors(tiny_qlora), 1.0, (0.9, 0.999), 1e-8, 0.0)
+    result = update(tiny_qlora, optimizer, batches, lr=1e-2, max_grad_norm=0.1)
+    reference = torch.optim.AdamW(factors(twin), lr=1e-2, weight_decay=0.0)
+    accumulate(twin, batches)
+    norm = torch.nn.utils.clip_grad_norm_(factors(twin), 0.1)
+    reference.step()
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-6)
+    torch.testing.assert_close(factors(tiny_qlora), factors(twin), atol=1e-7, rtol=1e-6)
+
+
+def test_a_non_finite_gradient_changes_nothing(tiny_qlora: PreTrainedModel, tiny_prepared: PreparedData) -> None:
+    layer = next(layer for _, layer in adapted_layers(tiny_qlora))
+    layer.lora_b.data.fill_(1e38)
+    before = [factor.clone() for factor in factors(tiny_qlora)]
+    optimizer = make_adamw(factors(tiny_qlora), 1.0, (0.9, 0.999), 1e-8, 0.0)
+    result = update(tiny_qlora, optimizer, micro_batches(tiny_prepared.train.examples[:2], 2, 0), 1.0, 1.0)
+    assert not result.is_finite
+    assert all(torch.equal(a, b) for a, b in zip(before, factors(tiny_qlora), strict=True))
+    assert not optimizer.state
