@@ -79,9 +79,9 @@ void dequantize(const uint8_t* packed, const float* scales, const float* codeboo
     constexpr int64_t kBytes = Lookup<kDtype>::kBytes;
     auto* to = static_cast<char*>(out);
     stream = stream && reinterpret_cast<uintptr_t>(out) % 32 == 0 && begin % 16 == 0 && block_size % 16 == 0;
-    for (; begin < end; ++scales) {
-        int64_t stop = (begin / block_size + 1) * block_size;
-        if (stop > end) stop = end;
+    int64_t block_end = (begin / block_size + 1) * block_size;
+    for (; begin < end; block_end += block_size, ++scales) {
+        const int64_t stop = block_end < end ? block_end : end;
         const Lookup<kDtype> lookup(codebook, *scales);
         if (begin % 2 != 0) {  // a row of odd length: its first element is a low nibble
             write_singly<kDtype>(packed, codebook, *scales, begin, begin + 1, to);

@@ -28,14 +28,18 @@ static inline __m512 load_up_to_16(const void* from, int64_t count) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-// To bfloat16, nearest even, denormals kept (vcvtneps2bf16 would flush them), NaN as torch's 0x7FC0.
-static inline __m256i round_bf16(__m512 values) {
+// The bfloat16 of each lane in its upper 16 bits: nearest even, denormals kept (vcvtneps2bf16 would flush them), NaN as
+// torch's 0x7FC0. The lower bits are left over.
+static inline __m512i rounded_bits(__m512 values) {
     const __m512i bits = _mm512_castps_si512(values);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    const __m512i top = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7FC0));
-    return _mm512_cvtepi32_epi16(top);
+    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
+}
+
+static inline __m256i round_bf16(__m512 values) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(values), 16));
 }
 
 // 16 floats to 16-bit floats of dtype kDtype.

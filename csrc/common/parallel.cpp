@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -86,14 +87,47 @@ private:
 };
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using Clock = std::chrono::steady_clock;
+
+// An OpenMP region ends when its last thread has arrived, work or no work: where another process holds a core that is a
+// time slice of the scheduler, 8 ms for a job of 0.1 ms. After such a stall our own pool, which waits for nobody, serves
+// for a while.
+constexpr auto kStall = std::chrono::milliseconds(1), kOwnPoolTime = std::chrono::milliseconds(200);
 
 std::atomic<GompParallel> gomp{nullptr};
+std::atomic<Clock::rep> own_pool_until{0};
 std::atomic<Pool*> own_pool{nullptr};
 
 // A child has none of its parent's threads: forget both pools (the parent's Pool leaks in the child, locks and all).
 void forget_pools() {
     gomp.store(nullptr);
     own_pool.store(nullptr);
+}
+
+// The job and when the caller's share of it began and ended.
+struct TimedJob {
+    Job* job;
+    std::thread::id caller;
+    Clock::time_point begin, end;
+
+    void run() {
+        job->run();
+        if (std::this_thread::get_id() == caller) end = Clock::now();
+    }
+};
+
+// False if OpenMP's pool is unknown, or has stalled lately; then nothing was done.
+bool run_with_gomp(Job& job, int threads) {
+    const GompParallel parallel = gomp.load();
+    TimedJob timed{&job, std::this_thread::get_id(), Clock::now(), {}};
+    if (!parallel || timed.begin.time_since_epoch().count() < own_pool_until.load()) return false;
+    parallel([](void* data) { static_cast<TimedJob*>(data)->run(); }, &timed, static_cast<unsigned>(threads), 0);
+    const auto now = Clock::now();
+    const auto waited = now - timed.end;
+    if (waited > kStall && waited > (timed.end - timed.begin) / 2) {
+        own_pool_until.store((now + kOwnPoolTime).time_since_epoch().count());
+    }
+    return true;
 }
 
 Pool* pool() {
@@ -117,11 +151,7 @@ void parallel_ranges(int64_t items, int64_t grain, int threads, RangeBody body, 
     threads = static_cast<int>(std::min<int64_t>(threads, grains));
     const int64_t step = grain * divide_up(grains, threads * kRangesPerThread);
     Job job{body, context, items, step};
-    if (const GompParallel parallel = gomp.load()) {
-        parallel([](void* data) { static_cast<Job*>(data)->run(); }, &job, static_cast<unsigned>(threads), 0);
-    } else if (!pool()->run(job, threads)) {
-        job.run();
-    }
+    if (!run_with_gomp(job, threads) && !pool()->run(job, threads)) job.run();
 }
 
 }  // namespace entrenar

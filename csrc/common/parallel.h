@@ -2,7 +2,7 @@
 //
 // Where torch's OpenMP runtime is known (entrenar_use_gomp) its own thread pool does the work: a second pool would
 // fight its spinning workers for the cores. Otherwise, and in a forked child, where an OpenMP pool is dead, a small
-// pool of our own serves. Ranges are taken from a shared counter, so any number of threads finishes any job, and no
+// pool of our own serves; also while OpenMP stalls on a busy machine. Ranges are taken from a shared counter, so any number of threads finishes any job, and no
 // result may depend on how the ranges fall.
 #pragma once
 

@@ -258,7 +258,7 @@ def test_each_buffer_that_is_too_small_is_an_error() -> None:
         with pytest.raises(InputError, match="a buffer is too small"):
             QUANTIZE(*cut, 128, 64, 0, 2)
         missing = [None if at == index else tensor for at, tensor in enumerate(whole)]
-        with pytest.raises(InputError, match="too small|missing"):
+        with pytest.raises(InputError, match=r"too small|missing"):
             QUANTIZE(*missing, 128, 64, 0, 2)
 
 

@@ -1,7 +1,7 @@
 """The `entrenar` namespace of torch.library: how an operation of this room is registered.
 
-Each operation has a schema, a PyTorch reference that runs on any device, a native CPU implementation that gives the same
-bits, a fake (what shapes come out, for torch.compile), and where it is differentiable an autograd formula.
+Each operation has a schema, a PyTorch reference that runs on any device, a native CPU implementation that gives the
+same bits, a fake (what shapes come out, for torch.compile), and where it is differentiable an autograd formula.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """A linear layer over a 4-bit weight (QLoRA, Dettmers et al. 2023, equation 5): y = x·Wᵀ + bias, gradient for x.
 
 Up to 16 tokens read the packed bytes once and never make a weight (csrc/linear). More tokens: a panel of the weight is
-decoded into a scratch that stays in cache, and torch's matmul takes it from there. The backward for x does the same over
-panels of columns, so that each sum is one matmul, as in the reference.
+decoded into a scratch that stays in cache, and torch's matmul takes it from there. The backward for x does the same
+over panels of columns, so that each sum is one matmul, as in the reference.
 Letters: B tokens, O out_features, I in_features.
 """
 

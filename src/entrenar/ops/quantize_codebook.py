@@ -1,8 +1,8 @@
 """4-bit block quantization with a codebook of 16 values (QLoRA, Dettmers et al. 2023, section 3).
 
-code = nearest entry to w / absmax of the block. The arithmetic follows bitsandbytes' CPU path operation by operation, so
-that codes are equal to the byte: a whole block is multiplied by the reciprocal of its absmax, a partial last block is
-divided by it.
+code = nearest entry to w / absmax of the block. The arithmetic follows bitsandbytes' CPU path operation by
+operation, so that codes are equal to the byte: a whole block is multiplied by the reciprocal of its absmax, a partial
+last block is divided by it.
 """
 
 import torch

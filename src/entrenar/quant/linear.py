@@ -1,8 +1,8 @@
 """QuantizedLinear: a frozen linear layer that keeps its weight in a block format.
 
 A 4-bit layer decodes its weight a panel at a time (ops/linear_codebook.py). Other formats dequantize the whole weight,
-multiply and drop it, and do so again in the backward for x: such a layer costs its packed bytes plus, while it runs, one
-weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
+multiply and drop it, and do so again in the backward for x: such a layer costs its packed bytes plus, while it runs,
+one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
 """
 
 from typing import Any
