@@ -1,4 +1,4 @@
-"""The native CPU kernels against bitsandbytes, torch and memcpy: 2 threads, medians, taking turns in one run.
+"""The native CPU kernels against bitsandbytes, torch, memcpy, llama.cpp: 2 threads, medians, taking turns in one run.
 
 python benchmarks/kernels.py [--json FILE] [--rounds N] [--only PART_OF_A_NAME]
 """
@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from _llama_cpp import quantizer as llama_cpp_quantizer
 from _timing import PeerProcess, Row, Work, alternate, arguments, duration, rate, report, seconds, timed
 
 import entrenar
 from entrenar.ops import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook_into
+from entrenar.ops.gguf_blocks import quantize_gguf
 from entrenar.quant.codebooks import codebook
 from entrenar.quant.linear import quantized_linear
 from entrenar.quant.scales import scale_tensors
@@ -127,8 +129,21 @@ def linear_rows(shape: Shape, peer: PeerProcess, rounds: int) -> Iterator[tuple[
     yield "linear_nf4_512_tokens", many_tokens
 
 
+def gguf_rows(shape: Shape, _: PeerProcess, rounds: int) -> Iterator[tuple[str, Callable[[str], Row]]]:
+    """Weights to GGUF blocks, as llama.cpp makes them; its library runs in this process."""
+    for type, limit in (("q4_k", 1.0), ("q6_k", 1.0), ("q8_0", 1.5), ("q4_0", 1.5)):
+
+        def measure(metric: str, type: str = type, limit: float = limit) -> Row:
+            weight = torch.randn(shape)
+            theirs = llama_cpp_quantizer(weight, torch.empty_like(quantize_gguf(weight, type)), type)
+            times = alternate(lambda: quantize_gguf(weight, type), timed(theirs), min(rounds, 7))
+            return rate(metric, size(shape), weight.numel(), times, "llama.cpp", limit)
+
+        yield f"quantize_gguf_{type}", measure
+
+
 # To add kernels: a generator (shape, peer, rounds) → (metric, measure), and its name here.
-GROUPS = (quantize_rows, dequantize_rows, linear_rows)
+GROUPS = (quantize_rows, dequantize_rows, linear_rows, gguf_rows)
 
 
 def size(shape: Shape) -> str:

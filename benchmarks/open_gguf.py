@@ -1,8 +1,11 @@
-"""Config and tokenizer of SmolLM2's GGUF: our reader against transformers' (docs/decisions/0002)."""
+"""Config and tokenizer of SmolLM2's GGUF: our reader against transformers' (docs/decisions/0002).
+
+python benchmarks/open_gguf.py [--json FILE]
+"""
 
 from pathlib import Path
 
-from _report import Row, alternate, report
+from _timing import Row, alternate, arguments, report, timed
 from transformers import AutoConfig, AutoTokenizer
 
 from entrenar.models.source import open_source
@@ -18,15 +21,13 @@ def theirs() -> None:
 
 def main() -> None:
     """Time both in turn."""
-    ours, peer = alternate(lambda: open_source(str(MODEL)), theirs, runs=3)
-    report(
-        [
-            Row(
-                metric="open_gguf_seconds", unit="s", ours=ours, peer=peer, peer_name="transformers",
-                ratio=peer / ours, limit=None,
-            )
-        ]
+    options = arguments(__doc__ or "")
+    ours, peer = alternate(lambda: open_source(str(MODEL)), timed(theirs), rounds=1)
+    row = Row(
+        metric="open_gguf_seconds", shape="SmolLM2", unit="s", ours=ours, peer=peer, peer_name="transformers",
+        ratio=peer / ours, limit=1.0,
     )  # fmt: skip
+    report([row], options.json)
 
 
 if __name__ == "__main__":
