@@ -90,12 +90,14 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 using Clock = std::chrono::steady_clock;
 
 // An OpenMP region ends when its last thread has arrived, work or no work: where another process holds a core that is a
-// time slice of the scheduler, 8 ms for a job of 0.1 ms. After such a stall our own pool, which waits for nobody, serves
-// for a while.
-constexpr auto kStall = std::chrono::milliseconds(1), kOwnPoolTime = std::chrono::milliseconds(200);
+// time slice of the scheduler, 8 ms for a job of 0.1 ms. After two such stalls in a row (one may be a core that wakes up)
+// our own pool, which waits for nobody, serves for a while.
+constexpr auto kStall = std::chrono::milliseconds(2), kOwnPoolTime = std::chrono::milliseconds(200);
+constexpr int kStallsInARow = 2;
 
 std::atomic<GompParallel> gomp{nullptr};
 std::atomic<Clock::rep> own_pool_until{0};
+std::atomic<int> stalls{0};
 std::atomic<Pool*> own_pool{nullptr};
 
 // A child has none of its parent's threads: forget both pools (the parent's Pool leaks in the child, locks and all).
@@ -124,9 +126,9 @@ bool run_with_gomp(Job& job, int threads) {
     parallel([](void* data) { static_cast<TimedJob*>(data)->run(); }, &timed, static_cast<unsigned>(threads), 0);
     const auto now = Clock::now();
     const auto waited = now - timed.end;
-    if (waited > kStall && waited > (timed.end - timed.begin) / 2) {
-        own_pool_until.store((now + kOwnPoolTime).time_since_epoch().count());
-    }
+    const bool stalled = waited > kStall && waited > (timed.end - timed.begin) / 2;
+    stalls.store(stalled ? stalls.load() + 1 : 0);
+    if (stalls.load() >= kStallsInARow) own_pool_until.store((now + kOwnPoolTime).time_since_epoch().count());
     return true;
 }
 

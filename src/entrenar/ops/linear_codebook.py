@@ -19,7 +19,7 @@ from entrenar.ops.library import define, differentiate
 from entrenar.ops.scales import scale_buffers
 
 FEW_TOKENS = 16  # csrc/linear/linear.h
-PANEL_BYTES = 1 << 23
+PANEL_BYTES = 3 << 20
 _PANEL_MULTIPLE = 64  # narrower panels, or odd ones, are slow in torch's matmul
 
 _forward_few = native.Function("entrenar_linear_codebook", "bbbbbbbbbnnnnii")
