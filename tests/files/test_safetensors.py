@@ -64,8 +64,6 @@ def test_one_file_is_read_as_the_library_wrote_it(tmp_path: Path) -> None:
         assert sorted(checkpoint.names()) == sorted(tensors)
         for name, tensor in tensors.items():
             _assert_same(checkpoint.read(name), tensor)
-            assert checkpoint.shape(name) == tuple(tensor.shape)
-            assert checkpoint.file_of(name) == tmp_path / "model.safetensors"
     assert read_metadata(tmp_path / "model.safetensors") == {"made": "here"}
 
 
@@ -73,7 +71,7 @@ def test_shards_are_read_as_one_checkpoint(tmp_path: Path) -> None:
     tensors = _shards(tmp_path)
     checkpoint = SafetensorsCheckpoint(tmp_path)
     assert sorted(checkpoint.names()) == sorted(tensors)
-    assert len({checkpoint.file_of(name) for name in tensors}) == 2
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
     for name, tensor in tensors.items():
         _assert_same(checkpoint.read(name), tensor)
 
@@ -172,7 +170,7 @@ _LIES = {
 @pytest.mark.parametrize("content", _LIES.values(), ids=_LIES)
 def test_a_header_that_lies_is_an_input_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(_file(_HEADER))
-    assert SafetensorsCheckpoint(tmp_path).shape("a") == (2, 3)
+    assert SafetensorsCheckpoint(tmp_path).read("a").shape == (2, 3)
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(InputError, match=r"model\.safetensors is not a complete safetensors file"):
         SafetensorsCheckpoint(tmp_path)
@@ -191,10 +189,10 @@ def test_any_byte_of_a_header_may_be_wrong_without_another_exception(
     path.write_bytes(content)
     try:
         checkpoint = SafetensorsCheckpoint(path)
-        shapes = [(checkpoint.read(name).shape, checkpoint.shape(name)) for name in checkpoint.names()]
+        sizes = [checkpoint.read(name).nbytes for name in checkpoint.names()]
     except InputError:
         return
-    assert all(tuple(read) == said for read, said in shapes)
+    assert sum(sizes) <= 26  # nothing but the file's own data
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "sub/x.safetensors", "..", "", 5, None])

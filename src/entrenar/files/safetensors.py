@@ -33,15 +33,6 @@ class SafetensorsCheckpoint:
         """Every tensor's name."""
         return list(self._files)
 
-    def file_of(self, name: str) -> Path:
-        """The file that holds a tensor, for error messages."""
-        return self._files[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header alone."""
-        with _reading(self._files[name]), safe_open(self._files[name], framework="pt") as handle:
-            return tuple(handle.get_slice(name).get_shape())
-
     def read(self, name: str) -> Tensor:
         """One tensor; its pages stay the file's own until they are used."""
         with _reading(self._files[name]), safe_open(self._files[name], framework="pt") as handle:
