@@ -5,7 +5,7 @@
 
 namespace entrenar {
 
-// bitsandbytes' guard against division by zero (ops/codebook.py's TINY).
+// bitsandbytes' guard against division by zero (ops/quantize_codebook.py's TINY).
 constexpr float kTiny = 1e-38f;
 
 // A codebook made ready for the search: the nearest entry of x is order[number of midpoints below x].
