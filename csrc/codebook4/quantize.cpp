@@ -24,6 +24,24 @@ uint8_t nearest_code(const Nearest& nearest, float value) {
     return nearest.order[below];
 }
 
+// The buckets' tables, if no bucket holds two midpoints (fp4's lie too close around 0).
+void prepare_buckets(Nearest* nearest) {
+    nearest->bucketed = true;
+    int below = 0;
+    for (int bucket = 0; bucket < 32; ++bucket) {
+        const auto here = [&] {
+            return below < 15 && static_cast<int>(nearest->midpoints[below] * kBucketsPerUnit + kBucketCentre) == bucket;
+        };
+        nearest->codes[2 * bucket] = nearest->codes[2 * bucket + 1] = nearest->order[below];
+        nearest->threshold[bucket] = 2.0f;  // above every x
+        if (!here()) continue;
+        nearest->threshold[bucket] = nearest->midpoints[below];
+        nearest->codes[2 * bucket + 1] = nearest->order[++below];
+        if (here()) nearest->bucketed = false;
+    }
+    if (below != 15) nearest->bucketed = false;
+}
+
 Nearest prepare(const float* codebook) {
     Nearest nearest = {};
     for (int i = 0; i < 16; ++i) nearest.order[i] = static_cast<uint8_t>(i);
@@ -32,6 +50,7 @@ Nearest prepare(const float* codebook) {
         nearest.midpoints[i] = (codebook[nearest.order[i]] + codebook[nearest.order[i + 1]]) / 2;
     }
     nearest.zero = nearest_code(nearest, 0.0f);
+    prepare_buckets(&nearest);
     return nearest;
 }
 

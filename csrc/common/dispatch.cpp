@@ -5,12 +5,35 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "errors.h"
 
 namespace entrenar {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "neon"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "amx", "neon"};
+
+#if defined(__x86_64__)
+// AMX-TILE and AMX-BF16, and Linux's leave to use them: a process must ask once, for all its threads to come.
+bool may_use_tiles() {
+#if defined(__linux__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 22 & 1)) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
+#endif
 
 bool supported(Path path) {
     switch (path) {
@@ -23,6 +46,8 @@ bool supported(Path path) {
             return supported(Path::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                    __builtin_cpu_supports("avx512vbmi");
+        case Path::amx:
+            return supported(Path::avx512) && __builtin_cpu_supports("avx512bf16") && may_use_tiles();
 #endif
 #if defined(__aarch64__)
         case Path::neon:
@@ -34,7 +59,7 @@ bool supported(Path path) {
 }
 
 Path best() {
-    for (Path path : {Path::neon, Path::avx512, Path::avx2}) {
+    for (Path path : {Path::neon, Path::amx, Path::avx512, Path::avx2}) {
         if (supported(path)) return path;
     }
     return Path::generic;
@@ -52,20 +77,22 @@ Path current_path() { return current().load(std::memory_order_relaxed); }
 bool has_avx512_bf16() {
 #if defined(__x86_64__)
     static const bool present = __builtin_cpu_supports("avx512bf16");
-    return present && current_path() == Path::avx512;
+    return present && (current_path() == Path::avx512 || has_amx());
 #else
     return false;
 #endif
 }
+
+bool has_amx() { return current_path() == Path::amx; }
 
 }  // namespace entrenar
 
 // Name of the path in use.
 ENTRENAR_API const char* entrenar_path() { return entrenar::kNames[static_cast<int>(entrenar::current_path())]; }
 
-// Use `name` (generic, avx2, avx512, neon) from now on; kBadPath if this CPU lacks it.
+// Use `name` (generic, avx2, avx512, amx, neon) from now on; kBadPath if this CPU lacks it.
 ENTRENAR_API int entrenar_set_path(const char* name) {
-    for (int index = 0; name != nullptr && index < 4; ++index) {
+    for (int index = 0; name != nullptr && index < 5; ++index) {
         const auto path = static_cast<entrenar::Path>(index);
         if (std::strcmp(name, entrenar::kNames[index]) != 0 || !entrenar::supported(path)) continue;
         entrenar::current().store(path);

@@ -4,6 +4,7 @@
 //   csrc/<group>/<name>_avx2.cpp      -mavx2 -mfma -mf16c
 //   csrc/<group>/<name>_avx512.cpp    + F, BW, DQ, VL, VBMI (Ice Lake, Zen 4 and later)
 //   csrc/<group>/<name>_avx512bf16.cpp  + BF16: not a path of its own, a part of avx512 where the CPU has it
+//   csrc/<group>/<name>_amx.cpp       + AMX tiles of bfloat16 (Sapphire Rapids and later); avx512 serves for the rest
 //   csrc/<group>/<name>_neon.cpp      aarch64
 //   csrc/<group>/<name>.cpp           the exported functions: check sizes, pick a table, split the work over threads
 //
@@ -24,13 +25,16 @@
 
 namespace entrenar {
 
-enum class Path : int { generic, avx2, avx512, neon };
+enum class Path : int { generic, avx2, avx512, amx, neon };
 
 // The path in use: the best one this CPU has, or what entrenar_set_path chose.
 Path current_path();
 
-// Whether the CPU has AVX512-BF16 and the path in use is avx512.
+// Whether the CPU has AVX512-BF16 and the path in use is avx512 or amx.
 bool has_avx512_bf16();
+
+// Whether the path in use is amx.
+bool has_amx();
 
 // One table per path; a null entry falls back to the next simpler one, in the end to `generic`.
 template <class Table>
@@ -45,8 +49,9 @@ template <class Table>
 const Table& pick(const Paths<Table>& paths) {
     const Path path = current_path();
     if (path == Path::neon && paths.neon) return *paths.neon;
-    if (path == Path::avx512 && paths.avx512) return *paths.avx512;
-    if ((path == Path::avx512 || path == Path::avx2) && paths.avx2) return *paths.avx2;
+    const bool avx512 = path == Path::avx512 || path == Path::amx;
+    if (avx512 && paths.avx512) return *paths.avx512;
+    if ((avx512 || path == Path::avx2) && paths.avx2) return *paths.avx2;
     return *paths.generic;
 }
 

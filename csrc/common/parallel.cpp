@@ -147,11 +147,12 @@ Pool* pool() {
 
 void parallel_ranges(int64_t items, int64_t grain, int threads, RangeBody body, const void* context) {
     if (items <= 0) return;
+    const bool single = grain == 0;
     grain = std::max<int64_t>(grain, 1);
     const int64_t grains = divide_up(items, grain);
     if (threads <= 1 || grains <= 1) return body(context, 0, items);
     threads = static_cast<int>(std::min<int64_t>(threads, grains));
-    const int64_t step = grain * divide_up(grains, threads * kRangesPerThread);
+    const int64_t step = single ? 1 : grain * divide_up(grains, threads * kRangesPerThread);
     Job job{body, context, items, step};
     if (!run_with_gomp(job, threads) && !pool()->run(job, threads)) job.run();
 }

@@ -11,6 +11,7 @@
 #include "common/errors.h"
 #include "common/floats.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/sizes.h"
 
 namespace entrenar {
@@ -68,6 +69,42 @@ void forward_rows(const CodebookWeight& weight, const DequantizeCodebook& decode
     }
 }
 
+// Whether packed_dot serves: whole chunks, and blocks that tile a chunk or are tiled by it.
+bool can_stay_packed(const Linear& kernel, const CodebookWeight& weight, const Shape& shape) {
+    const int64_t size = weight.block_size;
+    return kernel.packed_dot != nullptr && shape.tokens >= 1 && shape.tokens <= kMaxPackedTokens &&
+           shape.columns % kChunk == 0 && size >= 16 && (size & (size - 1)) == 0 &&
+           (size <= kChunk || shape.columns % size == 0);
+}
+
+// x (tokens, columns) → each token's chunks in float32, nibble by nibble.
+void arrange(const Shape& shape, const void* x, int dtype, float* to) {
+    for (int64_t from = 0; from < shape.tokens * shape.columns; from += kChunk) {
+        for (int64_t nibble = 0; nibble < 8; ++nibble) {
+            for (int64_t lane = 0; lane < 16; ++lane) *to++ = load_element(x, dtype, from + chunk_element(nibble, lane));
+        }
+    }
+}
+
+// y[:, begin … end) of the forward, straight from the packed rows.
+void forward_packed(const CodebookWeight& weight, const Linear& kernel, const Shape& shape, int64_t begin, int64_t end,
+                    const float* arranged, const void* bias, void* y, int dtype) {
+    const int64_t blocks = shape.columns / weight.block_size;  // of a row
+    float scales[kScaleGroup], sums[kMaxPackedTokens];
+    for (int64_t row = begin; row < end; ++row) {
+        float totals[kMaxPackedTokens] = {};
+        for (int64_t block = 0; block < blocks; block += kScaleGroup) {
+            const int64_t count = std::min(kScaleGroup, blocks - block), first = row * shape.columns + block * weight.block_size;
+            decode_scales(weight.scales, row * blocks + block, count, scales);
+            kernel.packed_dot(weight.packed + first / 2, scales, weight.codebook, weight.block_size,
+                              arranged + block * weight.block_size, shape.columns, shape.tokens, count * weight.block_size / kChunk, sums);
+            for (int64_t t = 0; t < shape.tokens; ++t) totals[t] += sums[t];
+        }
+        const float added = bias ? load_element(bias, dtype, row) : 0.0f;
+        for (int64_t t = 0; t < shape.tokens; ++t) store_element(y, dtype, t * shape.rows + row, totals[t] + added);
+    }
+}
+
 // dx[:, begin … begin + columns) of the backward.
 void backward_columns(const CodebookWeight& weight, const DequantizeCodebook& decoder, const Linear& kernel,
                       const Shape& shape, int64_t first, int64_t columns, const void* gradient, void* dx, int dtype) {
@@ -118,6 +155,17 @@ ENTRENAR_API int entrenar_linear_codebook(const void* x, int64_t x_bytes, const 
     if (const int error = read_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, rows * columns,
                                       &weight)) {
         return error;
+    }
+    const Linear& kernel = pick(kPaths);
+    if (can_stay_packed(kernel, weight, shape)) {
+        char* scratch = thread_scratch(tokens * columns * 4);
+        if (scratch == nullptr) return kNoMemory;
+        auto* arranged = reinterpret_cast<float*>(scratch);
+        arrange(shape, x, dtype, arranged);
+        parallel_for(rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
+            forward_packed(weight, kernel, shape, begin, end, arranged, bias, y, dtype);
+        });
+        return kOk;
     }
     const DequantizeCodebook& decoder = dequantize_codebook_kernel();
     const auto dot = pick_dot(dtype);

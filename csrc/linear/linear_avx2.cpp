@@ -86,6 +86,6 @@ void accumulate(const void* rows, const float* factors, int64_t tokens, int64_t 
 
 }  // namespace
 
-const Linear linear_avx2 = {dot, accumulate};
+const Linear linear_avx2 = {dot, accumulate, nullptr};
 
 }  // namespace entrenar

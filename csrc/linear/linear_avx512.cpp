@@ -75,8 +75,57 @@ void accumulate(const void* rows, const float* factors, int64_t tokens, int64_t 
     chosen(rows, factors, tokens, columns, sums);
 }
 
+// The scale of each lane's block, from the scales of the blocks that a chunk lies in or spans.
+struct ChunkScales {
+    __m512i lanes;
+    __mmask16 mask;
+    int64_t block_size;
+
+    explicit ChunkScales(int64_t size) : block_size(size) {
+        const __m512i first = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 3);
+        const unsigned shift = static_cast<unsigned>(__builtin_ctzll(static_cast<uint64_t>(size)));
+        lanes = size < kChunk ? _mm512_srl_epi32(first, _mm_cvtsi32_si128(static_cast<int>(shift))) : _mm512_setzero_si512();
+        mask = static_cast<__mmask16>(size < kChunk ? (1u << (kChunk >> shift)) - 1 : 1u);
+    }
+
+    __m512 of(const float* scales, int64_t chunk) const {
+        return _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(mask, scales + chunk * kChunk / block_size));
+    }
+};
+
+template <int kTokens>
+void packed_dot_tokens(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size,
+                       const float* x, int64_t x_stride, int64_t chunks, float* out) {
+    const __m512 values = _mm512_loadu_ps(codebook);
+    const ChunkScales chunk_scales(block_size);
+    __m512 sums[kTokens] = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, packed += kChunk / 2) {
+        __m512i codes = _mm512_loadu_si512(packed);
+        __m512 partial[kTokens] = {};
+        for (int nibble = 0; nibble < 8; ++nibble, codes = _mm512_srli_epi32(codes, 4)) {
+            const __m512 value = _mm512_permutexvar_ps(codes, values);  // looks at the lowest four bits alone
+            for (int t = 0; t < kTokens; ++t) {
+                const float* from = x + t * x_stride + chunk * kChunk + nibble * 16;
+                partial[t] = _mm512_fmadd_ps(value, _mm512_loadu_ps(from), partial[t]);
+            }
+        }
+        const __m512 scale = chunk_scales.of(scales, chunk);
+        for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_fmadd_ps(partial[t], scale, sums[t]);
+    }
+    for (int t = 0; t < kTokens; ++t) out[t] = _mm512_reduce_add_ps(sums[t]);
+}
+
+void packed_dot(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size, const float* x,
+                int64_t x_stride, int64_t tokens, int64_t chunks, float* sums) {
+    const auto chosen = tokens == 1   ? packed_dot_tokens<1>
+                        : tokens == 2 ? packed_dot_tokens<2>
+                        : tokens == 3 ? packed_dot_tokens<3>
+                                      : packed_dot_tokens<4>;
+    chosen(packed, scales, codebook, block_size, x, x_stride, chunks, sums);
+}
+
 }  // namespace
 
-const Linear linear_avx512 = {dot, accumulate};
+const Linear linear_avx512 = {dot, accumulate, packed_dot};
 
 }  // namespace entrenar

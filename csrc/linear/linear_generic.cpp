@@ -41,6 +41,6 @@ void accumulate(const void* rows, const float* factors, int64_t tokens, int64_t 
 
 }  // namespace
 
-const Linear linear_generic = {dot, accumulate};
+const Linear linear_generic = {dot, accumulate, nullptr};
 
 }  // namespace entrenar

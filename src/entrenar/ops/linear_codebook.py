@@ -1,8 +1,9 @@
 """A linear layer over a 4-bit weight (QLoRA, Dettmers et al. 2023, equation 5): y = x·Wᵀ + bias, gradient for x.
 
-Up to 16 tokens read the packed bytes once and never make a weight (csrc/linear). More tokens: a panel of the weight is
-decoded into a scratch that stays in cache, and torch's matmul takes it from there. The backward for x does the same
-over panels of columns, so that each sum is one matmul, as in the reference.
+A few tokens read the packed bytes once and never make a weight (csrc/linear). More tokens: where the CPU multiplies
+bfloat16 natively the weight is decoded inside the product (ops/multiply.py); else a panel of it is decoded into a
+scratch that stays in cache, and torch's matmul takes it from there. The backward for x does the same over panels of
+columns, so that each sum is one matmul, as in the reference.
 Letters: B tokens, O out_features, I in_features.
 """
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from entrenar.ops import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.library import define, differentiate
+from entrenar.ops.multiply import Term, codebook_weight, multiply, native_multiply
 from entrenar.ops.scales import scale_buffers
 
-FEW_TOKENS = 16  # csrc/linear/linear.h
+FEW_TOKENS, PACKED_TOKENS = 16, 4  # csrc/linear/linear.h's kMaxTokens and kMaxPackedTokens
 PANEL_BYTES = 3 << 20
 _PANEL_MULTIPLE = 64  # narrower panels, or odd ones, are slow in torch's matmul
 
@@ -45,7 +47,27 @@ def linear_codebook(
     Returns:
         (..., O) in the dtype of x.
     """
+    if native.is_eager(x) and native.available() and _accepts(x, packed, scales, codebook, block_size):
+        return _Eager.apply(x, packed, codebook, block_size, out_features, bias, *scales)  # pyright: ignore[reportReturnType]
     return torch.ops.entrenar.linear_codebook(x, packed, scales, codebook, block_size, out_features, bias)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without torch.library's dispatch, which costs more than a small layer's work."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, packed: Tensor, codebook: Tensor, block_size: int, out_features: int, bias: Tensor | None,
+        *scales: Tensor,
+    ) -> Tensor:  # fmt: skip
+        held = list(scales)
+        _setup(ctx, (x, packed, held, codebook, block_size, out_features, bias), None)
+        return _native(x, packed, held, codebook, block_size, out_features, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        dx, _, skipped, _, _, _, dbias = _gradients(ctx, grad_outputs[0])
+        return dx, None, None, None, None, dbias, *skipped
 
 
 def _reference(
@@ -73,11 +95,15 @@ def _native(
     tokens = x.reshape(-1, x.shape[-1]).contiguous()  # (B, I)
     y = x.new_empty(len(tokens), out_features)
     held = (packed.contiguous(), *scale_buffers(scales), codebook)
-    if len(tokens) <= FEW_TOKENS:
+    multiplies = x.dtype == torch.bfloat16 and native_multiply()
+    if len(tokens) <= (PACKED_TOKENS if multiplies else FEW_TOKENS):
         _forward_few(
             tokens, *held, None if bias is None else bias.contiguous(), y, *tokens.shape[:1], out_features, x.shape[-1],
             block_size, native.DTYPES[x.dtype], native.threads(),
         )  # fmt: skip
+    elif multiplies:
+        weight = codebook_weight(packed, scales, codebook, block_size, (out_features, x.shape[-1]))
+        multiply([Term(tokens, weight, transposed=True)], y, bias=None if bias is None else bias.contiguous())
     else:
         _forward_panels(tokens, held, block_size, bias, y)
     return y.view(*x.shape[:-1], out_features)
@@ -116,6 +142,9 @@ def _backward_native(
             tokens, *held, dx, *tokens.shape, in_features,
             block_size, native.DTYPES[grad.dtype], native.threads(),
         )  # fmt: skip
+    elif grad.dtype == torch.bfloat16 and native_multiply():
+        weight = codebook_weight(packed, scales, codebook, block_size, (grad.shape[-1], in_features))
+        multiply([Term(tokens, weight, transposed=False)], dx)
     else:
         _backward_panels(tokens, held, block_size, dx)
     return dx.view(*grad.shape[:-1], in_features)
@@ -173,14 +202,14 @@ def _accepts(x: Tensor, _packed: Tensor, _scales: list[Tensor], codebook: Tensor
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - torch's signature
-    x, packed, scales, codebook, ctx.block_size, _, _ = inputs
-    ctx.in_features = x.shape[-1]
+    x, packed, scales, codebook, ctx.block_size, _, bias = inputs
+    ctx.in_features, ctx.wants_bias = x.shape[-1], bias is not None and bias.requires_grad
     ctx.save_for_backward(packed, codebook, *scales)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     packed, codebook, *scales = ctx.saved_tensors
-    wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[6]
+    wants_x, wants_bias = ctx.needs_input_grad[0], ctx.wants_bias
     dx = None
     if wants_x:
         arguments = (packed, scales, codebook, ctx.block_size, ctx.in_features)

@@ -1,7 +1,7 @@
 """Finds, loads and calls the native CPU kernels (csrc/), a shared object that knows neither Python nor torch.
 
 Environment:
-    ENTRENAR_KERNELS: `reference` (plain PyTorch), or a path of the library: `generic`, `avx2`, `avx512`, `neon`.
+    ENTRENAR_KERNELS: `reference` (plain PyTorch), or a path of the library: `generic`, `avx2`, `avx512`, `amx`, `neon`.
         Unset: the best path this CPU has.
     ENTRENAR_LIBRARY: another build of the library, e.g. one with sanitizers.
     ENTRENAR_MALLOC: `default` leaves glibc's malloc as it is; otherwise memory that was freed is kept for reuse.
@@ -23,7 +23,7 @@ from entrenar.core.errors import EntrenarError, InputError
 
 _LOG = logging.getLogger(__name__)
 _NAME = "libentrenar_kernels.so"
-_PATHS = ("generic", "avx2", "avx512", "neon")
+_PATHS = ("generic", "avx2", "avx512", "amx", "neon")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/common/floats.h
 _ERRORS = {
     -1: "a size is negative or overflows",
@@ -35,7 +35,10 @@ _ERRORS = {
     -7: "an argument is out of range",
     -8: "there is no memory for scratch",
 }
-_TYPES = {"n": (ctypes.c_int64,), "i": (ctypes.c_int,), "b": (ctypes.c_void_p, ctypes.c_int64)}
+_TYPES = {
+    "n": (ctypes.c_int64,), "i": (ctypes.c_int,), "f": (ctypes.c_float,), "p": (ctypes.c_void_p,),
+    "b": (ctypes.c_void_p, ctypes.c_int64),
+}  # fmt: skip
 
 
 class Function:
@@ -44,20 +47,20 @@ class Function:
     Args:
         name: its name.
         signature: a letter per argument: b a buffer (a contiguous CPU tensor or None, passed as address and bytes),
-            n an int64, i an int.
+            p a plain address, n an int64, i an int, f a float.
     """
 
     def __init__(self, name: str, signature: str) -> None:
         self.name, self.signature = name, signature
 
-    def __call__(self, *args: Tensor | int | None) -> None:
+    def __call__(self, *args: Tensor | float | None) -> None:
         """Call it; InputError with what is wrong if it refuses."""
-        values: list[int | None] = []
+        values: list[float | None] = []
         for letter, value in zip(self.signature, args, strict=True):
             if letter == "b":
-                values += _buffer(value)
+                values += buffer(value)
             else:
-                assert isinstance(value, int)
+                assert isinstance(value, int | float)
                 values.append(value)
         code = self._function(*values)
         if code:
@@ -76,7 +79,8 @@ class Function:
         return function
 
 
-def _buffer(tensor: Tensor | int | None) -> list[int | None]:
+def buffer(tensor: Tensor | float | None) -> list[int | None]:
+    """Address and bytes of a contiguous CPU tensor; a null pointer for None."""
     if tensor is None:
         return [None, 0]
     assert isinstance(tensor, Tensor)
@@ -88,6 +92,17 @@ def _buffer(tensor: Tensor | int | None) -> list[int | None]:
 def threads() -> int:
     """How many threads a kernel may use: as many as torch itself."""
     return torch.get_num_threads()
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether a call with x may go straight to the library: a plain CPU tensor, and nobody who traces or intercepts."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
 
 def available() -> bool:
@@ -110,6 +125,12 @@ def supported_paths() -> list[str]:
     found = [name for name in _PATHS if library.entrenar_set_path(name.encode()) == 0]
     library.entrenar_set_path(current)
     return ["reference", *found]
+
+
+def has_multiply() -> bool:
+    """Whether the path in use multiplies bfloat16 natively (ops/multiply.py)."""
+    library = _library()
+    return library is not None and bool(library.entrenar_has_multiply())
 
 
 def set_path(name: str) -> None:

@@ -1,0 +1,36 @@
+// Scratch in whole huge pages where the system gives them: a packed panel is read in strides that thrash small ones.
+#include "common/scratch.h"
+
+#include <cstdlib>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace entrenar {
+namespace {
+
+constexpr int64_t kHugePage = 2 << 20;
+
+struct Scratch {
+    char* data = nullptr;
+    int64_t bytes = 0;
+    ~Scratch() { std::free(data); }
+};
+
+}  // namespace
+
+char* thread_scratch(int64_t bytes) {
+    thread_local Scratch scratch;
+    if (scratch.bytes >= bytes && scratch.data != nullptr) return scratch.data;
+    std::free(scratch.data);
+    scratch.bytes = (bytes / kHugePage + 1) * kHugePage;
+    scratch.data = static_cast<char*>(std::aligned_alloc(kHugePage, static_cast<size_t>(scratch.bytes)));
+    if (scratch.data == nullptr) scratch.bytes = 0;
+#if defined(__linux__)
+    else madvise(scratch.data, static_cast<size_t>(scratch.bytes), MADV_HUGEPAGE);  // a wish: failing costs speed only
+#endif
+    return scratch.data;
+}
+
+}  // namespace entrenar

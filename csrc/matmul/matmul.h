@@ -1,0 +1,49 @@
+// C (M, N) = Σ A_s (M, K_s) · B_s (K_s, N) in bfloat16 with float32 sums, where every B_s is a weight that is decoded
+// while it is multiplied. A linear layer with its adapter is one such sum: x·Wᵀ + u·Bᵀ; the gradient for the input that
+// several layers share is another: Σ g·W + v·A.
+//
+// The work is cut into panels of columns. A thread decodes a panel of every B_s into the layout below, where it stays in
+// the second cache, and runs all rows of A past it, a block of C at a time (Goto and van de Geijn 2008, with the roles
+// of A and B as here).
+#pragma once
+
+#include <cstdint>
+
+#include "matmul/source.h"
+
+namespace entrenar {
+
+// A packed panel is groups of 32 columns, one after the other; a group is steps of 32 along the inner dimension; a step
+// is two strips of 16 columns; a strip is 16 pairs: [pair][column][2], the layout of a dot product of pairs and of an
+// AMX tile alike.
+constexpr int64_t kStep = 32, kGroup = 32, kStrip = 16, kStepElements = kStep * kGroup;
+
+// One stretch of the inner dimension: rows of A at `a`, `a_stride` bytes apart, and the packed group of columns at `b`.
+struct Run {
+    const char* a;
+    int64_t a_stride;
+    const uint16_t* b;
+    int64_t steps;
+};
+
+struct MatmulKernel {
+    int64_t rows, groups;  // of a block of C at most
+    // c (rows, groups · 32), rows apart by this->groups · 32 floats, = or += the sum over the runs; the second group of
+    // columns lies `group_elements` past the first.
+    void (*block)(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t group_elements, float* c,
+                  bool add);
+    // Before a thread's first block and after its last.
+    void (*begin)();
+    void (*end)();
+};
+
+extern const MatmulKernel matmul_amx, matmul_avx512bf16;
+
+// Sixteen rows of 32 elements, rows `stride` elements apart → a strip of a step: [pair][row][2].
+void pack_transposed_avx512bf16(const uint16_t* rows, int64_t stride, uint16_t* strip);
+// Two rows of 16 elements → one pair of a strip.
+void pack_pair_avx512bf16(const uint16_t* first, const uint16_t* second, uint16_t* pair);
+// One row of a block: out[i] = alpha · c[i] + bias[i] as bfloat16; bias may be null.
+void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out);
+
+}  // namespace entrenar

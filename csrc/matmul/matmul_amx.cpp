@@ -1,0 +1,91 @@
+// Blocks of 32 × 32 with AMX: four tiles of C, two of A, two of B. A is read where it lies.
+#include <immintrin.h>
+
+#include "matmul/matmul.h"
+
+namespace entrenar {
+namespace {
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t column_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+thread_local int64_t configured_rows = 0;
+
+// Tiles 0 to 3: C; 4 and 5: A; 6 and 7: B. A block of fewer than 32 rows has shorter tiles of A and C.
+void configure(int64_t rows) {
+    TileConfig config;
+    const auto upper = static_cast<uint8_t>(rows < 16 ? rows : 16);
+    const auto lower = static_cast<uint8_t>(rows > 16 ? rows - 16 : 16);
+    const uint8_t tile_rows[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+    for (int tile = 0; tile < 8; ++tile) {
+        config.column_bytes[tile] = 64;
+        config.rows[tile] = tile_rows[tile];
+    }
+    _tile_loadconfig(&config);
+    configured_rows = rows;
+}
+
+void multiply32(const Run& run) {
+    const char *upper = run.a, *lower = run.a + 16 * run.a_stride;
+    const uint16_t* b = run.b;
+    for (int64_t step = 0; step < run.steps; ++step, upper += 64, lower += 64, b += kStepElements) {
+        _tile_loadd(4, upper, static_cast<size_t>(run.a_stride));
+        _tile_loadd(5, lower, static_cast<size_t>(run.a_stride));
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + kStepElements / 2, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+void multiply16(const Run& run) {
+    const char* upper = run.a;
+    const uint16_t* b = run.b;
+    for (int64_t step = 0; step < run.steps; ++step, upper += 64, b += kStepElements) {
+        _tile_loadd(4, upper, static_cast<size_t>(run.a_stride));
+        _tile_loadd(6, b, 64);
+        _tile_loadd(7, b + kStepElements / 2, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+}
+
+void block(const Run* runs, int64_t count, int64_t rows, int64_t, int64_t, float* c, bool add) {
+    if (rows != configured_rows) configure(rows);
+    const bool two = rows > 16;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (add) {
+        _tile_loadd(0, c, 128);
+        _tile_loadd(1, c + 16, 128);
+    }
+    if (two) {
+        _tile_zero(2);
+        _tile_zero(3);
+        if (add) {
+            _tile_loadd(2, c + 16 * 32, 128);
+            _tile_loadd(3, c + 16 * 32 + 16, 128);
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) two ? multiply32(runs[i]) : multiply16(runs[i]);
+    _tile_stored(0, c, 128);
+    _tile_stored(1, c + 16, 128);
+    if (two) {
+        _tile_stored(2, c + 16 * 32, 128);
+        _tile_stored(3, c + 16 * 32 + 16, 128);
+    }
+}
+
+void begin() { configured_rows = 0; }
+void end() { _tile_release(); }
+
+}  // namespace
+
+const MatmulKernel matmul_amx = {32, 1, block, begin, end};
+
+}  // namespace entrenar

@@ -1,0 +1,115 @@
+// Blocks of 6 × 64 with AVX512-BF16, and the packing and storing that the AMX kernel shares.
+#include <immintrin.h>
+
+#include "matmul/matmul.h"
+
+namespace entrenar {
+namespace {
+
+constexpr int kRows = 6, kGroups = 2;
+
+inline __m512bh pairs(const uint16_t* from) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(from)); }
+
+inline __m512bh broadcast(const char* from) {
+    int pair;
+    __builtin_memcpy(&pair, from, 4);
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+}
+
+// kTokens rows of A against kWide strips.
+template <int kTokens, int kWide>
+void multiply(const Run* runs, int64_t count, int64_t group_elements, float* c, bool add) {
+    __m512 sums[kTokens][kWide];
+    for (int t = 0; t < kTokens; ++t) {
+        for (int s = 0; s < kWide; ++s) {
+            sums[t][s] = add ? _mm512_loadu_ps(c + t * kGroups * kGroup + s * kStrip) : _mm512_setzero_ps();
+        }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        const Run& run = runs[i];
+        for (int64_t step = 0; step < run.steps; ++step) {
+            const uint16_t* b = run.b + step * kStepElements;
+            const char* a = run.a + step * 64;
+            for (int pair = 0; pair < 16; ++pair, b += 32, a += 4) {
+                __m512bh strip[kWide];
+                for (int s = 0; s < kWide; ++s) strip[s] = pairs(b + (s / 2) * group_elements + (s % 2) * kStepElements / 2);
+                for (int t = 0; t < kTokens; ++t) {
+                    const __m512bh token = broadcast(a + t * run.a_stride);
+                    for (int s = 0; s < kWide; ++s) sums[t][s] = _mm512_dpbf16_ps(sums[t][s], token, strip[s]);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < kTokens; ++t) {
+        for (int s = 0; s < kWide; ++s) _mm512_storeu_ps(c + t * kGroups * kGroup + s * kStrip, sums[t][s]);
+    }
+}
+
+template <int kTokens>
+void choose(const Run* runs, int64_t count, int64_t groups, int64_t group_elements, float* c, bool add) {
+    if (groups == 2) return multiply<kTokens, 4>(runs, count, group_elements, c, add);
+    multiply<kTokens, 2>(runs, count, group_elements, c, add);
+}
+
+void block(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t group_elements, float* c, bool add) {
+    constexpr decltype(&choose<1>) by_rows[kRows] = {choose<1>, choose<2>, choose<3>, choose<4>, choose<5>, choose<6>};
+    by_rows[rows - 1](runs, count, groups, group_elements, c, add);
+}
+
+void nothing() {}
+
+// Rows r and r + kDistance of a 16 × 16 matrix of dwords exchange their halves of 128-bit lanes.
+inline void transpose16(__m512i* r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    // r[4q + j] holds, in lane l, column 4l + j of rows 4q … 4q + 3: gather lanes over q.
+    for (int j = 0; j < 4; ++j) {
+        const __m512i low01 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), low23 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        const __m512i high01 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD), high23 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
+        t[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+        t[8 + j] = _mm512_shuffle_i32x4(low01, low23, 0xDD);
+        t[4 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+        t[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xDD);
+    }
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+}  // namespace
+
+void pack_transposed_avx512bf16(const uint16_t* rows, int64_t stride, uint16_t* strip) {
+    __m512i r[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows + i * stride);
+    transpose16(r);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(strip + i * 32, r[i]);
+}
+
+void pack_pair_avx512bf16(const uint16_t* first, const uint16_t* second, uint16_t* pair) {
+    const __m512i one = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+    const __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+    _mm512_storeu_si512(pair, _mm512_or_si512(one, _mm512_slli_epi32(two, 16)));
+}
+
+void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const auto mask = static_cast<__mmask16>(count - i < 16 ? (1u << (count - i)) - 1 : 0xFFFFu);
+        __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, c + i), _mm512_set1_ps(alpha));
+        if (bias != nullptr) {
+            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias + i));
+            values = _mm512_add_ps(values, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+        }
+        _mm256_mask_storeu_epi16(out + i, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+    }
+}
+
+const MatmulKernel matmul_avx512bf16 = {kRows, kGroups, block, nothing, nothing};
+
+}  // namespace entrenar

@@ -1,0 +1,55 @@
+// Decoding of a piece of a row, whatever the weight is held as.
+#include "matmul/source.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/errors.h"
+#include "common/floats.h"
+#include "common/sizes.h"
+
+namespace entrenar {
+namespace {
+
+void decode_dense(const SourceView& view, int64_t row, int64_t column, int64_t count, uint16_t* out) {
+    const int64_t first = row * view.stride + column;
+    if (view.dtype == kBfloat16 && view.scale == 1.0f) {
+        std::memcpy(out, static_cast<const char*>(view.data) + first * 2, static_cast<size_t>(count) * 2);
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        out[i] = float_to_bf16(load_element(view.data, view.dtype, first + i) * view.scale);
+    }
+}
+
+int check_dense(const SourceView& view) {
+    if (view.dtype != kFloat32 && view.dtype != kBfloat16) return kBadDtype;
+    if (view.stride < view.columns) return kBadArgument;
+    int64_t reach = 0;
+    if (!multiply(std::max<int64_t>(view.rows - 1, 0), view.stride, &reach)) return kBadSize;
+    if (__builtin_add_overflow(reach, view.rows > 0 ? view.columns : 0, &reach)) return kBadSize;
+    return check_buffer(view.data, view.data_bytes, reach, dtype_bytes(view.dtype));
+}
+
+}  // namespace
+
+void Source::decode(int64_t row, int64_t column, int64_t count, uint16_t* out) const {
+    const int64_t there = row < view.rows ? std::clamp<int64_t>(view.columns - column, 0, count) : 0;
+    if (there < count) std::memset(out + there, 0, static_cast<size_t>(count - there) * 2);
+    if (there == 0) return;
+    if (view.kind == static_cast<int32_t>(SourceKind::dense)) return decode_dense(view, row, column, there, out);
+    const int64_t begin = row * view.columns + column;
+    entrenar::decode(*decoder, codebook, begin, begin + there, out, kBfloat16, false);
+}
+
+int read_source(const SourceView& view, Source* source) {
+    int64_t count = 0;
+    if (!multiply(view.rows, view.columns, &count)) return kBadSize;
+    *source = {view, {}, &dequantize_codebook_kernel()};
+    if (view.kind == static_cast<int32_t>(SourceKind::dense)) return check_dense(view);
+    if (view.kind != static_cast<int32_t>(SourceKind::codebook4)) return kBadArgument;
+    return read_weight(view.data, view.data_bytes, view.scales, view.codebook, view.codebook_bytes, view.block_size,
+                       count, &source->codebook);
+}
+
+}  // namespace entrenar

@@ -1,0 +1,40 @@
+// Where the right-hand side of a product comes from: a weight that is decoded to bfloat16 a piece of a row at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "codebook4/dequantize.h"
+
+namespace entrenar {
+
+enum class SourceKind : int32_t { dense = 0, codebook4 = 1 };
+
+// A caller's weight (rows, columns), as ops/matmul.py fills it in. Pointers may be unaligned.
+struct SourceView {
+    int32_t kind;
+    int32_t dtype;        // dense: of its elements, float32 or bfloat16
+    int64_t rows, columns;
+    int64_t stride;       // dense: elements from row to row
+    float scale;          // dense: every element is multiplied by it
+    int32_t unused;
+    int64_t block_size;   // codebook4
+    const void* data;     // dense: elements; codebook4: packed codes
+    int64_t data_bytes;
+    ScaleBuffers scales;  // codebook4
+    const void* codebook;
+    int64_t codebook_bytes;
+};
+
+struct Source {
+    SourceView view;
+    CodebookWeight codebook;
+    const DequantizeCodebook* decoder;
+
+    // Elements [column, column + count) of `row` as bfloat16; zeros where the weight has none.
+    void decode(int64_t row, int64_t column, int64_t count, uint16_t* out) const;
+};
+
+// Fill `source` from a caller's view, or say what is wrong with it.
+int read_source(const SourceView& view, Source* source);
+
+}  // namespace entrenar

@@ -1,0 +1,103 @@
+"""Sums of bfloat16 products whose right-hand sides are weights decoded while they are multiplied (csrc/matmul).
+
+C = alpha · Σ A·op(B) + bias, float32 sums. Only where the CPU multiplies bfloat16 natively (`native_multiply`).
+Letters: M rows of A and C, N columns of C, K the inner dimension of a term.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from entrenar.ops import native
+from entrenar.ops.scales import scale_buffers
+
+_DENSE, _CODEBOOK4 = 0, 1
+
+
+class _Source(ctypes.Structure):
+    """csrc/matmul/source.h's SourceView."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32), ("dtype", ctypes.c_int32), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64),
+        ("stride", ctypes.c_int64), ("scale", ctypes.c_float), ("unused", ctypes.c_int32),
+        ("block_size", ctypes.c_int64), ("data", ctypes.c_void_p), ("data_bytes", ctypes.c_int64),
+        ("values", ctypes.c_void_p), ("values_bytes", ctypes.c_int64), ("group", ctypes.c_void_p),
+        ("group_bytes", ctypes.c_int64), ("offset", ctypes.c_void_p), ("offset_bytes", ctypes.c_int64),
+        ("map", ctypes.c_void_p), ("map_bytes", ctypes.c_int64), ("codebook", ctypes.c_void_p),
+        ("codebook_bytes", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class _Term(ctypes.Structure):
+    """csrc/matmul/matmul.cpp's TermView."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p), ("a_bytes", ctypes.c_int64), ("a_stride", ctypes.c_int64), ("inner", ctypes.c_int64),
+        ("transposed", ctypes.c_int32), ("unused", ctypes.c_int32), ("source", _Source),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight to multiply by: its C view, and the tensors that view points into."""
+
+    view: _Source
+    held: tuple[Tensor | None, ...]
+
+
+def dense_weight(matrix: Tensor, scale: float = 1.0) -> Weight:
+    """A float32 or bfloat16 matrix with contiguous rows, times `scale`, rounded to bfloat16."""
+    rows, columns = matrix.shape
+    assert matrix.stride(1) == 1 or columns <= 1
+    reach = ((rows - 1) * matrix.stride(0) + columns) * matrix.element_size() if rows else 0
+    view = _Source(
+        kind=_DENSE, dtype=native.DTYPES[matrix.dtype], rows=rows, columns=columns, stride=matrix.stride(0),
+        scale=scale, data=matrix.data_ptr(), data_bytes=reach,
+    )  # fmt: skip
+    return Weight(view, (matrix,))
+
+
+def codebook_weight(
+    packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, shape: tuple[int, int]
+) -> Weight:
+    """A 4-bit weight as ops/dequantize_codebook.py takes it."""
+    held = (packed.contiguous(), *scale_buffers(scales), codebook.contiguous())
+    pairs = [pair for tensor in held for pair in native.buffer(tensor)]
+    view = _Source(_CODEBOOK4, 0, *shape, shape[1], 1.0, 0, block_size, *pairs)
+    return Weight(view, held)
+
+
+def native_multiply() -> bool:
+    """Whether `multiply` serves on this CPU and path."""
+    return native.available() and native.has_multiply()
+
+
+@dataclass(frozen=True)
+class Term:
+    """A (M, K) bfloat16 with contiguous rows, times B (K, N), or times Bᵀ of B (N, K) when `transposed`.
+
+    A weight that is smaller than K and N ask for counts as followed by zeros.
+    """
+
+    a: Tensor
+    weight: Weight
+    transposed: bool
+
+
+_multiply = native.Function("entrenar_multiply", "pnbbnnfii")
+
+
+def multiply(terms: list[Term], out: Tensor, alpha: float = 1.0, bias: Tensor | None = None) -> Tensor:
+    """out (M, N), contiguous float32 or bfloat16, = alpha · Σ A·op(B) + bias (N,) bfloat16; returned."""
+    array = (_Term * len(terms))()
+    for view, term in zip(array, terms, strict=True):
+        rows, inner = term.a.shape
+        stride = term.a.stride(0) if rows > 1 else inner
+        view.a, view.a_stride, view.inner = term.a.data_ptr(), stride, inner
+        view.a_bytes = ((rows - 1) * stride + inner) * 2 if rows and inner else 0
+        view.transposed, view.source = term.transposed, term.weight.view
+    _multiply(
+        ctypes.addressof(array), len(terms), bias, out, *out.shape, alpha, native.DTYPES[out.dtype], native.threads()
+    )
+    return out
