@@ -1,10 +1,11 @@
 """LoRALayer: a low-rank adapter over a frozen float weight."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
-from entrenar.lora.low_rank import AdapterLayer, MemoryStats, check_input, delta, init_factors, low_rank, memory_stats
+from entrenar.lora.low_rank import AdapterLayer, MemoryStats, adapted_forward, delta, init_factors, memory_stats
+from entrenar.ops.adapted_linear import Member
+from entrenar.ops.linear_weight import DenseWeight
 
 
 class LoRALayer(AdapterLayer):
@@ -37,10 +38,14 @@ class LoRALayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., d_in) → (..., d_out), computed in the dtype of x; a merged layer runs its base alone."""
-        check_input(self, x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.base_weight.to(x.dtype), bias)
-        return y if self.is_merged else y + low_rank(self, x)
+        return adapted_forward(self, x)
+
+    def member(self) -> Member:
+        """The layer as ops/adapted_linear.py takes it."""
+        weight = DenseWeight(self.base_weight)
+        if self.is_merged:
+            return Member(weight, self.bias)
+        return Member(weight, self.bias, self.lora_a, self.lora_b, self.scale)
 
     def trainable_params(self) -> list[nn.Parameter]:
         """[A, B]."""

@@ -6,13 +6,15 @@ dtype of x.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.ops.adapted_linear import Member, adapted_linears, low_rank
+from entrenar.quant.linear import in_compute_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,10 @@ class AdapterLayer(nn.Module):
     d_out: int
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+
+    def member(self) -> Member:
+        """The layer as ops/adapted_linear.py takes it."""
+        raise NotImplementedError
 
     def merge_to_f32(self) -> Tensor:
         """Base + scale·B·A, (d_out, d_in) float32."""
@@ -77,11 +83,15 @@ def check_input(layer: AdapterLayer, x: Tensor) -> None:
         raise InputError(f"the input's last dimension is {x.shape[-1]} but the layer takes {layer.d_in}")
 
 
-def low_rank(layer: AdapterLayer, x: Tensor) -> Tensor:
-    """scale·B(A(dropout(x))): x (..., d_in) → (..., d_out), in the dtype of x."""
-    x = F.dropout(x, layer.dropout, training=layer.training)
-    hidden = F.linear(x, layer.lora_a.to(x.dtype)) * layer.scale
-    return F.linear(hidden, layer.lora_b.to(x.dtype))
+def adapted_forward(layer: AdapterLayer, x: Tensor) -> Tensor:
+    """base(x) + scale·B(A(dropout(x))): x (..., d_in) → (..., d_out), in the dtype of x or autocast's."""
+    check_input(layer, x)
+    x = in_compute_dtype(x)
+    if not (layer.dropout and layer.training):
+        return adapted_linears(x, [layer.member()])[0]
+    base = replace(layer.member(), a=None, b=None)
+    dropped = F.dropout(x, layer.dropout)
+    return adapted_linears(x, [base])[0] + low_rank(dropped, layer.lora_a, layer.lora_b, layer.scale)
 
 
 def delta(layer: AdapterLayer) -> Tensor:

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.lora.lora_layer import LoRALayer
-from entrenar.lora.low_rank import AdapterLayer, MemoryStats, check_input, delta, init_factors, low_rank, memory_stats
-from entrenar.quant.linear import QuantizedLinear
+from entrenar.lora.low_rank import AdapterLayer, MemoryStats, adapted_forward, delta, init_factors, memory_stats
+from entrenar.ops.adapted_linear import Member
+from entrenar.quant.linear import QuantizedLinear, linear_weight
 from entrenar.quant.tensor import QuantizedTensor, quantize
 
 
@@ -72,8 +73,12 @@ class QLoRALayer(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., d_in) → (..., d_out), computed in the dtype of x."""
-        check_input(self, x)
-        return self.base(x) + low_rank(self, x)
+        return adapted_forward(self, x)
+
+    def member(self) -> Member:
+        """The layer as ops/adapted_linear.py takes it."""
+        weight = linear_weight(self.base.quantized_weight)
+        return Member(weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
 
     def trainable_params(self) -> list[nn.Parameter]:
         """[A, B]."""

@@ -47,27 +47,33 @@ def linear_codebook(
     Returns:
         (..., O) in the dtype of x.
     """
-    if native.is_eager(x) and native.available() and _accepts(x, packed, scales, codebook, block_size):
-        return _Eager.apply(x, packed, codebook, block_size, out_features, bias, *scales)  # pyright: ignore[reportReturnType]
     return torch.ops.entrenar.linear_codebook(x, packed, scales, codebook, block_size, out_features, bias)
 
 
-class _Eager(torch.autograd.Function):
-    """The same without torch.library's dispatch, which costs more than a small layer's work."""
+def forward(
+    x: Tensor,
+    packed: Tensor,
+    scales: list[Tensor],
+    codebook: Tensor,
+    block_size: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """`linear_codebook` without a gradient, and without torch.library's dispatch: it costs more than a small layer."""
+    arguments = (x, packed, scales, codebook, block_size, out_features, bias)
+    return (_native if _serves(*arguments) else _reference)(*arguments)
 
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, packed: Tensor, codebook: Tensor, block_size: int, out_features: int, bias: Tensor | None,
-        *scales: Tensor,
-    ) -> Tensor:  # fmt: skip
-        held = list(scales)
-        _setup(ctx, (x, packed, held, codebook, block_size, out_features, bias), None)
-        return _native(x, packed, held, codebook, block_size, out_features, bias)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        dx, _, skipped, _, _, _, dbias = _gradients(ctx, grad_outputs[0])
-        return dx, None, None, None, None, dbias, *skipped
+def backward(
+    grad: Tensor, packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, in_features: int
+) -> Tensor:
+    """Its gradient for x; grad (..., O) → (..., I)."""
+    arguments = (grad, packed, scales, codebook, block_size, in_features)
+    return (_backward_native if _serves(*arguments) else _backward_reference)(*arguments)
+
+
+def _serves(x: Tensor, *rest: Any) -> bool:
+    return native.is_eager(x) and native.available() and _accepts(x, *rest)
 
 
 def _reference(

@@ -94,15 +94,19 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def is_eager(x: Tensor) -> bool:
-    """Whether a call with x may go straight to the library: a plain CPU tensor, and nobody who traces or intercepts."""
+def is_plain(x: Tensor) -> bool:
+    """Whether x is an ordinary tensor and nobody traces or intercepts what is done with it."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
     )
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether a call with x may go straight to the library."""
+    return x.device.type == "cpu" and is_plain(x)
 
 
 def available() -> bool:

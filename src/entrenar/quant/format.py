@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entrenar.ops.linear_weight import LinearWeight
 from entrenar.quant.scales import Parts
 
 
@@ -15,7 +16,7 @@ class Format:
 
     quantize(flat (n,) float, block_size, double_quant) → parts, each a uint8 tensor;
     dequantize(parts, block_size, n, dtype) → (n,) dtype;
-    linear(x (..., d_in), parts, block_size, d_out, bias) → (..., d_out), differentiable, without a whole dequantized
+    linear_weight(parts, block_size, (d_out, d_in)) → what a linear layer multiplies by without a whole dequantized
     weight; None where the format has no such kernel.
     """
 
@@ -23,4 +24,4 @@ class Format:
     bits: int
     quantize: Callable[[Tensor, int, bool], Parts]
     dequantize: Callable[[Parts, int, int, torch.dtype], Tensor]
-    linear: Callable[[Tensor, Parts, int, int, Tensor | None], Tensor] | None = None
+    linear_weight: Callable[[Parts, int, tuple[int, int]], LinearWeight] | None = None

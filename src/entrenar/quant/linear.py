@@ -5,29 +5,14 @@ multiply and drop it, and do so again in the backward for x: such a layer costs 
 one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
 """
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.ops.adapted_linear import Member, adapted_linears
+from entrenar.ops.linear_weight import DecodedWeight, LinearWeight
 from entrenar.quant.registry import get_format
 from entrenar.quant.tensor import QuantizedTensor
-
-
-class _QuantizedMatmul(torch.autograd.Function):
-    """x (..., d_in) @ dequantize(W)ᵀ + bias; keeps only the packed weight for the backward, and never x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight.dequantize(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grad_outputs
-        return grad @ ctx.weight.dequantize(grad.dtype), None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -71,19 +56,22 @@ class QuantizedLinear(nn.Module):
 
 
 def quantized_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., d_in) → (..., d_out) through a quantized weight (d_out, d_in); gradient reaches x only."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    bias = None if bias is None else bias.to(x.dtype)
-    kernel = get_format(weight.format).linear
-    if kernel is not None:
-        _check_features(x, weight)
-        return kernel(x, weight.parts, weight.block_size, weight.shape[0], bias)
-    output = _QuantizedMatmul.apply(x, weight, bias)
-    assert isinstance(output, Tensor)  # tells the type checker what apply() returns
-    return output
-
-
-def _check_features(x: Tensor, weight: QuantizedTensor) -> None:
+    """x (..., d_in) → (..., d_out) through a quantized weight (d_out, d_in); gradient reaches x and bias only."""
+    x = in_compute_dtype(x)
     if x.shape[-1:] != weight.shape[1:]:
         raise InputError(f"the input has shape {tuple(x.shape)} but the layer takes (..., {weight.shape[1]})")
+    return adapted_linears(x, [Member(linear_weight(weight), bias)])[0]
+
+
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """X as it is, or in autocast's dtype where autocast is on: what a linear layer of PyTorch computes in."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def linear_weight(weight: QuantizedTensor) -> LinearWeight:
+    """A quantized matrix as the linear operations take it."""
+    make, shape = get_format(weight.format).linear_weight, (weight.shape[0], weight.shape[1])
+    if make is None:
+        return DecodedWeight(weight.dequantize, shape)
+    return make(weight.parts, weight.block_size, shape)

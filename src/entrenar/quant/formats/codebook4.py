@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.linear_codebook import linear_codebook
+from entrenar.ops.linear_weight import CodebookWeight, LinearWeight
 from entrenar.ops.quantize_codebook import quantize_codebook
 from entrenar.quant.codebooks import codebook
 from entrenar.quant.format import Format
@@ -20,11 +20,11 @@ def four_bit_format(name: str, quantize: Callable[[Tensor, int, bool], Parts]) -
         table = codebook(name, parts["codes"].device)
         return dequantize_codebook(parts["codes"], scale_tensors(parts), table, block_size, count, dtype)
 
-    def linear(x: Tensor, parts: Parts, block_size: int, out_features: int, bias: Tensor | None) -> Tensor:
+    def linear_weight(parts: Parts, block_size: int, shape: tuple[int, int]) -> LinearWeight:
         table = codebook(name, parts["codes"].device)
-        return linear_codebook(x, parts["codes"], scale_tensors(parts), table, block_size, out_features, bias)
+        return CodebookWeight(parts["codes"], scale_tensors(parts), table, block_size, shape)
 
-    return Format(name=name, bits=4, quantize=quantize, dequantize=dequantize, linear=linear)
+    return Format(name=name, bits=4, quantize=quantize, dequantize=dequantize, linear_weight=linear_weight)
 
 
 def codebook_format(name: str) -> Format:

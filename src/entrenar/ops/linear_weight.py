@@ -1,0 +1,125 @@
+"""What a frozen linear layer multiplies by: one small interface over every way a weight is held.
+
+`product` and `transposed_product` run on any device and dtype; `source` is what the native product decodes
+(ops/multiply.py). Letters: B tokens, O out_features, I in_features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from entrenar.ops import linear_codebook
+from entrenar.ops.multiply import Weight, codebook_weight, dense_weight
+
+
+class LinearWeight(Protocol):
+    """W (O, I), frozen."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        ...
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X (B, I) → x·Wᵀ + bias (B, O), a fresh tensor; bias (O,) of x's dtype. No gradient is recorded."""
+        ...
+
+    def transposed_product(self, grad: Tensor) -> Tensor:
+        """Grad (B, O) → grad·W (B, I), a fresh tensor."""
+        ...
+
+    def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """X (..., I) → x·Wᵀ + bias (..., O) out of operations that autograd, torch.compile and tracers know."""
+        ...
+
+    def source(self) -> Weight:
+        """The weight as the native product reads it."""
+        ...
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A float matrix as it is; used in the dtype of the tokens."""
+
+    matrix: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X·Wᵀ + bias."""
+        return F.linear(x, self.matrix.to(x.dtype), bias)
+
+    def transposed_product(self, grad: Tensor) -> Tensor:
+        """Grad·W."""
+        return grad @ self.matrix.to(grad.dtype)
+
+    def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same as `product`, for tracers."""
+        return F.linear(x, self.matrix.to(x.dtype), bias)
+
+    def source(self) -> Weight:
+        """The matrix itself; a float16 one as float32."""
+        matrix = self.matrix.detach()
+        usable = matrix.dtype in (torch.float32, torch.bfloat16) and matrix.stride(1) == 1
+        return dense_weight(matrix if usable else matrix.float().contiguous())
+
+
+@dataclass(frozen=True)
+class DecodedWeight:
+    """A weight that is decoded whole, each time it is used, by `decode(dtype)` → (O, I)."""
+
+    decode: Callable[[torch.dtype], Tensor]
+    shape: tuple[int, int]
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X·Wᵀ + bias."""
+        return F.linear(x, self.decode(x.dtype), bias)
+
+    def transposed_product(self, grad: Tensor) -> Tensor:
+        """Grad·W."""
+        return grad @ self.decode(grad.dtype)
+
+    def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same as `product`, for tracers."""
+        return F.linear(x, self.decode(x.dtype), bias)
+
+    def source(self) -> Weight:
+        """The decoded matrix in bfloat16."""
+        return dense_weight(self.decode(torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class CodebookWeight:
+    """A 4-bit weight; the fields are as in ops/linear_codebook.py."""
+
+    packed: Tensor
+    scales: list[Tensor]
+    codebook: Tensor
+    block_size: int
+    shape: tuple[int, int]
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X·Wᵀ + bias."""
+        held = (self.packed, self.scales, self.codebook, self.block_size)
+        return linear_codebook.forward(x, *held, self.shape[0], bias)
+
+    def transposed_product(self, grad: Tensor) -> Tensor:
+        """Grad·W."""
+        held = (self.packed, self.scales, self.codebook, self.block_size)
+        return linear_codebook.backward(grad, *held, self.shape[1])
+
+    def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same as `product`, for tracers."""
+        held = (self.packed, self.scales, self.codebook, self.block_size)
+        return linear_codebook.linear_codebook(x, *held, self.shape[0], bias)
+
+    def source(self) -> Weight:
+        """The packed weight."""
+        return codebook_weight(self.packed, self.scales, self.codebook, self.block_size, self.shape)
