@@ -72,7 +72,7 @@ std::vector<Pass> make_passes(const std::vector<Term>& terms, int64_t most) {
 }
 
 // Columns [column, column + groups · 32) of one piece into group-major order at `to`; see matmul.h.
-void pack_transposed(const Piece& piece, int64_t column, int64_t groups, int64_t group_elements, uint16_t* to) {
+void pack_transposed(const MatmulKernel& kernel, const Piece& piece, int64_t column, int64_t groups, int64_t group_elements, uint16_t* to) {
     constexpr int64_t kChunk = 512;  // sixteen rows of this fit the first cache
     alignas(64) uint16_t rows[kStrip * kChunk];
     for (int64_t strip = 0; strip < groups * 2; ++strip) {
@@ -83,13 +83,13 @@ void pack_transposed(const Piece& piece, int64_t column, int64_t groups, int64_t
                 piece.term->source.decode(column + strip * kStrip + r, k, count, rows + r * kChunk);
             }
             for (int64_t step = 0; step < count / kStep; ++step, strip_at += kStepElements) {
-                pack_transposed_avx512bf16(rows + step * kStep, kChunk, strip_at);
+                kernel.pack_transposed(rows + step * kStep, kChunk, strip_at);
             }
         }
     }
 }
 
-void pack_straight(const Piece& piece, int64_t column, int64_t groups, int64_t group_elements, uint16_t* to) {
+void pack_straight(const MatmulKernel& kernel, const Piece& piece, int64_t column, int64_t groups, int64_t group_elements, uint16_t* to) {
     constexpr int64_t kChunk = 2048;
     alignas(64) uint16_t two[2][kChunk];
     for (int64_t first = 0; first < groups * kGroup; first += kChunk) {
@@ -102,7 +102,7 @@ void pack_straight(const Piece& piece, int64_t column, int64_t groups, int64_t g
                 const int64_t strip = (first + at) / kStrip;
                 uint16_t* strip_at = to + strip / 2 * group_elements + strip % 2 * (kStepElements / 2);
                 strip_at += pair / 16 * kStepElements + pair % 16 * 2 * kStrip;
-                pack_pair_avx512bf16(two[0] + at, two[1] + at, strip_at);
+                kernel.pack_pair(two[0] + at, two[1] + at, strip_at);
             }
         }
     }
@@ -144,13 +144,13 @@ private:
     std::vector<std::vector<uint16_t>> copies_;
 };
 
-void store(const Sum& sum, const float* c, int64_t pitch, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+void store(const Sum& sum, const MatmulKernel& kernel, const float* c, int64_t pitch, int64_t row, int64_t rows, int64_t column, int64_t columns) {
     columns = std::min(columns, sum.columns - column);
     for (int64_t r = 0; r < rows; ++r, c += pitch) {
         const int64_t at = (row + r) * sum.out_stride + column;
         if (sum.out_dtype == kBfloat16) {
             const uint16_t* bias = sum.bias ? sum.bias + column : nullptr;
-            store_bf16_avx512bf16(c, sum.alpha, bias, columns, static_cast<uint16_t*>(sum.out) + at);
+            kernel.store_bf16(c, sum.alpha, bias, columns, static_cast<uint16_t*>(sum.out) + at);
             continue;
         }
         float* out = static_cast<float*>(sum.out) + at;
@@ -175,8 +175,8 @@ void run_pass(const Sum& sum, const MatmulKernel& kernel, const Pass& pass, cons
         for (int64_t group = 0; group < window.groups; group += kernel.groups) {
             const int64_t groups = std::min(kernel.groups, window.groups - group);
             float* c = first && last ? own : partial;
-            kernel.block(runs.data(), static_cast<int64_t>(runs.size()), rows, groups, group_elements, c, !first);
-            if (last) store(sum, c, pitch, window.row + row, rows, window.column + group * kGroup, groups * kGroup);
+            kernel.block(runs.data(), static_cast<int64_t>(runs.size()), rows, groups, group_elements, c, pitch, !first);
+            if (last) store(sum, kernel, c, pitch, window.row + row, rows, window.column + group * kGroup, groups * kGroup);
             partial += block_elements;
             for (Run& run : runs) run.b += groups * group_elements;
         }
@@ -203,7 +203,7 @@ int run_window(const Sum& sum, const MatmulKernel& kernel, const std::vector<Pas
         uint16_t* to = packed;
         for (const Piece& piece : pass) {
             const auto pack = piece.term->transposed ? pack_transposed : pack_straight;
-            pack(piece, window.column, window.groups, steps * kStepElements, to);
+            pack(kernel, piece, window.column, window.groups, steps * kStepElements, to);
             to += piece.steps() * kStepElements;
         }
         kernel.begin();
@@ -231,14 +231,6 @@ Cut cut(const Sum& sum, const MatmulKernel& kernel, int64_t steps, int threads) 
     return {each, panels, rows, divide_up(sum.rows, rows)};
 }
 
-const MatmulKernel* pick_kernel() {
-#if defined(__x86_64__)
-    if (has_amx()) return &matmul_amx;
-    if (has_avx512_bf16()) return &matmul_avx512bf16;
-#endif
-    return nullptr;
-}
-
 int multiply_sum(const Sum& sum, const MatmulKernel& kernel, int threads) {
     int64_t steps = 0;
     for (const Term& term : sum.terms) steps += divide_up(term.inner, kStep);
@@ -257,6 +249,15 @@ int multiply_sum(const Sum& sum, const MatmulKernel& kernel, int threads) {
 }
 
 }  // namespace
+
+const MatmulKernel* matmul_kernel() {
+#if defined(__x86_64__)
+    if (has_amx()) return &matmul_amx;
+    if (has_avx512_bf16()) return &matmul_avx512bf16;
+#endif
+    return nullptr;
+}
+
 }  // namespace entrenar
 
 // One product of the sum, as ops/matmul.py passes it: A (rows, inner) bfloat16, rows `a_stride` elements apart.
@@ -268,14 +269,14 @@ struct TermView {
 };
 
 // 1 if this CPU and path multiply bfloat16 natively, so that entrenar_multiply serves.
-ENTRENAR_API int entrenar_has_multiply() { return entrenar::pick_kernel() != nullptr; }
+ENTRENAR_API int entrenar_has_multiply() { return entrenar::matmul_kernel() != nullptr; }
 
 // out (rows, columns) of `out_dtype` (float32 or bfloat16) = alpha · Σ A·op(B) + bias; bias bfloat16 or null.
 ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const void* bias, int64_t bias_bytes, void* out,
                                    int64_t out_bytes, int64_t rows, int64_t columns, float alpha, int out_dtype,
                                    int threads) {
     using namespace entrenar;
-    const MatmulKernel* kernel = pick_kernel();
+    const MatmulKernel* kernel = matmul_kernel();
     if (kernel == nullptr) return kBadPath;
     if (out_dtype != kFloat32 && out_dtype != kBfloat16) return kBadDtype;
     int64_t elements = 0;

@@ -28,22 +28,29 @@ struct Run {
 
 struct MatmulKernel {
     int64_t rows, groups;  // of a block of C at most
-    // c (rows, groups · 32), rows apart by this->groups · 32 floats, = or += the sum over the runs; the second group of
-    // columns lies `group_elements` past the first.
+    // c (rows, groups · 32), rows apart by `pitch` floats, = or += the sum over the runs; the second group of columns lies
+    // `group_elements` past the first.
     void (*block)(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t group_elements, float* c,
-                  bool add);
+                  int64_t pitch, bool add);
     // Before a thread's first block and after its last.
     void (*begin)();
     void (*end)();
+    // Sixteen rows of 32 elements, rows `stride` elements apart → a strip of a step: [pair][row][2].
+    void (*pack_transposed)(const uint16_t* rows, int64_t stride, uint16_t* strip);
+    // Two rows of 16 elements → one pair of a strip.
+    void (*pack_pair)(const uint16_t* first, const uint16_t* second, uint16_t* pair);
+    // out[i] = alpha · c[i] + bias[i] as bfloat16; bias may be null.
+    void (*store_bf16)(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out);
 };
 
 extern const MatmulKernel matmul_amx, matmul_avx512bf16;
 
-// Sixteen rows of 32 elements, rows `stride` elements apart → a strip of a step: [pair][row][2].
+// The kernel of the path in use; null where the CPU has no bfloat16 products.
+const MatmulKernel* matmul_kernel();
+
+// What both kernels share, compiled for AVX512-BF16.
 void pack_transposed_avx512bf16(const uint16_t* rows, int64_t stride, uint16_t* strip);
-// Two rows of 16 elements → one pair of a strip.
 void pack_pair_avx512bf16(const uint16_t* first, const uint16_t* second, uint16_t* pair);
-// One row of a block: out[i] = alpha · c[i] + bias[i] as bfloat16; bias may be null.
 void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out);
 
 }  // namespace entrenar

@@ -55,29 +55,31 @@ void multiply16(const Run& run) {
     }
 }
 
-void block(const Run* runs, int64_t count, int64_t rows, int64_t, int64_t, float* c, bool add) {
+void block(const Run* runs, int64_t count, int64_t rows, int64_t, int64_t, float* c, int64_t pitch, bool add) {
+    const auto stride = static_cast<size_t>(pitch * 4);
+    float* lower = c + 16 * pitch;
     if (rows != configured_rows) configure(rows);
     const bool two = rows > 16;
     _tile_zero(0);
     _tile_zero(1);
     if (add) {
-        _tile_loadd(0, c, 128);
-        _tile_loadd(1, c + 16, 128);
+        _tile_loadd(0, c, stride);
+        _tile_loadd(1, c + 16, stride);
     }
     if (two) {
         _tile_zero(2);
         _tile_zero(3);
         if (add) {
-            _tile_loadd(2, c + 16 * 32, 128);
-            _tile_loadd(3, c + 16 * 32 + 16, 128);
+            _tile_loadd(2, lower, stride);
+            _tile_loadd(3, lower + 16, stride);
         }
     }
     for (int64_t i = 0; i < count; ++i) two ? multiply32(runs[i]) : multiply16(runs[i]);
-    _tile_stored(0, c, 128);
-    _tile_stored(1, c + 16, 128);
+    _tile_stored(0, c, stride);
+    _tile_stored(1, c + 16, stride);
     if (two) {
-        _tile_stored(2, c + 16 * 32, 128);
-        _tile_stored(3, c + 16 * 32 + 16, 128);
+        _tile_stored(2, lower, stride);
+        _tile_stored(3, lower + 16, stride);
     }
 }
 
@@ -86,6 +88,7 @@ void end() { _tile_release(); }
 
 }  // namespace
 
-const MatmulKernel matmul_amx = {32, 1, block, begin, end};
+const MatmulKernel matmul_amx = {32, 1, block, begin, end, pack_transposed_avx512bf16, pack_pair_avx512bf16,
+                                 store_bf16_avx512bf16};
 
 }  // namespace entrenar

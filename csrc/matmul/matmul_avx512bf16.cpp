@@ -18,11 +18,11 @@ inline __m512bh broadcast(const char* from) {
 
 // kTokens rows of A against kWide strips.
 template <int kTokens, int kWide>
-void multiply(const Run* runs, int64_t count, int64_t group_elements, float* c, bool add) {
+void multiply(const Run* runs, int64_t count, int64_t group_elements, float* c, int64_t pitch, bool add) {
     __m512 sums[kTokens][kWide];
     for (int t = 0; t < kTokens; ++t) {
         for (int s = 0; s < kWide; ++s) {
-            sums[t][s] = add ? _mm512_loadu_ps(c + t * kGroups * kGroup + s * kStrip) : _mm512_setzero_ps();
+            sums[t][s] = add ? _mm512_loadu_ps(c + t * pitch + s * kStrip) : _mm512_setzero_ps();
         }
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -41,19 +41,19 @@ void multiply(const Run* runs, int64_t count, int64_t group_elements, float* c, 
         }
     }
     for (int t = 0; t < kTokens; ++t) {
-        for (int s = 0; s < kWide; ++s) _mm512_storeu_ps(c + t * kGroups * kGroup + s * kStrip, sums[t][s]);
+        for (int s = 0; s < kWide; ++s) _mm512_storeu_ps(c + t * pitch + s * kStrip, sums[t][s]);
     }
 }
 
 template <int kTokens>
-void choose(const Run* runs, int64_t count, int64_t groups, int64_t group_elements, float* c, bool add) {
-    if (groups == 2) return multiply<kTokens, 4>(runs, count, group_elements, c, add);
-    multiply<kTokens, 2>(runs, count, group_elements, c, add);
+void choose(const Run* runs, int64_t count, int64_t groups, int64_t group_elements, float* c, int64_t pitch, bool add) {
+    if (groups == 2) return multiply<kTokens, 4>(runs, count, group_elements, c, pitch, add);
+    multiply<kTokens, 2>(runs, count, group_elements, c, pitch, add);
 }
 
-void block(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t group_elements, float* c, bool add) {
+void block(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t group_elements, float* c, int64_t pitch, bool add) {
     constexpr decltype(&choose<1>) by_rows[kRows] = {choose<1>, choose<2>, choose<3>, choose<4>, choose<5>, choose<6>};
-    by_rows[rows - 1](runs, count, groups, group_elements, c, add);
+    by_rows[rows - 1](runs, count, groups, group_elements, c, pitch, add);
 }
 
 void nothing() {}
@@ -110,6 +110,7 @@ void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, in
     }
 }
 
-const MatmulKernel matmul_avx512bf16 = {kRows, kGroups, block, nothing, nothing};
+const MatmulKernel matmul_avx512bf16 = {kRows, kGroups, block, nothing, nothing, pack_transposed_avx512bf16,
+                                        pack_pair_avx512bf16, store_bf16_avx512bf16};
 
 }  // namespace entrenar

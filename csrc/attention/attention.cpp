@@ -1,0 +1,74 @@
+// Checks of attention's arguments, and which keys a token attends.
+#include "attention/attention.h"
+
+#include <cstring>
+
+#include "common/dispatch.h"
+#include "common/errors.h"
+#include "common/sizes.h"
+
+namespace entrenar {
+namespace {
+
+int32_t start_of(const AttentionView& view, int64_t row, int64_t token) {
+    int32_t start = 0;
+    const int64_t at = (row * view.tokens + token) * 4;
+    if (view.starts != nullptr) std::memcpy(&start, static_cast<const char*>(view.starts) + at, 4);
+    return start;
+}
+
+int check_heads(const HeadsView& heads, int64_t batch, int64_t tokens, int64_t count, int64_t width) {
+    const int64_t counts[3] = {batch, tokens, count}, strides[3] = {heads.batch, heads.token, heads.head};
+    int64_t reach = width;
+    for (int i = 0; i < 3; ++i) {
+        int64_t last = 0;
+        if (!multiply(counts[i] - 1, strides[i], &last) || __builtin_add_overflow(reach, last, &reach)) return kBadSize;
+    }
+    return check_buffer(heads.data, heads.bytes, reach, 2);
+}
+
+int check_starts(const AttentionView& view) {
+    if (view.starts == nullptr) return kOk;
+    for (int64_t row = 0; row < view.batch; ++row) {
+        for (int64_t token = 0; token < view.tokens; ++token) {
+            const int32_t start = start_of(view, row, token), before = token ? start_of(view, row, token - 1) : 0;
+            if (start < before || start > token) return kBadArgument;
+        }
+    }
+    return kOk;
+}
+
+}  // namespace
+
+std::vector<int64_t> first_keys(const AttentionView& view, int64_t row) {
+    std::vector<int64_t> first(static_cast<size_t>(view.tokens));
+    for (int64_t token = 0; token < view.tokens; ++token) {
+        first[static_cast<size_t>(token)] = start_of(view, row, token);
+    }
+    return first;
+}
+
+bool attention_kernels(AttentionKernels* kernels) {
+    *kernels = {matmul_kernel(), ENTRENAR_ON_X86(&attention_avx512bf16)};
+    return kernels->products != nullptr && kernels->rows != nullptr;
+}
+
+int check_attention(const AttentionView& view) {
+    const int64_t sizes[5] = {view.batch, view.tokens, view.heads, view.kv_heads, view.width};
+    for (int64_t size : sizes) {
+        if (size <= 0) return kBadSize;
+    }
+    if (view.heads % view.kv_heads != 0 || view.width % kStep != 0) return kBadArgument;
+    if (view.tokens > (int64_t{1} << 24) || view.width > 1024) return kBadArgument;
+    if (const int error = check_heads(view.q, view.batch, view.tokens, view.heads, view.width)) return error;
+    if (const int error = check_heads(view.k, view.batch, view.tokens, view.kv_heads, view.width)) return error;
+    if (const int error = check_heads(view.v, view.batch, view.tokens, view.kv_heads, view.width)) return error;
+    int64_t elements = 0;
+    if (!multiply(view.batch, view.tokens, &elements)) return kBadSize;
+    if (view.starts != nullptr) {
+        if (const int error = check_buffer(view.starts, view.starts_bytes, elements, 4)) return error;
+    }
+    return check_starts(view);
+}
+
+}  // namespace entrenar

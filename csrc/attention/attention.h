@@ -1,0 +1,71 @@
+// Causal attention over bfloat16 with grouped heads and a first key per token, a block of rows at a time so that no
+// (tokens, tokens) matrix exists (FlashAttention-2, Dao 2023).
+//
+// Letters: B rows of a batch, T tokens, H heads, G key-value heads, D width of a head.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "matmul/panel.h"
+
+namespace entrenar {
+
+// A (B, T, heads, D) tensor with D contiguous; strides in elements.
+struct HeadsView {
+    const void* data;
+    int64_t bytes, batch, token, head;
+
+    const uint16_t* rows(int64_t b, int64_t h) const { return static_cast<const uint16_t*>(data) + b * batch + h * head; }
+};
+
+// What ops/attention.py passes. A token attends the keys from starts[b][t] to itself.
+struct AttentionView {
+    int64_t batch, tokens, heads, kv_heads, width;
+    const void* starts;  // (B, T) int32, never falling along T; null: 0
+    int64_t starts_bytes;
+    float scale;
+    int32_t unused;
+    HeadsView q, k, v;
+};
+
+// The first key of every token of one row.
+std::vector<int64_t> first_keys(const AttentionView& view, int64_t row);
+
+// Error unless sizes, buffers and starts are in order.
+int check_attention(const AttentionView& view);
+
+// Of one query row so far: the largest score and the sum of exponentials relative to it.
+struct RowState {
+    float maximum, sum;
+};
+
+// The row-wise parts.
+struct AttentionRows {
+    // One row of scores against a chunk of keys, of which [first, last) count: their scaled exponentials go to p (bfloat16,
+    // 0 elsewhere up to `columns`, a multiple of 32), the state is brought up to date, and what was summed before into `o`
+    // (width floats) is rescaled when there is a new maximum.
+    void (*softmax)(const float* scores, int64_t first, int64_t last, int64_t columns, float scale, RowState* state,
+                    float* o, int64_t width, uint16_t* p);
+    // out = o / sum as bfloat16.
+    void (*finish)(const float* o, float sum, int64_t width, uint16_t* out);
+    // Σ a·b.
+    float (*dot)(const uint16_t* a, const uint16_t* b, int64_t width);
+    // One key's row against a chunk of queries, of which [first, last) count: p = e^(scale·score − lse) and
+    // ds = p·(dp − delta)·scale as bfloat16, 0 elsewhere up to `columns`, a multiple of 32.
+    void (*gradient)(const float* scores, const float* dp, const float* lse, const float* delta, int64_t first,
+                     int64_t last, int64_t columns, float scale, uint16_t* p, uint16_t* ds);
+    // out (count, width) bfloat16, rows `stride` apart, = the transpose of c (width, pitch).
+    void (*store_transposed)(const float* c, int64_t pitch, int64_t count, int64_t width, uint16_t* out, int64_t stride);
+};
+
+extern const AttentionRows attention_avx512bf16;
+
+// The table and the products of the path in use; false where the CPU has no bfloat16 products.
+struct AttentionKernels {
+    const MatmulKernel* products;
+    const AttentionRows* rows;
+};
+bool attention_kernels(AttentionKernels* kernels);
+
+}  // namespace entrenar

@@ -1,0 +1,108 @@
+// Attention's forward: 32 queries at a time past the keys in chunks, with a running maximum and sum a row.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "attention/attention.h"
+#include "common/errors.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/sizes.h"
+
+namespace entrenar {
+namespace {
+
+constexpr int64_t kQueries = 32, kKeys = 256;
+
+// One thread's room for one key-value head.
+struct Room {
+    uint16_t *keys, *values, *p;
+    float *scores, *o;
+
+    static int64_t bytes(const AttentionView& view) {
+        const int64_t packed = packed_elements(view.width, view.tokens) + packed_elements(view.tokens, view.width);
+        return (packed + kQueries * kKeys) * 2 + (kQueries * kKeys + kQueries * view.width) * 4 + 256;
+    }
+
+    Room(const AttentionView& view, char* scratch) {
+        scores = reinterpret_cast<float*>(scratch);
+        o = scores + kQueries * kKeys;
+        p = reinterpret_cast<uint16_t*>(o + kQueries * view.width);
+        keys = p + kQueries * kKeys;
+        values = keys + packed_elements(view.width, view.tokens);
+    }
+};
+
+struct Outputs {
+    uint16_t* out;  // (B, T, H, D)
+    float* lse;     // (B, H, T)
+};
+
+// Queries [begin, end) of one head.
+void run_queries(const AttentionView& view, const AttentionKernels& kernels, const Room& room, const Outputs& outputs,
+                 const std::vector<int64_t>& first, int64_t row, int64_t head, int64_t begin, int64_t end) {
+    const int64_t rows = end - begin, width = view.width;
+    const uint16_t* queries = view.q.rows(row, head) + begin * view.q.token;
+    RowState states[kQueries];
+    for (RowState& state : states) state = {-INFINITY, 0.0f};
+    const int64_t from = first[static_cast<size_t>(begin)] / kStep * kStep;
+    for (int64_t key = from; key < end; key += kKeys) {
+        const int64_t groups = divide_up(std::min(kKeys, end - key), kGroup);
+        const PackedProduct score{kernels.products, queries, view.q.token, rows,
+                                  room.keys + key / kGroup * packed_group(width), packed_group(width), width / kStep, groups};
+        multiply_packed(score, room.scores, kKeys, false);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t low = std::clamp<int64_t>(first[static_cast<size_t>(begin + r)] - key, 0, kKeys);
+            const int64_t high = std::clamp<int64_t>(begin + r + 1 - key, low, kKeys);
+            kernels.rows->softmax(room.scores + r * kKeys, low, high, groups * kGroup, view.scale, &states[r],
+                                   room.o + r * width, width, room.p + r * kKeys);
+        }
+        const PackedProduct value{kernels.products, room.p, kKeys, rows, room.values + key / kStep * kStepElements,
+                                  packed_group(view.tokens), groups, width / kGroup};
+        multiply_packed(value, room.o, width, key != from);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t token = begin + r;
+        uint16_t* to = outputs.out + ((row * view.tokens + token) * view.heads + head) * width;
+        kernels.rows->finish(room.o + r * width, states[r].sum, width, to);
+        outputs.lse[(row * view.heads + head) * view.tokens + token] = states[r].maximum + std::log(states[r].sum);
+    }
+}
+
+}  // namespace
+}  // namespace entrenar
+
+// out (B, T, H, D) bfloat16 and lse (B, H, T) float32, the logarithm of each row's sum of exponentials.
+ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* out, int64_t out_bytes, void* lse,
+                                    int64_t lse_bytes, int threads) {
+    using namespace entrenar;
+    AttentionKernels kernels;
+    if (!attention_kernels(&kernels)) return kBadPath;
+    if (const int error = check_attention(*view)) return error;
+    const int64_t rows = view->batch * view->tokens * view->heads;  // bounded by q's buffer
+    if (const int error = check_buffer(out, out_bytes, rows * view->width, 2)) return error;
+    if (const int error = check_buffer(lse, lse_bytes, rows, 4)) return error;
+    const Outputs outputs{static_cast<uint16_t*>(out), static_cast<float*>(lse)};
+    // A thread packs the keys and values it needs; where heads are few, several share a head and take its blocks in turn.
+    const int64_t pairs = view->batch * view->kv_heads, blocks = divide_up(view->tokens, kQueries);
+    const int64_t shares = std::clamp<int64_t>(divide_up(2 * threads, pairs), 1, blocks), group = view->heads / view->kv_heads;
+    std::atomic<int> error{kOk};
+    parallel_items(pairs * shares, threads, [&](int64_t item) {
+        const int64_t pair = item / shares, row = pair / view->kv_heads, kv = pair % view->kv_heads;
+        char* scratch = thread_scratch(Room::bytes(*view));
+        if (scratch == nullptr) return error.store(kNoMemory);
+        const Room room(*view, scratch);
+        pack_rows_transposed(*kernels.products, view->k.rows(row, kv), view->k.token, view->tokens, view->width, room.keys);
+        pack_rows(*kernels.products, view->v.rows(row, kv), view->v.token, view->tokens, view->width, room.values);
+        const std::vector<int64_t> first = first_keys(*view, row);
+        kernels.products->begin();
+        for (int64_t block = item % shares; block < blocks; block += shares) {
+            const int64_t begin = block * kQueries, end = std::min(begin + kQueries, view->tokens);
+            for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
+                run_queries(*view, kernels, room, outputs, first, row, head, begin, end);
+            }
+        }
+        kernels.products->end();
+    });
+    return error.load();
+}

@@ -1,0 +1,87 @@
+// Packing of plain bfloat16 rows, and blocks over a packed panel.
+#include "matmul/panel.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace entrenar {
+namespace {
+
+uint16_t* strip_at(uint16_t* to, int64_t group_elements, int64_t strip) {
+    return to + strip / 2 * group_elements + strip % 2 * (kStepElements / 2);
+}
+
+}  // namespace
+
+void pack_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, uint16_t* to) {
+    const int64_t group_elements = packed_group(count), padded = (width + kGroup - 1) / kGroup * kGroup;
+    alignas(64) uint16_t two[2][kStrip];
+    for (int64_t k = 0; k < (count + kStep - 1) / kStep * kStep; k += 2) {
+        for (int64_t column = 0; column < padded; column += kStrip) {
+            const uint16_t *first = rows + k * stride + column, *second = first + stride;
+            const int64_t there = std::clamp<int64_t>(width - column, 0, kStrip);
+            if (k + 1 >= count || there < kStrip) {
+                std::memset(two, 0, sizeof two);
+                if (k < count) std::memcpy(two[0], first, static_cast<size_t>(there) * 2);
+                if (k + 1 < count) std::memcpy(two[1], second, static_cast<size_t>(there) * 2);
+                first = two[0];
+                second = two[1];
+            }
+            uint16_t* strip = strip_at(to, group_elements, column / kStrip);
+            kernel.pack_pair(first, second, strip + k / kStep * kStepElements + k % kStep * kStrip);
+        }
+    }
+}
+
+void pack_rows_transposed(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, uint16_t* to) {
+    const int64_t group_elements = packed_group(width);
+    alignas(64) uint16_t rest[kStrip * kStep];
+    for (int64_t row = 0; row < (count + kGroup - 1) / kGroup * kGroup; row += kStrip) {
+        uint16_t* strip = strip_at(to, group_elements, row / kStrip);
+        const int64_t there = std::clamp<int64_t>(count - row, 0, kStrip);
+        for (int64_t k = 0; k < width; k += kStep, strip += kStepElements) {
+            if (there == kStrip) {
+                kernel.pack_transposed(rows + row * stride + k, stride, strip);
+                continue;
+            }
+            std::memset(rest, 0, sizeof rest);
+            for (int64_t r = 0; r < there; ++r) std::memcpy(rest + r * kStep, rows + (row + r) * stride + k, kStep * 2);
+            kernel.pack_transposed(rest, kStep, strip);
+        }
+    }
+}
+
+void transpose_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, int64_t padded, uint16_t* packed,
+                    uint16_t* to) {
+    pack_rows(kernel, rows, stride, count, width, packed);
+    // A packed strip is [pair of rows][column][2]: transposed as dwords, a column's pairs lie in a row.
+    alignas(64) uint16_t turned[kStrip * kStep];
+    const int64_t steps = (count + kStep - 1) / kStep;
+    for (int64_t column = 0; column < width; column += kStrip) {
+        const uint16_t* strip = strip_at(packed, packed_group(count), column / kStrip);
+        for (int64_t step = 0; step < steps; ++step, strip += kStepElements) {
+            kernel.pack_transposed(strip, kStep, turned);
+            for (int64_t c = 0; c < kStrip; ++c) {
+                std::memcpy(to + (column + c) * padded + step * kStep, turned + c * kStep, kStep * 2);
+            }
+        }
+        for (int64_t c = 0; c < kStrip && steps * kStep < padded; ++c) {
+            std::memset(to + (column + c) * padded + steps * kStep, 0, static_cast<size_t>(padded - steps * kStep) * 2);
+        }
+    }
+}
+
+void multiply_packed(const PackedProduct& product, float* c, int64_t pitch, bool add) {
+    const MatmulKernel& kernel = *product.kernel;
+    for (int64_t row = 0; row < product.rows; row += kernel.rows) {
+        Run run{reinterpret_cast<const char*>(product.a + row * product.a_stride), product.a_stride * 2, product.b, product.steps};
+        const int64_t rows = std::min(kernel.rows, product.rows - row);
+        for (int64_t group = 0; group < product.groups; group += kernel.groups) {
+            const int64_t groups = std::min(kernel.groups, product.groups - group);
+            run.b = product.b + group * product.group_elements;
+            kernel.block(&run, 1, rows, groups, product.group_elements, c + row * pitch + group * kGroup, pitch, add);
+        }
+    }
+}
+
+}  // namespace entrenar
