@@ -1,12 +1,20 @@
-"""One forward pass that makes logits only where a prediction is wanted."""
+"""One forward pass that makes logits only where a prediction is wanted, and for a loss a chunk of them at a time."""
 
 import inspect
+import logging
+from functools import cache
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from entrenar.core.errors import InputError
+from entrenar.models.head import head_input, output_head, own_logits, vocabulary_size
+from entrenar.models.linear_cross_entropy import chunk_rows, linear_cross_entropy, summed_cross_entropy
+
+_LOG = logging.getLogger(__name__)
 
 
 def target_logits(model: PreTrainedModel, ids: Tensor, attention: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,15 +29,54 @@ def target_logits(model: PreTrainedModel, ids: Tensor, attention: Tensor, target
     Returns:
         logits (N, V) in the model's dtype, and labels (N,) int64.
     """
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise InputError(f"{type(model).__name__} cannot make logits for chosen positions: this version needs that")
-    columns = targets[:, 1:].any(dim=0).nonzero().flatten()
-    output = model(input_ids=ids, attention_mask=attention, logits_to_keep=columns, use_cache=False)
+    columns = _target_columns(model, targets)
+    output = model(**_inputs(ids, attention, columns))
     wanted = targets[:, 1:][:, columns]
     return output.logits[wanted], ids[:, 1:][:, columns][wanted]
 
 
 def target_loss(model: PreTrainedModel, ids: Tensor, attention: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in float32, summed over the target tokens; arguments as in `target_logits`."""
-    logits, labels = target_logits(model, ids, attention, targets)
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    """Cross-entropy in float32, summed over the target tokens in float64; arguments as in `target_logits`.
+
+    The logits (N, V) never exist at once: see linear_cross_entropy.py. A model that does to its logits what head.py
+    cannot read runs its own code on them, a chunk at a time; one whose head is not a layer it calls makes them all.
+    """
+    columns = _target_columns(model, targets)
+    wanted = targets[:, 1:][:, columns]
+    before_head = head_input(model, **_inputs(ids, attention, columns))
+    if before_head is None or before_head.hidden.shape[:2] != wanted.shape:
+        _say_once(f"{type(model).__name__} has no head that can be run alone: the loss takes two passes and all logits")
+        logits, labels = target_logits(model, ids, attention, targets)
+        return summed_cross_entropy(logits, labels)
+    hidden, labels = before_head.hidden[wanted], ids[:, 1:][:, columns][wanted]
+    if before_head.rule is None:
+        _say_once(f"{type(model).__name__} neither scales nor softcaps its logits but changes them: a slower loss")
+        return _own_loss(model, hidden, labels)
+    return linear_cross_entropy(hidden, output_head(model), labels, vocabulary_size(model), before_head.rule)
+
+
+def _target_columns(model: PreTrainedModel, targets: Tensor) -> Tensor:
+    """Positions whose next token is a target in any row."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"{type(model).__name__} cannot make logits for chosen positions: this version needs that")
+    return targets[:, 1:].any(dim=0).nonzero().flatten()
+
+
+def _inputs(ids: Tensor, attention: Tensor, columns: Tensor) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": attention, "logits_to_keep": columns, "use_cache": False}
+
+
+def _own_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The loss through the model's own forward; a chunk's logits are made once more in the backward pass."""
+
+    def loss(hidden: Tensor, labels: Tensor) -> Tensor:
+        return summed_cross_entropy(own_logits(model, hidden), labels)
+
+    rows = chunk_rows(len(hidden), vocabulary_size(model), hidden.dtype)
+    chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
+    return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+@cache
+def _say_once(message: str) -> None:
+    _LOG.warning(message)
