@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from _elementwise import elementwise_rows
 from _llama_cpp import quantizer as llama_cpp_quantizer
 from _timing import PeerProcess, Row, Work, alternate, arguments, duration, rate, report, seconds, timed
 
@@ -146,6 +147,14 @@ def gguf_rows(shape: Shape, _: PeerProcess, rounds: int) -> Iterator[tuple[str, 
 GROUPS = (quantize_rows, dequantize_rows, linear_rows, gguf_rows)
 
 
+def measures(peer: PeerProcess, rounds: int) -> Iterator[tuple[str, Callable[[str], Row]]]:
+    """Every row of the table: the groups over the shapes of weights, then those with shapes of their own."""
+    for group in GROUPS:
+        for shape in SHAPES:
+            yield from group(shape, peer, rounds)
+    yield from elementwise_rows(rounds)
+
+
 def size(shape: Shape) -> str:
     """As the table shows it."""
     return f"{shape[0]}x{shape[1]}"
@@ -156,13 +165,8 @@ def main() -> None:
     options = arguments(__doc__ or "")
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    rows = []
     with PeerProcess(bitsandbytes_work) as peer:
-        for group in GROUPS:
-            for shape in SHAPES:
-                for metric, measure in group(shape, peer, options.rounds):
-                    if options.only in metric:
-                        rows.append(measure(metric))
+        rows = [measure(metric) for metric, measure in measures(peer, options.rounds) if options.only in metric]
     print(f"kernels: {native.path()}; torch {torch.__version__}; {THREADS} threads; median of {options.rounds}")
     report(rows, options.json)
 

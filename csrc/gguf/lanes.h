@@ -1,78 +1,16 @@
-// Float vectors as wide as the instruction set of the including file (GCC and Clang vector extensions).
+// What the GGUF kernels need beyond common/lanes.h: codes to and from bytes, whole tiles of any dtype, single halves.
 //
-// Kernels are written once over these types and compiled once per path. They use only operations that IEEE 754 rounds
-// in one way (no fused multiply-add, no reassociation: a sum runs in the order written), so every path gives the same
-// bytes, whatever its width. On aarch64 the 16-byte vectors of the generic path are NEON registers.
-//
-// Include only from a file of one path: everything lives in an anonymous namespace.
+// No `fused` here: these kernels give the same bytes on every path.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#include "common/floats.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "common/lanes.h"
 
 namespace entrenar::gguf {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-typedef float Floats __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-typedef float Quad __attribute__((vector_size(16)));
 typedef uint8_t Sixteen __attribute__((vector_size(16)));
 
-template <class Vector>
-inline Vector load(const void* from) {
-    Vector value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
-template <class Vector>
-inline void store(void* to, Vector value) {
-    std::memcpy(to, &value, sizeof value);
-}
-
-inline Floats all(float value) { return value - Floats{}; }
-
-// Of a NaN and a number these return the second argument, as SSE's minps and maxps do.
-template <class Value>
-inline Value smaller(Value a, Value b) {
-    return a < b ? a : b;
-}
-
-template <class Value>
-inline Value larger(Value a, Value b) {
-    return a > b ? a : b;
-}
-
-// Smallest and largest lane; which of two zeros, or what of a NaN, depends on the width.
-inline float smallest(Floats value) {
-    Quad parts[kLanes / 4];
-    std::memcpy(parts, &value, sizeof value);
-    for (int count = kLanes / 8; count > 0; count /= 2) {
-        for (int i = 0; i < count; ++i) parts[i] = smaller(parts[i], parts[i + count]);
-    }
-    return smaller(smaller(parts[0][0], parts[0][1]), smaller(parts[0][2], parts[0][3]));
-}
-
-inline float largest(Floats value) { return -smallest(-value); }
-
-inline Floats magnitude(Floats value) { return (Floats)((Ints)value & 0x7FFFFFFF); }
 inline Floats copy_if(Ints mask, Floats value) { return (Floats)((Ints)value & mask); }
 
 // Nearest integer, ties to even, of |value| < 2^22: the sum has no bits left below one.
@@ -123,47 +61,6 @@ inline uint32_t sign_bits(Ints value) {
     for (int lane = 0; lane < kLanes; ++lane) bits |= (value[lane] < 0 ? 1u : 0u) << lane;
     return bits;
 #endif
-}
-
-inline Floats widen_f16(const char* from) {
-#if defined(__AVX512F__)
-    return _mm512_maskz_cvtph_ps(0xFFFF, load<__m256i>(from));  // the unmasked form warns in GCC 12
-#elif defined(__F16C__)
-    return _mm256_cvtph_ps(load<__m128i>(from));
-#else
-    const Words half = __builtin_convertvector(load<Halves>(from), Words), size = (half & 0x7FFFu) << 13;
-    const Words value = (Words)((Floats)size * 0x1p112f);  // moves the exponent's bias; denormals come out right
-    const Words special = (Words)(size >= 0x0F800000u) & 0x7F800000u;  // infinity and NaN
-    return (Floats)(value | special | ((half & 0x8000u) << 16));
-#endif
-}
-
-inline Floats widen_bf16(const char* from) {
-    return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
-}
-
-inline void narrow_f16(Floats value, char* to) {
-#if defined(__AVX512F__)
-    store(to, _mm512_maskz_cvtps_ph(0xFFFF, value, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-    store(to, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-#else
-    // common/floats.h's float_to_f16, in lanes.
-    const Words bits = (Words)value, size = bits & 0x7FFFFFFFu;
-    const Words normal = (size + 0xFFFu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
-    const Words denormal = (Words)((Floats)size + 0.5f) - 0x3F000000u;
-    Words half = size < 0x38800000u ? denormal : normal;
-    half = size >= 0x477FF000u ? 0x7C00u - Words{} : half;
-    half = size > 0x7F800000u ? 0x7E00u - Words{} : half;
-    store(to, __builtin_convertvector(half | ((bits >> 16) & 0x8000u), Halves));
-#endif
-}
-
-inline void narrow_bf16(Floats value, char* to) {
-    const Words bits = (Words)value;
-    const Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    const Ints is_nan = value != value;
-    store(to, __builtin_convertvector(is_nan ? 0x7FC0u - Words{} : rounded, Halves));
 }
 
 // `count` elements (a multiple of kLanes) of any dtype to float32, and back.

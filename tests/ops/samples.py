@@ -37,6 +37,12 @@ def unaligned(tensor: Tensor, offset: int = 1) -> Tensor:
     raw = np.zeros(tensor.numel() * tensor.element_size() + 64 + offset, dtype=np.uint8)
     start = -raw.ctypes.data % 64 + offset
     view = raw[start : start + tensor.numel() * tensor.element_size()]
-    view[:] = tensor.contiguous().view(torch.uint8).numpy()
+    view[:] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     bits = {1: np.uint8, 2: np.int16, 4: np.int32}[tensor.element_size()]
-    return torch.from_numpy(view.view(bits)).view(tensor.dtype)
+    return torch.from_numpy(view.view(bits)).view(tensor.dtype).view(tensor.shape)
+
+
+def awkward(tensor: Tensor) -> list[Tensor]:
+    """Tensors equal to a matrix (or more dimensions): unaligned, with gaps between rows, between elements, transposed."""
+    rows, elements = tensor.repeat_interleave(2, 0)[::2], tensor.repeat_interleave(2, -1)[..., ::2]
+    return [unaligned(tensor), rows, elements, tensor.transpose(0, -1).contiguous().transpose(0, -1)]

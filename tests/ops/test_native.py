@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from guards import assert_guard, guarded
 from samples import DTYPES, gaussian
-from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
@@ -20,7 +20,6 @@ from entrenar.ops.quantize_symmetric import quantize_symmetric
 CODEBOOK = torch.linspace(-1, 1, 16)
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 needs_library = pytest.mark.skipif(not NATIVE, reason="the native library is not built")
-GUARD = 256
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -170,17 +169,6 @@ with ThreadPoolExecutor(8) as pool: print(list(pool.map(everything, range(8))) =
 """
     found = run(script)
     assert found.stdout == "True\nTrue\n", found.stderr
-
-
-def guarded(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A buffer for a result, and the raw bytes around it."""
-    raw = torch.full((count * dtype.itemsize + 2 * GUARD,), 0xA5, dtype=torch.uint8)
-    return raw[GUARD : GUARD + count * dtype.itemsize].view(dtype), raw
-
-
-def assert_guard(raw: Tensor) -> None:
-    assert (raw[:GUARD] == 0xA5).all()
-    assert (raw[-GUARD:] == 0xA5).all()
 
 
 @needs_library

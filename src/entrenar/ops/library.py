@@ -1,7 +1,8 @@
 """The `entrenar` namespace of torch.library: how an operation of this room is registered.
 
 Each operation has a schema, a PyTorch reference that runs on any device, a native CPU implementation that gives the
-same bits, a fake (what shapes come out, for torch.compile), and where it is differentiable an autograd formula.
+same bits (or, where it sums or takes exponentials, the same numbers to the rounding of their dtype), a fake (what shapes
+come out, for torch.compile), and where it is differentiable an autograd formula.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def define(
     Args:
         schema: `name(Tensor x, …) -> Tensor`.
         reference: plain PyTorch; serves every device, and the CPU where the native library is missing or switched off.
-        native_cpu: calls the native library; same arguments, same bits.
+        native_cpu: calls the native library; same arguments.
         fake: same arguments, empty results.
         accepts: same arguments; whether the native library handles this dtype and block size.
     """

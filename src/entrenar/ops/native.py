@@ -35,9 +35,10 @@ _ERRORS = {
     -7: "an argument is out of range",
     -8: "there is no memory for scratch",
 }
+_BUFFER = (ctypes.c_void_p, ctypes.c_int64)
 _TYPES = {
     "n": (ctypes.c_int64,), "i": (ctypes.c_int,), "f": (ctypes.c_float,), "p": (ctypes.c_void_p,),
-    "b": (ctypes.c_void_p, ctypes.c_int64),
+    "b": _BUFFER, "s": _BUFFER,
 }  # fmt: skip
 
 
@@ -47,7 +48,8 @@ class Function:
     Args:
         name: its name.
         signature: a letter per argument: b a buffer (a contiguous CPU tensor or None, passed as address and bytes),
-            p a plain address, n an int64, i an int, f a float.
+            s one with strides (address of its first element, bytes from there to the end of its storage), p a plain
+            address, n an int64, i an int, f a float.
     """
 
     def __init__(self, name: str, signature: str) -> None:
@@ -59,6 +61,8 @@ class Function:
         for letter, value in zip(self.signature, args, strict=True):
             if letter == "b":
                 values += buffer(value)
+            elif letter == "s":
+                values += _strided(value)
             else:
                 assert isinstance(value, int | float)
                 values.append(value)
@@ -87,6 +91,12 @@ def buffer(tensor: Tensor | float | None) -> list[int | None]:
     assert tensor.is_contiguous()
     assert tensor.device.type == "cpu"
     return [tensor.data_ptr(), tensor.numel() * tensor.element_size()]
+
+
+def _strided(tensor: Tensor | float | None) -> list[int | None]:
+    assert isinstance(tensor, Tensor)
+    assert tensor.device.type == "cpu"
+    return [tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()]
 
 
 def threads() -> int:

@@ -1,0 +1,136 @@
+"""Root-mean-square norm (Zhang and Sennrich 2019): y = (weight + offset) · x / √(mean(x²) + eps), rounded once.
+
+With r = 1 / √(mean(x²) + eps), w = weight + offset, h = grad · w:  dx = r · h − x · r³ · mean(h · x) and
+dweight = Σ over rows of grad · x · r. The backward makes r again from x, which it reads anyway.
+Letters: D features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrenar.core.errors import InputError
+from entrenar.ops import native
+from entrenar.ops.library import define, differentiate
+from entrenar.ops.precision import widen
+
+_forward = native.Function("entrenar_rms_norm", "bbbnnffiii")
+_backward = native.Function("entrenar_rms_norm_backward", "bbbbnnffiii")
+_weight = native.Function("entrenar_rms_norm_weight", "bbbnnfiii")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """(weight + offset) · x / √(mean(x²) + eps) over the last dimension, in float32 (float64 for a float64 x).
+
+    Args:
+        x: (..., D) float; weight: (D,) float, of any float dtype.
+        eps: as in the model's configuration. offset: 0 for Llama's norm, 1 for Gemma's.
+    Returns:
+        (..., D) in the dtype of x; gradients reach x and weight.
+
+    Raises:
+        InputError: weight is not (D,).
+    """
+    if weight.shape != x.shape[-1:]:
+        raise InputError(f"the norm's weight is {list(weight.shape)}, its input {list(x.shape)}: give one per feature")
+    return torch.ops.entrenar.rms_norm(x, weight, eps, offset)
+
+
+def _reciprocal(x: Tensor, eps: float) -> Tensor:
+    """R of the head comment, (..., 1), for x in the dtype of computation."""
+    return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def _reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    wide, factor = widen(x, weight)
+    return (wide * _reciprocal(wide, eps) * (factor + offset)).to(x.dtype)
+
+
+def _backward_reference(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    wide, upstream, factor = widen(x, grad, weight)
+    r, h = _reciprocal(wide, eps), upstream * (factor + offset)
+    return (r * h - wide * (r**3 * (h * wide).mean(-1, keepdim=True))).to(x.dtype)
+
+
+def _weight_reference(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide, upstream = widen(x, grad)
+    return (upstream * wide * _reciprocal(wide, eps)).unsqueeze(0).flatten(0, -2).sum(0).to(weight.dtype)
+
+
+def _native(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _forward(x.contiguous(), weight.contiguous(), y, *_rows(x), eps, offset, *_dtypes(x, weight), native.threads())
+    return y
+
+
+def _backward_native(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _backward(
+        grad.contiguous(), x.contiguous(), weight.contiguous(), dx,
+        *_rows(x), eps, offset, *_dtypes(x, weight), native.threads(),
+    )  # fmt: skip
+    return dx
+
+
+def _weight_native(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    _weight(grad.contiguous(), x.contiguous(), dweight, *_rows(x), eps, *_dtypes(x, weight), native.threads())
+    return dweight
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    return x.numel() // max(x.shape[-1], 1), x.shape[-1]
+
+
+def _dtypes(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    return native.DTYPES[x.dtype], native.DTYPES[weight.dtype]
+
+
+def _accepts(x: Tensor, weight: Tensor, _eps: float, _offset: float) -> bool:
+    return x.dtype in native.DTYPES and weight.dtype in native.DTYPES
+
+
+def _backward_accepts(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> bool:
+    return grad.dtype == x.dtype and _accepts(x, weight, eps, offset)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - torch's signature
+    x, weight, ctx.eps, ctx.offset = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight = ctx.needs_input_grad[:2]
+    dx = torch.ops.entrenar.rms_norm_backward(grad, x, weight, ctx.eps, ctx.offset) if wants_x else None
+    dweight = torch.ops.entrenar.rms_norm_weight(grad, x, weight, ctx.eps) if wants_weight else None
+    return dx, dweight, None, None
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+define(
+    "rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
+    reference=_reference,
+    native_cpu=_native,
+    fake=lambda x, _weight, _eps, _offset: _like(x),
+    accepts=_accepts,
+)
+define(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, float offset) -> Tensor",
+    reference=_backward_reference,
+    native_cpu=_backward_native,
+    fake=lambda _grad, x, _weight, _eps, _offset: _like(x),
+    accepts=_backward_accepts,
+)
+define(
+    "rms_norm_weight(Tensor grad, Tensor x, Tensor weight, float eps) -> Tensor",
+    reference=_weight_reference,
+    native_cpu=_weight_native,
+    fake=lambda _grad, _x, weight, _eps: _like(weight),
+    accepts=_backward_accepts,
+)
+differentiate("rms_norm", _gradients, _setup)
