@@ -1,7 +1,7 @@
 // Float vectors as wide as the instruction set of the including file (GCC and Clang vector extensions).
 //
-// Kernels are written once over these types and compiled once per path. All but `fused` is rounded by IEEE 754 in one way
-// (no fused multiply-add, no reassociation: a sum runs in the order written), so that a kernel which does without it
+// Kernels are written once over these types and compiled once per path. All but `fused`, `reciprocal` and `sum` is
+// rounded by IEEE 754 in one way (no fused multiply-add, no reassociation), so that a kernel which does without those
 // gives the same bytes on every path, whatever its width. On aarch64 the 16-byte vectors of the generic path are NEON
 // registers.
 //

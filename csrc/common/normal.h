@@ -2,7 +2,7 @@
 // (1 + erf(x / √2)) / 2 without that formula's cancellation below zero.
 //
 // Φ(−a) = e^(−a²/2) · R(a) for a ≥ 0; R(a) is a polynomial in 4 / (a + 4), minimax for the relative error over all of
-// Φ's range. Relative error of both at most 6 ulp where they are not denormal; NaN passes.
+// Φ's range. Error of Φ at most 8 ulp, denormal results included; NaN passes.
 #pragma once
 
 #include "common/exp.h"

@@ -1,8 +1,8 @@
 // Rows of any dtype, two vectors at a time, for kernels that treat every element alike.
 //
-// A pair holds 2·kLanes consecutive elements in the order of its dtype: for bfloat16 the even ones in one vector and the
-// odd ones in the other, which one shift and one mask take apart and put together; else the first half and the second.
-// Elements of one place in tensors of one dtype meet in one lane; floats that meet another dtype are put in its order.
+// A pair holds 2·kLanes consecutive elements in the order of its dtype: for bfloat16 the even ones in one vector and
+// the odd ones in the other, which one shift and one mask take apart and put together; else the first half and the
+// second. Tensors of one dtype then agree on the lane of an element; what meets another dtype is put in its order.
 #pragma once
 
 #include "common/lanes.h"
@@ -71,8 +71,8 @@ inline void store_part(void* to, int64_t count, const Pair& pair) {
     std::memcpy(to, whole, static_cast<size_t>(count * kBytes<kDtype>));
 }
 
-// body(at, pairs of every input, pairs of every output) over `count` elements from kIn rows to kOut rows; in the last pair
-// the inputs end with `fill`.
+// body(at, pairs of every input, pairs of every output) over `count` elements from kIn rows to kOut rows; in the last
+// pair the inputs end with `fill`.
 template <int kDtype, int kIn, int kOut, class Body>
 ENTRENAR_INLINE inline void map_pairs(const void* const* in, void* const* out, int64_t count, float fill,
                                       const Body& body) {

@@ -1,5 +1,5 @@
 // The hyperbolic tangent of a vector of floats: tanh u = (e^2u − 1) / (e^2u + 1), with e^2u − 1 computed without
-// cancellation. Relative error at most 3 ulp; ±∞ gives ±1, a denormal itself, NaN passes.
+// cancellation. Error at most 3.2 ulp; ±∞ gives ±1, a denormal itself, NaN passes.
 #pragma once
 
 #include "common/exp.h"

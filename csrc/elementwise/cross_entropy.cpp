@@ -50,7 +50,8 @@ ENTRENAR_API int entrenar_cross_entropy(void* logits, int64_t logits_bytes, cons
     const int64_t grain = std::max<int64_t>(kGrainElements / std::max<int64_t>(columns, 1), 1);
     std::atomic<int> outcome{kOk};
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
-        auto* scratch = gradient ? reinterpret_cast<float*>(thread_scratch(cross_entropy_scratch(columns) * 4)) : nullptr;
+        float* scratch = nullptr;
+        if (gradient) scratch = reinterpret_cast<float*>(thread_scratch(cross_entropy_scratch(columns) * 4));
         if (gradient && !scratch) return outcome.store(kNoMemory);
         for (int64_t row = begin; row < end; ++row) {
             const float loss = kernel.cross_entropy(static_cast<char*>(logits) + row * row_bytes, columns,

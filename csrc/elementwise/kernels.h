@@ -1,8 +1,8 @@
 // The elementwise kernels of a transformer layer and the cross-entropy over its logits: one table a path.
 //
 // Written once over vectors (rms_norm.h, rotary.h, gated_activation.h, cross_entropy.h), compiled by
-// elementwise_<path>.cpp. All compute in float32 and round once. A row is computed by one thread in one order, so results
-// do not depend on the number of threads; between paths they differ by the order and the fusing of operations.
+// elementwise_<path>.cpp. All compute in float32 and round once. A row is computed by one thread in one order, so
+// results do not depend on the number of threads; between paths they differ by the order and the fusing of operations.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct RmsNormRows {
 struct Rotation {
     const void *x, *cos, *sin;                        // x (batch, tokens, heads, width) with the strides below
     void* out;                                        // contiguous
-    int64_t tokens, heads, width, rotated;            // the first `rotated` of `width` elements turn, the others are copied
+    int64_t tokens, heads, width, rotated;            // the first `rotated` of `width` elements turn, the rest is copied
     int64_t batch_stride, token_stride, head_stride;  // of x, in elements
     int64_t cos_batches;                              // cos and sin are (cos_batches, tokens, rotated)
     int dtype, cos_dtype;
@@ -43,8 +43,8 @@ struct Elementwise {
     // 1 / √(mean(x²) + eps) of each row.
     void (*reciprocal_norms)(const RmsNormRows& rows, float* out);
     // Σ over rows of grad · x · reciprocal, for up to kPanelColumns columns from `begin` on.
-    void (*rms_norm_weight)(const RmsNormRows& rows, const float* reciprocals, const void* grad, int64_t begin,
-                            int64_t count, void* dweight, int weight_dtype);
+    void (*rms_norm_backward_weight)(const RmsNormRows& rows, const float* reciprocals, const void* grad, int64_t begin,
+                                     int64_t count, void* dweight, int weight_dtype);
 
     // Positions [begin, end) of batch · tokens.
     void (*rotate)(const Rotation& rotation, int64_t begin, int64_t end);
@@ -53,8 +53,8 @@ struct Elementwise {
     void (*gated_backward)(const void* grad, const void* gate, const void* up, int64_t count, int kind, void* dgate,
                            void* dup, int dtype);
 
-    // One row: returns the loss of `label`; `scratch` (cross_entropy_scratch(columns) floats), if not null, asks for the
-    // gradient over the logits.
+    // One row: returns the loss of `label`; `scratch` (cross_entropy_scratch(columns) floats), if not null, asks for
+    // the gradient over the logits.
     float (*cross_entropy)(void* logits, int64_t columns, int64_t label, float softcap, int dtype, float* scratch);
 
     void (*function)(const void* in, int64_t count, int which, void* out);

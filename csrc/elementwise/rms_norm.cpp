@@ -57,6 +57,7 @@ ENTRENAR_API int entrenar_rms_norm(const void* x, int64_t x_bytes, const void* w
     if (const int error = check_matrix(matrix, x, x_bytes)) return error;
     if (const int error = check_matrix(matrix, out, out_bytes)) return error;
     if (const int error = check_weight(weight, weight_bytes, columns, weight_dtype)) return error;
+    if (columns == 0) return kOk;  // however many rows
     const float* floats = prepared(matrix, weight, weight_dtype, offset);
     if (!floats) return kNoMemory;
     const Elementwise& kernel = elementwise();
@@ -78,6 +79,7 @@ ENTRENAR_API int entrenar_rms_norm_backward(const void* grad, int64_t grad_bytes
     if (const int error = check_matrix(matrix, x, x_bytes)) return error;
     if (const int error = check_matrix(matrix, dx, dx_bytes)) return error;
     if (const int error = check_weight(weight, weight_bytes, columns, weight_dtype)) return error;
+    if (columns == 0) return kOk;  // however many rows
     const float* floats = prepared(matrix, weight, weight_dtype, offset);
     if (!floats) return kNoMemory;
     const Elementwise& kernel = elementwise();
@@ -90,14 +92,16 @@ ENTRENAR_API int entrenar_rms_norm_backward(const void* grad, int64_t grad_bytes
 }
 
 // grad, x: (rows, columns) of dtype; dweight: (columns,) of weight_dtype.
-ENTRENAR_API int entrenar_rms_norm_weight(const void* grad, int64_t grad_bytes, const void* x, int64_t x_bytes,
-                                          void* dweight, int64_t dweight_bytes, int64_t rows, int64_t columns,
-                                          float eps, int dtype, int weight_dtype, int threads) {
+ENTRENAR_API int entrenar_rms_norm_backward_weight(const void* grad, int64_t grad_bytes, const void* x,
+                                                   int64_t x_bytes, void* dweight, int64_t dweight_bytes, int64_t rows,
+                                                   int64_t columns, float eps, int dtype, int weight_dtype,
+                                                   int threads) {
     using namespace entrenar;
     const Matrix matrix{rows, columns, dtype};
     if (const int error = check_matrix(matrix, grad, grad_bytes)) return error;
     if (const int error = check_matrix(matrix, x, x_bytes)) return error;
     if (const int error = check_weight(dweight, dweight_bytes, columns, weight_dtype)) return error;
+    if (columns == 0) return kOk;
     auto* norms = reinterpret_cast<float*>(thread_scratch(rows * 4));
     if (!norms) return kNoMemory;
     const Elementwise& kernel = elementwise();
@@ -109,8 +113,8 @@ ENTRENAR_API int entrenar_rms_norm_weight(const void* grad, int64_t grad_bytes, 
     parallel_for(panels, 1, threads, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
             const int64_t first = panel * kPanelColumns;
-            kernel.rms_norm_weight(all, norms, grad, first, std::min(kPanelColumns, columns - first), dweight,
-                                   weight_dtype);
+            const int64_t count = std::min(kPanelColumns, columns - first);
+            kernel.rms_norm_backward_weight(all, norms, grad, first, count, dweight, weight_dtype);
         }
     });
     return kOk;

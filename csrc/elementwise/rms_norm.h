@@ -45,10 +45,11 @@ void norm_rows(const RmsNormRows& rows, const float* weight, void* out) {
         const float r = reciprocal_norm(sum_of_squares<kDtype>(x, rows.columns), rows);
         const void* const in[] = {x};
         void* const to[] = {y};
-        map_pairs<kDtype, 1, 1>(in, to, rows.columns, 0.0f, [&](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
+        const auto scale = [=](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
             const Pair w = load_floats(weight + at);
             made[0] = {from[0].a * r * w.a, from[0].b * r * w.b};
-        });
+        };
+        map_pairs<kDtype, 1, 1>(in, to, rows.columns, 0.0f, scale);
     }
 }
 
@@ -84,10 +85,11 @@ void backward_rows(const RmsNormRows& rows, const float* weight, const void* gra
         const float r = reciprocal_norm(sums.squares, rows);
         const float pull = r * r * r * (sums.products / static_cast<float>(rows.columns));
         void* const to[] = {static_cast<char*>(dx) + row * stride};
-        map_pairs<kDtype, 2, 1>(in, to, rows.columns, 0.0f, [&](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
+        const auto project = [=](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
             const Pair w = load_floats(weight + at), &x = from[0], &g = from[1];
             made[0] = {g.a * w.a * r - x.a * pull, g.b * w.b * r - x.b * pull};
-        });
+        };
+        map_pairs<kDtype, 2, 1>(in, to, rows.columns, 0.0f, project);
     }
 }
 
@@ -138,8 +140,8 @@ void weight_panel(const RmsNormRows& rows, const float* reciprocals, const void*
     for (int64_t i = 0; i < count; ++i) store_element(dweight, weight_dtype, begin + i, total[place_of<kDtype>(i)]);
 }
 
-void rms_norm_weight(const RmsNormRows& rows, const float* reciprocals, const void* grad, int64_t begin, int64_t count,
-                     void* dweight, int weight_dtype) {
+void rms_norm_backward_weight(const RmsNormRows& rows, const float* reciprocals, const void* grad, int64_t begin,
+                              int64_t count, void* dweight, int weight_dtype) {
     ENTRENAR_FOR_DTYPE(rows.dtype, weight_panel, rows, reciprocals, grad, begin, count, dweight, weight_dtype);
 }
 

@@ -47,10 +47,11 @@ ENTRENAR_API int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos
     if (const int error = check_buffer(sin, sin_bytes, turns, dtype_bytes(cos_dtype))) return error;
     if (const int error = check_buffer(out, out_bytes, elements, dtype_bytes(dtype))) return error;
     if (elements == 0) return kOk;
-    if (!extent_of({batch, tokens, heads, width}, {batch_stride, token_stride, head_stride, 1}, &extent)) return kBadSize;
+    const int64_t sizes[] = {batch, tokens, heads, width}, strides[] = {batch_stride, token_stride, head_stride, 1};
+    if (!extent_of(sizes, strides, &extent)) return kBadSize;
     if (const int error = check_buffer(x, x_bytes, extent, dtype_bytes(dtype))) return error;
-    const Rotation rotation{x,           cos,         sin,       out,         tokens, heads,     width,
-                            rotated,     batch_stride, token_stride, head_stride, cos_batches, dtype, cos_dtype,
+    const Rotation rotation{x,       cos,          sin,          out,         tokens,      heads, width,
+                            rotated, batch_stride, token_stride, head_stride, cos_batches, dtype, cos_dtype,
                             transpose != 0};
     const Elementwise& kernel = elementwise();
     parallel_for(positions, std::max<int64_t>(kGrainElements / position, 1), threads,

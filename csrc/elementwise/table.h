@@ -21,9 +21,10 @@ void function(const void* in, int64_t count, int which, void* out) {
     });
 }
 
-constexpr Elementwise kElementwise = {prepare_weight,  rms_norm, rms_norm_backward, reciprocal_norms,
-                                      rms_norm_weight, rotate,   gated,             gated_backward,
-                                      cross_entropy,   function};
+constexpr Elementwise kElementwise = {
+    prepare_weight, rms_norm,       rms_norm_backward, reciprocal_norms, rms_norm_backward_weight, rotate, gated,
+    gated_backward, cross_entropy,  function,
+};
 
 }  // namespace
 }  // namespace entrenar

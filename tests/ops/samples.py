@@ -43,6 +43,6 @@ def unaligned(tensor: Tensor, offset: int = 1) -> Tensor:
 
 
 def awkward(tensor: Tensor) -> list[Tensor]:
-    """Tensors equal to a matrix (or more dimensions): unaligned, with gaps between rows, between elements, transposed."""
+    """Tensors equal to this one: unaligned, with gaps between its rows, between its elements, transposed."""
     rows, elements = tensor.repeat_interleave(2, 0)[::2], tensor.repeat_interleave(2, -1)[..., ::2]
     return [unaligned(tensor), rows, elements, tensor.transpose(0, -1).contiguous().transpose(0, -1)]

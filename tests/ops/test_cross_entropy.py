@@ -1,5 +1,7 @@
 """Cross-entropy over rows: against torch's in float64, the gradient in place of the logits, hard logits, bad labels."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,16 +99,22 @@ def row_of(columns: int, places: dict[int, float], rest: float = 0.0) -> Tensor:
     return row
 
 
-# A row, its label, its loss and what some elements of the gradient are; tiles are of 2048 logits.
+LN2 = 0.6931472
+# A row, its label, its loss, and some elements of the gradient; tiles are of 2048 logits.
 HARD = {
     "a huge logit": (row_of(5000, {4000: 1e30}), 4000, 0.0, {4000: 0.0, 0: 0.0, 2048: 0.0}),
     "a huge logit that is not the label": (row_of(5000, {4000: 1e30}), 0, 1e30, {4000: 1.0, 0: -1.0}),
-    "hugely negative ones": (row_of(5000, {3000: -1e30, 1: -3e38}, -3e38), 3000, 0.0, {3000: 0.0, 1: 0.0}),
+    "hugely negative ones": (row_of(5000, {3000: -1e30}, -3e38), 3000, 0.0, {3000: 0.0, 1: 0.0}),
     "the whole range": (row_of(70, {3: 3e38, 4: -3e38}), 3, 0.0, {3: 0.0, 4: 0.0}),
-    "a first tile of −∞": (row_of(2050, {2048: 0.0, 2049: 0.0}, -INFINITY), 2048, 0.6931472, {2048: -0.5, 2049: 0.5, 0: 0.0}),
-    "a last tile of −∞": (row_of(4096, {7: 0.0, 9: 0.0}, -INFINITY), 7, 0.6931472, {7: -0.5, 9: 0.5, 4095: 0.0}),
-    "a label of −∞": (row_of(40, {3: -INFINITY}, 0.0), 3, INFINITY, {3: -1.0}),
-    "growing by tiles": (row_of(6000, {10: 200.0, 3000: 400.0, 5000: 401.0}), 3000, 1.3132617, {10: 0.0, 3000: -0.7310586}),
+    "a first tile of −∞": (row_of(2050, {2048: 0.0, 2049: 0.0}, -INFINITY), 2048, LN2, {2048: -0.5, 2049: 0.5, 0: 0.0}),
+    "a last tile of −∞": (row_of(4096, {7: 0.0, 9: 0.0}, -INFINITY), 7, LN2, {7: -0.5, 9: 0.5, 4095: 0.0}),
+    "a label of −∞": (row_of(40, {3: -INFINITY}), 3, INFINITY, {3: -1.0}),
+    "growing by tiles": (
+        row_of(6000, {10: 200.0, 3000: 400.0, 5000: 401.0}),
+        3000,
+        1.3132617,
+        {10: 0, 3000: -0.7310586},
+    ),
 }
 
 
@@ -171,15 +179,15 @@ def test_the_gradient_of_float64_logits_is_the_numeric_one() -> None:
 
     class Loss(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: torch.autograd.function.FunctionCtx, logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
+        def forward(ctx: Any, logits: Tensor, labels: Tensor, softcap: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             gradient = logits.clone()
             losses = cross_entropy_rows(gradient, labels, softcap)
             ctx.save_for_backward(gradient)
             return losses.sum()
 
         @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-            return grad * ctx.saved_tensors[0], None, None  # pyright: ignore[reportAttributeAccessIssue]
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+            return grads[0] * ctx.saved_tensors[0], None, None
 
     logits, labels = torch.randn(4, 9, dtype=torch.float64, requires_grad=True), torch.tensor([0, 8, 3, 3])
     for softcap in (0.0, 2.0):
@@ -245,7 +253,16 @@ def test_no_kernel_writes_outside_its_buffers(path: str, columns: int, dtype: to
 @pytest.mark.skipif(not NATIVE, reason="the native library is not built")
 @pytest.mark.parametrize(
     ("rows", "columns", "softcap", "dtype"),
-    [(-1, 8, 0, 0), (8, -1, 0, 0), (9, 8, 0, 0), (8, 9, 0, 0), (2**62, 4, 0, 0), (8, 7, 0, 0), (8, 8, -1, 0), (8, 8, 0, 3)],
+    [
+        (-1, 8, 0, 0),
+        (8, -1, 0, 0),
+        (9, 8, 0, 0),
+        (8, 9, 0, 0),
+        (2**62, 4, 0, 0),
+        (8, 7, 0, 0),
+        (8, 8, -1, 0),
+        (8, 8, 0, 3),
+    ],
 )
 def test_sizes_beyond_the_buffers_and_labels_beyond_the_row_are_errors(
     rows: int, columns: int, softcap: float, dtype: int

@@ -201,9 +201,14 @@ def test_no_kernel_writes_outside_its_buffers(path: str, count: int, dtype: torc
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native library is not built")
-@pytest.mark.parametrize(("count", "kind", "dtype"), [(-1, 0, 0), (9, 0, 0), (2**62, 0, 0), (8, 3, 0), (8, -1, 0), (8, 0, 3)])
+@pytest.mark.parametrize(
+    ("count", "kind", "dtype"), [(-1, 0, 0), (9, 0, 0), (2**62, 0, 0), (8, 3, 0), (8, -1, 0), (8, 0, 3)]
+)
 def test_counts_and_kinds_that_are_wrong_are_errors(count: int, kind: int, dtype: int) -> None:
     x = torch.zeros(8)
-    for call in (lambda: FORWARD(x, x, x, count, kind, dtype, 2), lambda: BACKWARD(x, x, x, x, x, count, kind, dtype, 2)):
+    for call in (
+        lambda: FORWARD(x, x, x, count, kind, dtype, 2),
+        lambda: BACKWARD(x, x, x, x, x, count, kind, dtype, 2),
+    ):
         with pytest.raises(InputError, match="refused its arguments"):
             call()

@@ -82,9 +82,7 @@ def test_transformers_norms_in_float32(kernel_path: str, oracle: type[torch.nn.M
 @pytest.mark.parametrize("path", NATIVE)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 999), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=60, deadline=None)
-def test_any_shape_agrees_with_the_reference(
-    path: str, rows: int, columns: int, seed: int, dtype: torch.dtype
-) -> None:
+def test_any_shape_agrees_with_the_reference(path: str, rows: int, columns: int, seed: int, dtype: torch.dtype) -> None:
     x, grad = (gaussian(rows * columns, dtype, seed + i).view(rows, columns) for i in (0, 1000))
     weight = gaussian(columns, torch.float32, seed + 2000)
     results = {}
@@ -92,7 +90,7 @@ def test_any_shape_agrees_with_the_reference(
         with native.using(name):
             y = OPS.rms_norm(x, weight, 1e-5, 1.0)
             dx = OPS.rms_norm_backward(grad, x, weight, 1e-5, 1.0)
-            results[name] = [y, dx, OPS.rms_norm_weight(grad, x, weight, 1e-5)]
+            results[name] = [y, dx, OPS.rms_norm_backward_weight(grad, x, weight, 1e-5)]
     step = 2 * torch.finfo(dtype).eps
     for found, expected in zip(results[path], results["reference"], strict=True):
         assert torch.allclose(found.float(), expected.float(), rtol=step, atol=1e-5 * rows**0.5 + step / 100)
@@ -100,11 +98,11 @@ def test_any_shape_agrees_with_the_reference(
 
 @pytest.mark.parametrize("path", NATIVE)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*adversarial(torch.float32), "NaN", "infinity"])
+@pytest.mark.parametrize("name", [*adversarial(torch.float32), "nan", "inf"])
 def test_hard_values_come_out_as_in_the_reference(path: str, dtype: torch.dtype, name: str) -> None:
-    x = (adversarial(dtype) | {"NaN": gaussian(200, dtype), "infinity": gaussian(200, dtype)})[name].view(2, 100).clone()
-    if name in ("NaN", "infinity"):
-        x[1, 7] = float("nan") if name == "NaN" else float("inf")
+    x = adversarial(dtype).get(name, gaussian(200, dtype)).view(2, 100).clone()
+    if name in ("nan", "inf"):
+        x[1, 7] = float(name)
     weight, grad = gaussian(100, dtype), gaussian(200, dtype).view(2, 100)
     results = []
     for each in ("reference", path):
@@ -161,7 +159,7 @@ def test_opcheck(kernel_path: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(OPS.rms_norm, (x.requires_grad_(), weight.requires_grad_(), 1e-6, 1.0))
     x, weight = x.detach(), weight.detach()
     torch.library.opcheck(OPS.rms_norm_backward, (grad, x, weight, 1e-6, 1.0))
-    torch.library.opcheck(OPS.rms_norm_weight, (grad, x, weight, 1e-6))
+    torch.library.opcheck(OPS.rms_norm_backward_weight, (grad, x, weight, 1e-6))
 
 
 def test_a_weight_of_another_size_is_refused() -> None:
@@ -171,7 +169,7 @@ def test_a_weight_of_another_size_is_refused() -> None:
 
 FORWARD = native.Function("entrenar_rms_norm", "bbbnnffiii")
 BACKWARD = native.Function("entrenar_rms_norm_backward", "bbbbnnffiii")
-WEIGHT = native.Function("entrenar_rms_norm_weight", "bbbnnfiii")
+WEIGHT = native.Function("entrenar_rms_norm_backward_weight", "bbbnnfiii")
 
 
 @pytest.mark.parametrize("path", NATIVE)
@@ -209,7 +207,7 @@ def test_the_number_of_threads_changes_no_bit(path: str) -> None:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             with native.using(path):
-                made = OPS.rms_norm(x, weight, 1e-6, 0.0), OPS.rms_norm_weight(grad, x, weight, 1e-6)
+                made = OPS.rms_norm(x, weight, 1e-6, 0.0), OPS.rms_norm_backward_weight(grad, x, weight, 1e-6)
                 found.append((*made, OPS.rms_norm_backward(grad, x, weight, 1e-6, 0.0)))
     finally:
         torch.set_num_threads(before)

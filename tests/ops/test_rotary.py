@@ -1,5 +1,7 @@
 """Rotary embedding: against float64 and transformers' own, the transpose as gradient, any strides."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from compare import assert_rounded_once, spacing
@@ -16,10 +18,12 @@ from entrenar.ops import native
 from entrenar.ops.rotary import rotary
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
+Oracle = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # (B, T, H, D), R: whole pairs, odd widths, a part turned, none turned, halves wider than a piece of 256, one of each
 SHAPES = [
     ((2, 5, 3, 64), 64), ((1, 7, 2, 128), 128), ((2, 3, 4, 6), 4), ((1, 2, 3, 80), 32), ((2, 1, 1, 5), 0),
-    ((1, 2, 2, 1100), 1058), ((3, 4, 1, 2), 2), ((0, 4, 2, 8), 8), ((2, 0, 2, 8), 8), ((2, 3, 0, 8), 8), ((1, 1, 1, 34), 34),
+    ((1, 2, 2, 1100), 1058), ((3, 4, 1, 2), 2), ((1, 1, 1, 34), 34),
+    ((0, 4, 2, 8), 8), ((2, 0, 2, 8), 8), ((2, 3, 0, 8), 8),
 ]  # fmt: skip
 
 
@@ -67,9 +71,8 @@ def test_forward_and_gradient_are_float64s_rounded_once(
 
 
 @pytest.mark.parametrize(("oracle", "rotated"), [(apply_rotary_pos_emb, 64), (apply_partial, 48)])
-def test_transformers_function_on_its_own_layout(kernel_path: str, oracle: object, rotated: int) -> None:
+def test_transformers_function_on_its_own_layout(kernel_path: str, oracle: Oracle, rotated: int) -> None:
     """(B, H, T, D) tensors, read through a transpose."""
-    assert callable(oracle)
     q, k = torch.randn(2, 4, 9, 64), torch.randn(2, 2, 9, 64)
     phase = torch.rand(2, 9, rotated // 2) * 6
     cos, sin = (torch.cat((f(phase), f(phase)), dim=-1) for f in (torch.cos, torch.sin))

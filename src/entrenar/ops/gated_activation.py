@@ -1,7 +1,7 @@
 """Gated activations (Shazeer 2020): act(gate) · up, with gradients that need gate and up only.
 
-act(x) = x · factor(x): σ(x) for silu; Φ(x) for gelu (Hendrycks and Gimpel 2016); σ(2u) with u = √(2/π)·(x + 0.044715 x³)
-for gelu_tanh, which is (1 + tanh u) / 2 without its cancellation below zero.
+act(x) = x · factor(x): σ(x) for silu; Φ(x) for gelu (Hendrycks and Gimpel 2016); for gelu_tanh σ(2u) with
+u = √(2/π) · (x + 0.044715 x³), which is (1 + tanh u) / 2 without its cancellation below zero.
 """
 
 import math

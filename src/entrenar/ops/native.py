@@ -96,7 +96,8 @@ def buffer(tensor: Tensor | float | None) -> list[int | None]:
 def _strided(tensor: Tensor | float | None) -> list[int | None]:
     assert isinstance(tensor, Tensor)
     assert tensor.device.type == "cpu"
-    return [tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()]
+    before = int(tensor.storage_offset()) * tensor.element_size()
+    return [tensor.data_ptr(), tensor.untyped_storage().nbytes() - before]
 
 
 def threads() -> int:

@@ -17,7 +17,7 @@ from entrenar.ops.precision import widen
 
 _forward = native.Function("entrenar_rms_norm", "bbbnnffiii")
 _backward = native.Function("entrenar_rms_norm_backward", "bbbbnnffiii")
-_weight = native.Function("entrenar_rms_norm_weight", "bbbnnfiii")
+_weight = native.Function("entrenar_rms_norm_backward_weight", "bbbnnfiii")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -104,7 +104,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     wants_x, wants_weight = ctx.needs_input_grad[:2]
     dx = torch.ops.entrenar.rms_norm_backward(grad, x, weight, ctx.eps, ctx.offset) if wants_x else None
-    dweight = torch.ops.entrenar.rms_norm_weight(grad, x, weight, ctx.eps) if wants_weight else None
+    dweight = torch.ops.entrenar.rms_norm_backward_weight(grad, x, weight, ctx.eps) if wants_weight else None
     return dx, dweight, None, None
 
 
@@ -127,7 +127,7 @@ define(
     accepts=_backward_accepts,
 )
 define(
-    "rms_norm_weight(Tensor grad, Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm_backward_weight(Tensor grad, Tensor x, Tensor weight, float eps) -> Tensor",
     reference=_weight_reference,
     native_cpu=_weight_native,
     fake=lambda _grad, _x, weight, _eps: _like(weight),
