@@ -41,7 +41,7 @@ class LoRALayer(AdapterLayer):
         return adapted_forward(self, x)
 
     def member(self) -> Member:
-        """The layer as ops/adapted_linear.py takes it."""
+        """The layer, dropout aside, as ops/adapted_linear.py takes it."""
         weight = DenseWeight(self.base_weight)
         if self.is_merged:
             return Member(weight, self.bias)

@@ -43,8 +43,13 @@ class AdapterLayer(nn.Module):
     lora_a: nn.Parameter
     lora_b: nn.Parameter
 
+    @property
+    def is_dropping(self) -> bool:
+        """Whether dropout is at work, so that the adapter's input is not the base's."""
+        return bool(self.dropout) and self.training
+
     def member(self) -> Member:
-        """The layer as ops/adapted_linear.py takes it."""
+        """The layer, dropout aside, as ops/adapted_linear.py takes it."""
         raise NotImplementedError
 
     def merge_to_f32(self) -> Tensor:
@@ -87,7 +92,7 @@ def adapted_forward(layer: AdapterLayer, x: Tensor) -> Tensor:
     """base(x) + scale·B(A(dropout(x))): x (..., d_in) → (..., d_out), in the dtype of x or autocast's."""
     check_input(layer, x)
     x = in_compute_dtype(x)
-    if not (layer.dropout and layer.training):
+    if not layer.is_dropping:
         return adapted_linears(x, [layer.member()])[0]
     base = replace(layer.member(), a=None, b=None)
     dropped = F.dropout(x, layer.dropout)

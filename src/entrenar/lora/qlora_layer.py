@@ -76,7 +76,7 @@ class QLoRALayer(AdapterLayer):
         return adapted_forward(self, x)
 
     def member(self) -> Member:
-        """The layer as ops/adapted_linear.py takes it."""
+        """The layer, dropout aside, as ops/adapted_linear.py takes it."""
         weight = linear_weight(self.base.quantized_weight)
         return Member(weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
 

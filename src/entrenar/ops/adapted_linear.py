@@ -1,7 +1,7 @@
 """Linear layers that share an input, each a frozen weight with or without low-rank factors, as one autograd function.
 
-y_j = x·W_jᵀ + bias_j + (x·A_jᵀ)·(scale_j·B_j)ᵀ (LoRA, Hu et al. 2021, section 4.1). For the backward only x is kept
-beside the weights themselves: with u_j = x·A_jᵀ and v_j = g_j·(scale_j·B_j),
+y_j = x·W_jᵀ + bias_j + (x·A_jᵀ)·(scale_j·B_j)ᵀ (LoRA, Hu et al. 2021, section 4.1). For the backward only x (or
+what makes it again, ops/recompute.py) is kept beside the weights: with u_j = x·A_jᵀ and v_j = g_j·(scale_j·B_j),
 
     dx = Σ g_j·W_j + v_j·A_j,    dA_j = v_jᵀ·x,    dB_j = scale_j·g_jᵀ·u_j.
 
@@ -24,6 +24,7 @@ from entrenar.ops import native
 from entrenar.ops.linear_codebook import PACKED_TOKENS
 from entrenar.ops.linear_weight import LinearWeight
 from entrenar.ops.multiply import Term, dense_weight, multiply, native_multiply
+from entrenar.ops.recompute import Recipe, recipe_of
 
 _STEP = 32  # csrc/matmul/matmul.h's kStep: factors are laid out in whole steps, zeros behind
 
@@ -44,7 +45,7 @@ def adapted_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
     if not native.is_plain(x):
         return tuple(_traced(x, member) for member in members)
     tensors = [tensor for member in members for tensor in (member.bias, member.a, member.b)]
-    return _AdaptedLinears.apply(x, list(members), *tensors)  # pyright: ignore[reportReturnType]
+    return _AdaptedLinears.apply(x, recipe_of(x), list(members), *tensors)  # pyright: ignore[reportReturnType]
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -60,13 +61,14 @@ def _traced(x: Tensor, member: Member) -> Tensor:
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, members: list[Member], *tensors: Tensor | None
+        ctx: Any, x: Tensor, recipe: Recipe | None, members: list[Member], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ctx.members, ctx.shape = members, x.shape
+        ctx.members, ctx.shape, ctx.make = members, x.shape, recipe.make if recipe else None
         ctx.set_materialize_grads(False)
         adapted = any(member.a is not None for member in members)
         factors = [tensor for index, tensor in enumerate(tensors) if index % 3]
-        ctx.save_for_backward(x if adapted else None, *factors)
+        inputs = () if not adapted else recipe.inputs if recipe else (x,)
+        ctx.save_for_backward(*factors, *inputs)
         tokens = _rows(x)
         run = _forward_native if _is_native(tokens) else _forward_reference
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in run(tokens, members))
@@ -76,7 +78,8 @@ class _AdaptedLinears(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Any, ...]:
-        x, *factors = ctx.saved_tensors
+        count = 2 * len(grads)
+        factors, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         pairs = zip(factors[::2], factors[1::2], strict=True)
         used = [
             _Used(replace(member, a=a, b=b), _rows(grad), index)
@@ -84,16 +87,16 @@ class _AdaptedLinears(torch.autograd.Function):
             if grad is not None
         ]
         if not used:
-            return None, None, *[None] * (3 * len(grads))
-        tokens = None if x is None else _rows(x)
+            return None, None, None, *[None] * (3 * len(grads))
+        tokens = _rows(ctx.make(*inputs) if ctx.make else inputs[0]) if inputs else None
         run = _backward_native if _is_native(used[0].grad) else _backward_reference
         dx, gradients = run(tokens, used, ctx.needs_input_grad[0])
         found: list[Tensor | None] = [None] * (3 * len(grads))
         for one, (da, db) in zip(used, gradients, strict=True):
-            if ctx.needs_input_grad[2 + 3 * one.index]:
+            if ctx.needs_input_grad[3 + 3 * one.index]:
                 found[3 * one.index] = one.grad.sum(0)
             found[3 * one.index + 1], found[3 * one.index + 2] = da, db
-        return None if dx is None else dx.view(ctx.shape), None, *found
+        return None if dx is None else dx.view(ctx.shape), None, None, *found
 
 
 @dataclass(frozen=True)

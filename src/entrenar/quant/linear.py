@@ -5,6 +5,9 @@ multiply and drop it, and do so again in the backward for x: such a layer costs 
 one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
 """
 
+from collections.abc import Sequence
+from typing import Protocol, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +47,10 @@ class QuantizedLinear(nn.Module):
         """X (..., d_in) → (..., d_out)."""
         return quantized_linear(x, self.quantized_weight, self.bias)
 
+    def member(self) -> Member:
+        """The layer as ops/adapted_linear.py takes it."""
+        return Member(linear_weight(self.quantized_weight), self.bias)
+
     def fused_weight(self) -> Tensor:
         """The dequantized weight, (d_out, d_in) float32."""
         return self.quantized_weight.dequantize()
@@ -53,6 +60,25 @@ class QuantizedLinear(nn.Module):
         weight = self.quantized_weight
         kind = f"{weight.format}, block_size={weight.block_size}, double_quant={weight.is_double_quantized}"
         return f"in_features={self.in_features}, out_features={self.out_features}, {kind}, bias={self.bias is not None}"
+
+
+def grouped_linears(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Each layer's output for one input x (..., d_in): one operation where all of them allow it, else one by one."""
+    if not all(_can_join(layer) for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    return adapted_linears(in_compute_dtype(x), [cast(_Joinable, layer).member() for layer in layers])
+
+
+class _Joinable(Protocol):
+    """A frozen linear layer, adapted or not, that can be computed together with others over the same input."""
+
+    def member(self) -> Member: ...
+
+
+def _can_join(layer: nn.Module) -> bool:
+    """Whether a layer has nothing but its member to compute: no dropout at work, no hook to be called."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return hasattr(layer, "member") and not getattr(layer, "is_dropping", False) and not any(hooks)
 
 
 def quantized_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:

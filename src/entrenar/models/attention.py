@@ -1,0 +1,70 @@
+"""`entrenar` in transformers' attention interface: our causal kernel where the mask is of its kind, else PyTorch's.
+
+transformers describes documents, padding and sliding windows by one boolean mask, as it does for `sdpa`. A mask in
+which every token sees one stretch of keys that ends with itself is the kernel's kind (ops/attention.py); it is read
+once and serves every layer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from entrenar.ops.attention import causal_attention
+
+NAME = "entrenar"
+_STARTS = "_entrenar_starts"  # attribute of a mask that has been read
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """One layer's attention, as transformers calls it.
+
+    Args:
+        query: (B, H, T, D); key, value: (B, G, S, D). attention_mask: (B, 1, T, S) bool, or None for plain causal.
+    Returns:
+        (B, T, H, D), and None for the weights.
+    """
+    starts = None
+    plain = not options.get("dropout") and options.get("position_bias") is None and query.shape[2] == key.shape[2]
+    if plain and attention_mask is not None:
+        starts = first_keys(attention_mask)
+        plain = starts is not None
+    causal = options.get("is_causal")
+    if not plain or not (getattr(module, "is_causal", True) if causal is None else causal):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scale = query.shape[3] ** -0.5 if options.get("scaling") is None else options["scaling"]
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return causal_attention(q, k, v, scale, starts), None
+
+
+def first_keys(mask: Tensor) -> Tensor | None:
+    """The first key of each token, (B, T) int32, if mask (B, 1, T, T) bool is of the kernel's kind; else None.
+
+    A token that does not see itself is padding, whose result nobody reads: it counts as seeing itself alone.
+    """
+    if not hasattr(mask, _STARTS):
+        setattr(mask, _STARTS, _read(mask))
+    return getattr(mask, _STARTS)
+
+
+def _read(mask: Tensor) -> Tensor | None:
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+        return None
+    seen = mask[:, 0]
+    index = torch.arange(mask.shape[-1], device=mask.device)
+    real = seen.diagonal(dim1=1, dim2=2)
+    starts = torch.where(real, seen.to(torch.uint8).argmax(dim=-1), index)
+    stretch = (index >= starts[..., None]) & (index <= index[:, None])
+    falls = (starts.diff(dim=-1) < 0).any()
+    return None if falls or ((stretch != seen) & real[..., None]).any() else starts.int()
+
+
+def register() -> None:
+    """Make `entrenar` known to transformers, with the masks that `sdpa` gets."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

@@ -1,0 +1,211 @@
+"""Faster forwards for the modules transformers builds its models of: norms, gated MLPs, attention.
+
+A module is recognised by its structure, not by its name or class: it keeps its parameters, its children and its place,
+and gets a forward of its own only after that has agreed with the class's on numbers. Whatever is not recognised, or
+does not agree, stays as it is.
+"""
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from entrenar.models import attention
+from entrenar.ops.gated_activation import KINDS, gated_activation
+from entrenar.ops.recompute import with_recipe
+from entrenar.ops.rms_norm import rms_norm
+from entrenar.ops.rotary import rotary
+from entrenar.quant.linear import grouped_linears
+
+_LOG = logging.getLogger(__name__)
+_ROTARY = "apply_rotary_pos_emb"
+# Relative to the result's norm; a few roundings of the dtype.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+_TOKENS = 4  # of the trial run: enough for rotations and masks to matter
+Forward = Callable[..., Any]
+
+
+def use_fast_forwards(model: PreTrainedModel) -> Counter[str]:
+    """Give the model's modules faster forwards where they agree; how many of each kind got one."""
+    counts = Counter[str]()
+    for module in model.modules():
+        for kind, candidates, samples in _isolated(module):
+            if _install(module, candidates, samples):
+                counts[kind] += 1
+    counts["attention"] = _use_fast_attention(model)
+    _LOG.info("faster forwards: %s", ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    return counts
+
+
+def _isolated(module: nn.Module) -> Iterable[tuple[str, list[Forward], list[Tensor]]]:
+    """Kind, candidates and trial inputs of a module that can be tried by itself."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    leaf = not any(module.children()) and isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float)
+    if leaf and getattr(module, "bias", None) is None:
+        x = _sample(len(weight), weight.dtype)
+        # The second is so small that eps decides.
+        yield "norms", [partial(_norm_forward, offset=offset) for offset in (0.0, 1.0)], [x, x * 1e-3]
+    kind = _activation_kind(module)
+    features = getattr(getattr(module, "gate_proj", None), "in_features", None)
+    if kind is not None and isinstance(features, int) and hasattr(module, "up_proj") and hasattr(module, "down_proj"):
+        yield "gated MLPs", [partial(_gated_mlp_forward, kind=kind)], [_sample(features, _dtype_of(module))]
+
+
+def _norm_forward(self: Any, hidden_states: Tensor, *, offset: float) -> Tensor:
+    eps = getattr(self, "variance_epsilon", getattr(self, "eps", None))
+    make = partial(_norm, eps=eps, offset=offset)
+    return with_recipe(make(hidden_states, self.weight), make, hidden_states, self.weight)
+
+
+def _norm(x: Tensor, weight: Tensor, *, eps: float, offset: float) -> Tensor:
+    return rms_norm(x, weight, eps, offset)
+
+
+def _gated_mlp_forward(self: Any, x: Tensor, *, kind: str) -> Tensor:
+    gate, up = grouped_linears(x, (self.gate_proj, self.up_proj))
+    make = partial(gated_activation, kind=kind)
+    return self.down_proj(with_recipe(make(gate, up), make, gate, up))
+
+
+def _activation_kind(module: nn.Module) -> str | None:
+    """Which gated activation the module's `act_fn` is: as numbers say, over all the range where kinds differ."""
+    function = getattr(module, "act_fn", None)
+    if not callable(function):
+        return None
+    x = torch.linspace(-8, 8, 401)
+    try:
+        expected = function(x)
+    except Exception:
+        return None
+    kinds = (
+        kind for kind in KINDS if torch.allclose(gated_activation(x, torch.ones_like(x), kind), expected, atol=1e-6)
+    )
+    return next(kinds, None)
+
+
+def _use_fast_attention(model: PreTrainedModel) -> int:
+    """Our attention for this model, projections in groups, our rotation; how many modules have a forward of their own."""
+    modules = [module for module in model.modules() if _is_attention(module)]
+    if not modules or model.config._attn_implementation != "sdpa":
+        return 0
+    trials = _recorded(model, modules)
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    if not all(_agree(module(*args, **kwargs), output) for module, args, kwargs, output in trials):
+        model.set_attn_implementation("sdpa")
+        return 0
+    return sum(_install_attention(*trial) for trial in trials)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+
+
+Trial = tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]
+
+
+@torch.no_grad()
+def _recorded(model: PreTrainedModel, modules: list[nn.Module]) -> list[Trial]:
+    """What each module is called with, and gives, in a run of the model over a few tokens."""
+    trials: list[Trial] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        trials.append((module, args, kwargs, output))
+
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
+    try:
+        ids = torch.arange(_TOKENS).unsqueeze(0) % model.config.get_text_config().vocab_size
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return trials
+
+
+def _install_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+    original = type(module).forward
+    rotated = _with_own_rotary(original)
+    for forward in (rotated, original) if rotated else (original,):
+        candidate = partial(_grouped_attention_forward, forward=forward)
+        with torch.no_grad():
+            if _agree(candidate(module, *args, **kwargs), output):
+                module.forward = MethodType(candidate, module)
+                return True
+    return False
+
+
+class _Projected:
+    """An attention module whose projections of one input are known already; all else is the module's own."""
+
+    def __init__(self, module: nn.Module, hidden_states: Tensor) -> None:
+        self._module = module
+        layers = [module.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
+        q, k, v = grouped_linears(hidden_states, layers)
+        self.q_proj, self.k_proj, self.v_proj = (lambda _: q), (lambda _: k), (lambda _: v)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _grouped_attention_forward(
+    self: nn.Module, hidden_states: Tensor, *args: Any, forward: Forward, **kwargs: Any
+) -> Any:
+    """The class's forward over projections that are computed together."""
+    return forward(_Projected(self, hidden_states), hidden_states, *args, **kwargs)
+
+
+def _with_own_rotary(forward: Any) -> Forward | None:
+    """The same function with our rotation in place of its module's; None if it does not call one."""
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return None
+    names = {**vars(sys.modules[forward.__module__]), _ROTARY: _rotate_both}
+    changed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return changed
+
+
+def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q (B, H, T, D) and k (B, G, T, D) rotated; views of (B, T, heads, D)."""
+    rotated_q, rotated_k = (rotary(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
+    return rotated_q, rotated_k
+
+
+def _install(module: nn.Module, candidates: list[Forward], samples: list[Tensor]) -> bool:
+    """Give the module the first candidate that agrees with its class's forward on every sample."""
+    with torch.no_grad():
+        try:
+            expected = [type(module).forward(module, sample) for sample in samples]
+        except Exception:  # it takes more than one tensor: not the module it looked like
+            return False
+        for candidate in candidates:
+            found = [candidate(module, sample) for sample in samples]
+            if all(_agree(one, other) for one, other in zip(found, expected, strict=True)):
+                module.forward = MethodType(candidate, module)
+                return True
+    return False
+
+
+def _agree(found: Any, expected: Any) -> bool:
+    """Whether two results, tensors or tuples that begin with one, are equal to some roundings."""
+    one, other = (result[0] if isinstance(result, tuple) else result for result in (found, expected))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool((one.double() - other.double()).norm() <= _TOLERANCE[other.dtype] * other.double().norm())
+
+
+def _sample(features: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(features)
+    return torch.randn(_TOKENS, features, generator=generator).to(dtype)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype a module's norms and biases are in, or what its neighbours compute in."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
