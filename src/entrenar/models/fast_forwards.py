@@ -46,21 +46,18 @@ def use_fast_forwards(model: PreTrainedModel) -> Counter[str]:
 
 def _isolated(module: nn.Module) -> Iterable[tuple[str, list[Forward], list[Tensor]]]:
     """Kind, candidates and trial inputs of a module that can be tried by itself."""
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    leaf = not any(module.children()) and isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float)
-    if leaf and getattr(module, "bias", None) is None:
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float) and not any(module.children()):
         x = _sample(len(weight), weight.dtype)
         # The second is so small that eps decides.
-        yield "norms", [partial(_norm_forward, offset=offset) for offset in (0.0, 1.0)], [x, x * 1e-3]
+        yield "norms", [partial(_norm_forward, eps=eps, offset=offset) for offset in (0.0, 1.0)], [x, x * 1e-3]
     kind = _activation_kind(module)
     features = getattr(getattr(module, "gate_proj", None), "in_features", None)
     if kind is not None and isinstance(features, int) and hasattr(module, "up_proj") and hasattr(module, "down_proj"):
         yield "gated MLPs", [partial(_gated_mlp_forward, kind=kind)], [_sample(features, _dtype_of(module))]
 
 
-def _norm_forward(self: Any, hidden_states: Tensor, *, offset: float) -> Tensor:
-    eps = getattr(self, "variance_epsilon", getattr(self, "eps", None))
+def _norm_forward(self: Any, hidden_states: Tensor, *, eps: float, offset: float) -> Tensor:
     make = partial(_norm, eps=eps, offset=offset)
     return with_recipe(make(hidden_states, self.weight), make, hidden_states, self.weight)
 
@@ -92,7 +89,7 @@ def _activation_kind(module: nn.Module) -> str | None:
 
 
 def _use_fast_attention(model: PreTrainedModel) -> int:
-    """Our attention for this model, projections in groups, our rotation; how many modules have a forward of their own."""
+    """Our attention for this model; its projections in groups, our rotation. How many modules have their own forward."""
     modules = [module for module in model.modules() if _is_attention(module)]
     if not modules or model.config._attn_implementation != "sdpa":
         return 0
