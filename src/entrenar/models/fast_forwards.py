@@ -74,7 +74,7 @@ def _gated_mlp_forward(self: Any, x: Tensor, *, kind: str) -> Tensor:
 
 def _activation_kind(module: nn.Module) -> str | None:
     """Which gated activation the module's `act_fn` is: as numbers say, over all the range where kinds differ."""
-    function = getattr(module, "act_fn", None)
+    function: Any = getattr(module, "act_fn", None)
     if not callable(function):
         return None
     x = torch.linspace(-8, 8, 401)
@@ -89,7 +89,7 @@ def _activation_kind(module: nn.Module) -> str | None:
 
 
 def _use_fast_attention(model: PreTrainedModel) -> int:
-    """Our attention for this model; its projections in groups, our rotation. How many modules have their own forward."""
+    """Our attention for this model; its projections in groups, our rotation; how many modules got a forward."""
     modules = [module for module in model.modules() if _is_attention(module)]
     if not modules or model.config._attn_implementation != "sdpa":
         return 0
