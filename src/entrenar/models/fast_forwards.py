@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def _gated_mlp_forward(self: Any, x: Tensor, *, kind: str) -> Tensor:
 
 def _activation_kind(module: nn.Module) -> str | None:
     """Which gated activation the module's `act_fn` is: as numbers say, over all the range where kinds differ."""
-    function: Any = getattr(module, "act_fn", None)
+    function = getattr(module, "act_fn", None)
     if not callable(function):
         return None
     x = torch.linspace(-8, 8, 401)
