@@ -74,18 +74,13 @@ def _gated_mlp_forward(self: Any, x: Tensor, *, kind: str) -> Tensor:
 
 def _activation_kind(module: nn.Module) -> str | None:
     """Which gated activation the module's `act_fn` is: as numbers say, over all the range where kinds differ."""
-    function = getattr(module, "act_fn", None)
-    if not callable(function):
-        return None
     x = torch.linspace(-8, 8, 401)
     try:
-        expected = function(x)
-    except Exception:
+        expected = cast(Any, module).act_fn(x)
+    except Exception:  # none, or one that takes more than a tensor
         return None
-    kinds = (
-        kind for kind in KINDS if torch.allclose(gated_activation(x, torch.ones_like(x), kind), expected, atol=1e-6)
-    )
-    return next(kinds, None)
+    ones = torch.ones_like(x)
+    return next((kind for kind in KINDS if torch.allclose(gated_activation(x, ones, kind), expected, atol=1e-6)), None)
 
 
 def _use_fast_attention(model: PreTrainedModel) -> int:

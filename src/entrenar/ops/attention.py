@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entrenar.ops import native
-from entrenar.ops.library import define, differentiate
+from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.multiply import native_multiply
 
 _STEP = 32  # a head's width must be whole steps of csrc/matmul
@@ -52,7 +52,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tens
     Returns:
         (B, T, H, D), contiguous.
     """
-    return torch.ops.entrenar.causal_attention(q, k, v, scale, starts)[0]
+    return call("causal_attention", q, k, v, scale, starts)[0]
 
 
 def attention_mask(starts: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def _gradients(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ..
         return (None,) * 5
     q, k, v, out, lse, starts = ctx.saved_tensors
     arguments = (grad, q, k, v, out, lse, ctx.scale, starts)
-    return *torch.ops.entrenar.causal_attention_backward(*arguments), None, None
+    return *call("causal_attention_backward", *arguments), None, None
 
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v"

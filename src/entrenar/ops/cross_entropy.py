@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
-from entrenar.ops.library import define
+from entrenar.ops.library import call, define
 from entrenar.ops.precision import widen
 
 _kernel = native.Function("entrenar_cross_entropy", "bbbnnfiii")
@@ -34,7 +34,7 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, softcap: float = 0.0) -> 
 
 def cross_entropy_losses(logits: Tensor, labels: Tensor, softcap: float = 0.0) -> Tensor:
     """`cross_entropy_rows` without a gradient: the logits stay as they are."""
-    return torch.ops.entrenar.cross_entropy_losses(logits, labels, softcap)
+    return call("cross_entropy_losses", logits, labels, softcap)
 
 
 def _check(logits: Tensor, labels: Tensor, softcap: float) -> None:

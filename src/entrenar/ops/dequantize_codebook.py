@@ -9,7 +9,7 @@ from torch import Tensor
 from entrenar.core.errors import InputError
 from entrenar.ops import native
 from entrenar.ops.blocks import chunks
-from entrenar.ops.library import define
+from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import unpack_nibbles
 from entrenar.ops.scales import decode_scales, scale_buffers
 
@@ -26,7 +26,7 @@ def dequantize_codebook(
     Returns:
         (count,) `dtype`.
     """
-    return torch.ops.entrenar.dequantize_codebook(packed, scales, codebook, block_size, count, dtype)
+    return call("dequantize_codebook", packed, scales, codebook, block_size, count, dtype)
 
 
 def dequantize_codebook_into(

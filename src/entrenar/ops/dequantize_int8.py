@@ -5,7 +5,7 @@ from torch import Tensor
 
 from entrenar.ops import native
 from entrenar.ops.blocks import chunks
-from entrenar.ops.library import define
+from entrenar.ops.library import call, define
 from entrenar.ops.scales import decode_scales, scale_buffers
 
 _dequantize = native.Function("entrenar_dequantize_int8", "bbbbbbnnii")
@@ -19,7 +19,7 @@ def dequantize_int8(codes: Tensor, scales: list[Tensor], block_size: int, dtype:
     Returns:
         (n,) `dtype`.
     """
-    return torch.ops.entrenar.dequantize_int8(codes, scales, block_size, dtype)
+    return call("dequantize_int8", codes, scales, block_size, dtype)
 
 
 def _reference(codes: Tensor, scales: list[Tensor], block_size: int, dtype: torch.dtype) -> Tensor:

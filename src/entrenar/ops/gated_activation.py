@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
-from entrenar.ops.library import define, differentiate
+from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # csrc/elementwise/kernels.h's Activation
@@ -39,13 +39,13 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         InputError: shapes or dtypes differ, or the kind is unknown.
     """
     _check(kind, gate, up)
-    return torch.ops.entrenar.gated_activation(gate, up, kind)
+    return call("gated_activation", gate, up, kind)
 
 
 def gated_activation_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up from that of act(gate) · up; all of one shape and dtype."""
     _check(kind, gate, up, grad)
-    return torch.ops.entrenar.gated_activation_backward(grad, gate, up, kind)
+    return call("gated_activation_backward", grad, gate, up, kind)
 
 
 def _check(kind: str, *tensors: Tensor) -> None:
@@ -120,7 +120,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.entrenar.gated_activation_backward(grad, *ctx.saved_tensors, ctx.kind), None
+    return *call("gated_activation_backward", grad, *ctx.saved_tensors, ctx.kind), None
 
 
 define(

@@ -15,7 +15,7 @@ from torch import Tensor
 from entrenar.core.errors import InputError
 from entrenar.ops import native
 from entrenar.ops.gguf_k_reference import SUPER_BLOCK, quantize_q4_k, quantize_q5_k, quantize_q6_k
-from entrenar.ops.library import define
+from entrenar.ops.library import call, define
 
 _quantize = native.Function("entrenar_quantize_gguf", "bbbnniii")
 _dequantize = native.Function("entrenar_dequantize_gguf", "bbnniii")
@@ -54,7 +54,7 @@ def quantize_gguf(weight: Tensor, type: str, importance: Tensor | None = None) -
             f"importance of shape {tuple(importance.shape)} does not fit: it is one number for each of the "
             f"{weight.shape[1]} columns, and only {', '.join(_K_QUANTIZERS)} use it"
         )
-    return torch.ops.entrenar.quantize_gguf(weight, type, None if importance is None else importance.float())
+    return call("quantize_gguf", weight, type, None if importance is None else importance.float())
 
 
 def dequantize_gguf(
@@ -83,7 +83,7 @@ def dequantize_gguf(
             f"{columns} columns of {type} are {columns // elements * size} bytes, but the rows have {packed.shape[1]}"
         )
     if out is None:
-        return torch.ops.entrenar.dequantize_gguf(packed, type, columns, dtype)
+        return call("dequantize_gguf", packed, type, columns, dtype)
     if out.shape != (packed.shape[0], columns) or out.dtype != dtype or not out.is_contiguous():
         raise InputError(
             f"the result tensor is {out.dtype} of shape {tuple(out.shape)}: give a contiguous {dtype} one of shape "

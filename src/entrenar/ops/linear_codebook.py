@@ -50,32 +50,6 @@ def linear_codebook(
     return torch.ops.entrenar.linear_codebook(x, packed, scales, codebook, block_size, out_features, bias)
 
 
-def forward(
-    x: Tensor,
-    packed: Tensor,
-    scales: list[Tensor],
-    codebook: Tensor,
-    block_size: int,
-    out_features: int,
-    bias: Tensor | None,
-) -> Tensor:
-    """`linear_codebook` without a gradient, and without torch.library's dispatch: it costs more than a small layer."""
-    arguments = (x, packed, scales, codebook, block_size, out_features, bias)
-    return (_native if _serves(*arguments) else _reference)(*arguments)
-
-
-def backward(
-    grad: Tensor, packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, in_features: int
-) -> Tensor:
-    """Its gradient for x; grad (..., O) → (..., I)."""
-    arguments = (grad, packed, scales, codebook, block_size, in_features)
-    return (_backward_native if _serves(*arguments) else _backward_reference)(*arguments)
-
-
-def _serves(x: Tensor, *rest: Any) -> bool:
-    return native.is_eager(x) and native.available() and _accepts(x, *rest)
-
-
 def _reference(
     x: Tensor,
     packed: Tensor,

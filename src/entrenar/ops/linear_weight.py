@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entrenar.ops import linear_codebook
+from entrenar.ops.library import compute
+from entrenar.ops.linear_codebook import linear_codebook
 from entrenar.ops.multiply import Weight, codebook_weight, dense_weight
 
 
@@ -108,17 +109,17 @@ class CodebookWeight:
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X·Wᵀ + bias."""
         held = (self.packed, self.scales, self.codebook, self.block_size)
-        return linear_codebook.forward(x, *held, self.shape[0], bias)
+        return compute("linear_codebook", x, *held, self.shape[0], bias)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
         """Grad·W."""
         held = (self.packed, self.scales, self.codebook, self.block_size)
-        return linear_codebook.backward(grad, *held, self.shape[1])
+        return compute("linear_codebook_backward", grad, *held, self.shape[1])
 
     def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `product`, for tracers."""
         held = (self.packed, self.scales, self.codebook, self.block_size)
-        return linear_codebook.linear_codebook(x, *held, self.shape[0], bias)
+        return linear_codebook(x, *held, self.shape[0], bias)
 
     def source(self) -> Weight:
         """The packed weight."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entrenar.ops import native
 from entrenar.ops.blocks import block_absmax, block_count, chunks
-from entrenar.ops.library import define
+from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import pack_nibbles
 
 # bitsandbytes' guard against division by zero; a partial block of zeros also stores it as its absmax.
@@ -27,7 +27,7 @@ def quantize_codebook(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[
     Returns:
         (ceil(n/2),) uint8, two codes a byte, and the absmax of each block, (blocks,) float32.
     """
-    return torch.ops.entrenar.quantize_codebook(flat, codebook, block_size)
+    return call("quantize_codebook", flat, codebook, block_size)
 
 
 def _reference(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from entrenar.ops import native
 from entrenar.ops.blocks import block_absmax, block_count, chunks
-from entrenar.ops.library import define
+from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import pack_nibbles
 
 _quantize = native.Function("entrenar_quantize_symmetric", "bbbnniii")
@@ -17,7 +17,7 @@ def quantize_symmetric(flat: Tensor, limit: int, block_size: int) -> tuple[Tenso
     Args:
         limit: 7 packs two's-complement nibbles, two a byte, (ceil(n/2),) uint8; 127 gives bytes, (n,) uint8.
     """
-    return torch.ops.entrenar.quantize_symmetric(flat, limit, block_size)
+    return call("quantize_symmetric", flat, limit, block_size)
 
 
 def _reference(flat: Tensor, limit: int, block_size: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
-from entrenar.ops.library import define, differentiate
+from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
 _forward = native.Function("entrenar_rms_norm", "bbbnnffiii")
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """
     if weight.shape != x.shape[-1:]:
         raise InputError(f"the norm's weight is {list(weight.shape)}, its input {list(x.shape)}: give one per feature")
-    return torch.ops.entrenar.rms_norm(x, weight, eps, offset)
+    return call("rms_norm", x, weight, eps, offset)
 
 
 def _reciprocal(x: Tensor, eps: float) -> Tensor:
@@ -103,8 +103,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     wants_x, wants_weight = ctx.needs_input_grad[:2]
-    dx = torch.ops.entrenar.rms_norm_backward(grad, x, weight, ctx.eps, ctx.offset) if wants_x else None
-    dweight = torch.ops.entrenar.rms_norm_backward_weight(grad, x, weight, ctx.eps) if wants_weight else None
+    dx = call("rms_norm_backward", grad, x, weight, ctx.eps, ctx.offset) if wants_x else None
+    dweight = call("rms_norm_backward_weight", grad, x, weight, ctx.eps) if wants_weight else None
     return dx, dweight, None, None
 
 

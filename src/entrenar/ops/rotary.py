@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
-from entrenar.ops.library import define, differentiate
+from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
 _rotate = native.Function("entrenar_rotary", "sbbbnnnnnnnnniiii")
@@ -35,7 +35,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             f"rotary: cos is {list(cos.shape)} {cos.dtype}, sin {list(sin.shape)} {sin.dtype}, x {list(x.shape)}: "
             "for x (B, T, H, D) both are (B, T, R) or (1, T, R), of one dtype, with R even and at most D"
         )
-    return torch.ops.entrenar.rotary(x, cos, sin, False)
+    return call("rotary", x, cos, sin, False)
 
 
 def _fit(x: Tensor, cos: Tensor) -> bool:
@@ -81,7 +81,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.entrenar.rotary(grad, *ctx.saved_tensors, not ctx.transpose), None, None, None
+    return call("rotary", grad, *ctx.saved_tensors, not ctx.transpose), None, None, None
 
 
 define(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entrenar.ops import native
 from entrenar.ops.blocks import block_absmax, block_count
-from entrenar.ops.library import define
+from entrenar.ops.library import call, define
 
 GROUP = 256
 
@@ -28,7 +28,7 @@ def nest_scales(scales: Tensor, offset: Tensor | None = None, dynamic_map: Tenso
         offset: (1,) float32 and dynamic_map: (256,) float32, ascending, for `dynamic`; neither for `linear`, whose
             scales are not negative.
     """
-    return list(torch.ops.entrenar.nest_scales(scales, offset, dynamic_map))
+    return list(call("nest_scales", scales, offset, dynamic_map))
 
 
 def decode_scales(scales: list[Tensor]) -> Tensor:
