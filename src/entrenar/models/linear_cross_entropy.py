@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from entrenar.ops.cross_entropy import cross_entropy_rows
+from entrenar.ops.multiply import product_into
+
 LOGIT_BYTES = 64 << 20  # of one chunk, in the compute dtype; a CPU repacks the weight for each, so few rows are slow
 
 Gradients = dict[str, Tensor]  # parameter of the head → what belongs to it
@@ -73,26 +76,11 @@ def chunk_rows(positions: int, vocabulary: int, dtype: torch.dtype) -> int:
     return math.ceil(positions / math.ceil(positions / fitting)) if positions else 1
 
 
-def cross_entropy_rows(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
-    """The loss of every row, (n,) float32; `logits` (n, V) is overwritten by the gradient of their sum.
-
-    float64 logits give a float64 loss. labels: (n,) int64.
-    """
-    wide = _wide(logits)
-    capped = wide if softcap is None else torch.tanh(wide / softcap).mul_(softcap)
-    log_p = torch.log_softmax(capped, dim=-1)
-    index = labels[:, None]
-    losses = -log_p.gather(1, index).squeeze(1)
-    gradient = log_p.exp_().scatter_add_(1, index, log_p.new_full((1, 1), -1).expand_as(index))
-    logits.copy_(gradient if softcap is None else gradient.mul_(1 - (capped / softcap).square_()))
-    return losses
-
-
 def _loss_and_gradient(logits: Tensor, labels: Tensor, rule: LogitRule) -> Tensor:
     """The summed loss of the head's output (n, V), which its gradient overwrites."""
     if rule.scale != 1:
         logits.mul_(rule.scale)
-    losses = cross_entropy_rows(logits, labels, rule.softcap)
+    losses = cross_entropy_rows(logits, labels, rule.softcap or 0.0)
     if rule.scale != 1:
         logits.mul_(rule.scale)
     return losses.sum(dtype=torch.float64)
@@ -141,13 +129,12 @@ def _linear_step(head: nn.Linear, rule: LogitRule, scratch: Tensor) -> _Step:
 
     def step(hidden: Tensor, labels: Tensor, d_hidden: Tensor | None, gradients: Gradients) -> Tensor:
         logits = scratch[: len(hidden)]
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, hidden, weight.t(), out=logits)
+        product_into(logits, hidden, weight, transposed=True)
+        if bias is not None:
+            logits += bias
         loss = _loss_and_gradient(logits, labels, rule)
         if d_hidden is not None:
-            torch.mm(logits, weight, out=d_hidden)
+            product_into(d_hidden, logits, weight, transposed=False)
         if "weight" in gradients:
             gradients["weight"].addmm_(logits.t(), hidden)
         if "bias" in gradients:

@@ -7,6 +7,7 @@ Letters: M rows of A and C, N columns of C, K the inner dimension of a term.
 import ctypes
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from entrenar.ops import native
@@ -101,3 +102,18 @@ def multiply(terms: list[Term], out: Tensor, alpha: float = 1.0, bias: Tensor | 
         ctypes.addressof(array), len(terms), bias, out, *out.shape, alpha, native.DTYPES[out.dtype], native.threads()
     )
     return out
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> None:
+    """out (M, N) = a (M, K) · b (K, N), or a · bᵀ of b (N, K) when `transposed`; contiguous matrices of one dtype.
+
+    bfloat16 natively where the CPU multiplies it: PyTorch arranges b anew at every call.
+    """
+    matrices = (out, a, b)
+    if (
+        all(m.dtype == torch.bfloat16 and m.is_contiguous() and native.is_eager(m) for m in matrices)
+        and native_multiply()
+    ):
+        multiply([Term(a, dense_weight(b), transposed)], out)
+    else:
+        torch.mm(a, b.t() if transposed else b, out=out)
