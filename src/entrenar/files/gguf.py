@@ -1,4 +1,4 @@
-"""GGUF v2/v3 reader: strict, lazy, memory-mapped. (Writing goes through the `gguf` package's GGUFWriter.)
+"""GGUF v2/v3 reader: strict and lazy. (Writing goes through the `gguf` package's GGUFWriter.)
 
 The package's own GGUFReader takes seconds for a vocabulary of 49k tokens and believes what the header says; this one
 takes a fraction of a second and checks every count, length and offset against the file's size before it uses it.
@@ -10,15 +10,17 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from torch import Tensor
 
 from entrenar.core.errors import InputError
+from entrenar.files.stored_tensor import ALIGNMENT, FileVersion, StoredTensor
+from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, dequantize_gguf
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -57,22 +59,32 @@ class GGUFFile:
             self.metadata[key] = cursor.value(cursor.number("I"))
         raw = [_read_info(cursor) for _ in range(cursor.checked_count(tensor_count, 24))]
         self.tensors = _place(cursor, raw, self.metadata.get("general.alignment", 32))
-        self._map = cursor.map
+        self._version = cursor.close()
+
+    def stored(self, name: str) -> StoredTensor:
+        """Where one tensor lies: float types as they are, quantized ones to be decoded to float32."""
+        info = self.tensors[name]
+        dtype = _PLAIN.get(info.type.name, torch.float32)
+        return StoredTensor(self._version, info.start, info.size, info.shape, dtype, partial(_decode, info, self.path))
 
     def read(self, name: str) -> Tensor:
-        """One tensor in PyTorch's shape: float types as they are (a view of the file), quantized ones as float32."""
-        info = self.tensors[name]
-        if info.type.name in _PLAIN:
-            data = torch.frombuffer(self._map, dtype=torch.uint8, count=info.size, offset=info.start)
-            return data.view(_PLAIN[info.type.name]).view(info.shape)
-        raw = np.frombuffer(self._map, np.uint8, info.size, info.start)
-        try:
-            values = gguf.quants.dequantize(raw.reshape(-1), info.type)
-        except NotImplementedError:
-            raise InputError(
-                f"{self.path}: tensor {name!r} is {info.type.name}, which is not read as weights"
-            ) from None
-        return torch.from_numpy(values.reshape(info.shape))
+        """One tensor in PyTorch's shape, in memory of its own."""
+        return self.stored(name).read()
+
+
+def _decode(info: TensorInfo, path: Path, raw: Tensor) -> Tensor:
+    """Bytes of whole blocks → their values, flat."""
+    kind = info.type.name
+    if kind in _PLAIN:
+        return raw.view(_PLAIN[kind])
+    block, block_bytes = gguf.GGML_QUANT_SIZES[info.type]
+    if kind.lower() in DEQUANTIZED_TYPES:
+        blocks = math.gcd(raw.numel() // block_bytes, ALIGNMENT)  # of a row, as the kernel wants its work cut
+        return dequantize_gguf(raw.view(-1, blocks * block_bytes), kind.lower(), blocks * block).view(-1)
+    try:
+        return torch.from_numpy(gguf.quants.dequantize(raw.numpy(), info.type))
+    except NotImplementedError:
+        raise InputError(f"{path}: tensor {info.name!r} is {kind}, which is not read as weights") from None
 
 
 class _Cursor:
@@ -83,13 +95,18 @@ class _Cursor:
         self.offset = 0
         try:
             with path.open("rb") as file:
-                # A private copy-on-write mapping: torch.frombuffer wants a writable buffer; the file is never changed.
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._version = FileVersion.of(path, file.fileno())
         except FileNotFoundError:
             raise InputError(f"GGUF file {path} does not exist: check the path") from None
         except (OSError, ValueError) as error:
             raise InputError(f"GGUF file {path} cannot be read: {error}") from None
         self.size = len(self.map)
+
+    def close(self) -> FileVersion:
+        """Let the mapping go; say which file it was."""
+        self.map.close()
+        return self._version
 
     def error(self, what: str) -> InputError:
         return InputError(f"{self.path} is not a valid GGUF file: {what}; download or export it again")

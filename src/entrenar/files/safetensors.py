@@ -1,13 +1,16 @@
 """safetensors: read a checkpoint of one file or many shards, write one streaming, tensor by tensor.
 
 Layout: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data. The
-library reads and checks; writing is ours because the library wants a whole file's tensors in memory at once.
+library checks a header; the data are read by ourselves because the library maps them (docs/decisions/0008), and written
+by ourselves because it wants a whole file's tensors in memory at once.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,28 +18,70 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.files.lazy_tensor import LazyTensor
+from entrenar.files.stored_tensor import FileVersion, StoredTensor
 
 INDEX_NAME = "model.safetensors.index.json"
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class SafetensorsCheckpoint:
-    """The tensors of a directory (`model.safetensors`, or shards with an index) or of one file, read one at a time."""
+    """The tensors of a directory (`model.safetensors`, or shards with an index) or of one file."""
 
     def __init__(self, path: Path) -> None:
-        self._files: dict[str, Path] = {}
+        self._entries: dict[str, _Entry] = {}
         for file in _checkpoint_files(path):
-            with _reading(file), safe_open(file, framework="pt") as handle:
-                self._files |= dict.fromkeys(handle.keys(), file)
+            self._entries |= _read_header(file)
 
     def names(self) -> list[str]:
         """Every tensor's name."""
-        return list(self._files)
+        return list(self._entries)
+
+    def stored(self, name: str) -> StoredTensor:
+        """Where one tensor lies; InputError if its dtype is none of PyTorch's."""
+        entry = self._entries[name]
+        if entry.dtype not in _DTYPES:
+            raise InputError(f"{entry.file.path}: {name} is {entry.dtype}, which is not read: {', '.join(_DTYPES)} are")
+        dtype = _DTYPES[entry.dtype]
+        return StoredTensor(
+            entry.file, entry.start, entry.size, entry.shape, dtype, decode=lambda raw: raw.view(dtype)
+        )  # fmt: skip
 
     def read(self, name: str) -> Tensor:
-        """One tensor; its pages stay the file's own until they are used."""
-        with _reading(self._files[name]), safe_open(self._files[name], framework="pt") as handle:
-            return handle.get_tensor(name)
+        """One tensor, in memory of its own."""
+        return self.stored(name).read()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor as a header describes it; `start` from the beginning of the file."""
+
+    file: FileVersion
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    with _reading(path), path.open("rb") as file:
+        version = FileVersion.of(path, file.fileno())
+        with safe_open(path, framework="pt") as handle:  # checks dtypes, shapes and offsets against the file's size
+            names = list(handle.keys())
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length).decode("utf-8"))
+    return {name: _entry(version, 8 + length, header[name]) for name in names}
+
+
+def _entry(file: FileVersion, data_start: int, info: dict[str, Any]) -> _Entry:
+    begin, end = info["data_offsets"]
+    return _Entry(file, info["dtype"], tuple(info["shape"]), data_start + begin, end - begin)
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -115,25 +115,22 @@ def _rename(name: str, stems: dict[str, str], layer: str, prefix: str) -> str | 
 
 def to_gguf(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:
     """transformers' row order → llama.cpp's, for q and k; other tensors pass."""
-    heads = _rotary_heads(name, config)
-    if not heads:
-        return tensor
-    return tensor.view(heads, 2, tensor.shape[0] // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
+    return _swap(tensor, 2, head_dim(config) // 2) if is_rotary(name) else tensor
 
 
 def from_gguf(name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:
-    """llama.cpp's row order → transformers', for q and k; other tensors pass."""
-    heads = _rotary_heads(name, config)
-    if not heads:
-        return tensor
-    return tensor.view(heads, tensor.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
+    """llama.cpp's row order → transformers', for q and k, whole or the rows of some heads; other tensors pass."""
+    return _swap(tensor, head_dim(config) // 2, 2) if is_rotary(name) else tensor
 
 
-def _rotary_heads(hf_name: str, config: PretrainedConfig) -> int:
-    text: Any = config
-    if ".q_proj." in hf_name:
-        return text.num_attention_heads
-    return text.num_key_value_heads if ".k_proj." in hf_name else 0
+def _swap(tensor: Tensor, outer: int, inner: int) -> Tensor:
+    """In every outer · inner rows, those of (outer, inner) in the order of (inner, outer)."""
+    return tensor.reshape(-1, outer, inner, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def is_rotary(hf_name: str) -> bool:
+    """Whether the rows of each head are in another order there."""
+    return ".q_proj." in hf_name or ".k_proj." in hf_name
 
 
 def rope_factors(config: PretrainedConfig) -> Tensor | None:

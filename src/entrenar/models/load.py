@@ -1,18 +1,23 @@
 """Load a causal language model: config → model on `meta` → each tensor read, quantized, placed.
 
-There are never two copies of the base, and never the whole model in 16 or 32 bits.
+There are never two copies of the base, and never more of it in 16 or 32 bits than a few pieces of a tensor: one is
+quantized while a thread reads the next.
 """
+
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError, listing
+from entrenar.files.stream import stream
 from entrenar.models.compute import resolve_dtype
+from entrenar.models.match import match_tensors
 from entrenar.models.source import ModelSource, open_source
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.registry import check_block_size, get_format
-from entrenar.quant.tensor import quantize as quantize_tensor
+from entrenar.quant.tensor import PieceQuantizer, QuantizedTensor
 
 UNQUANTIZED = "none"
 
@@ -47,25 +52,24 @@ def load_source(
         get_format(quantize)
         check_block_size(block_size)
     model = build_on_meta(source, dtype)
-    _check_names(model, source)
+    tensors = match_tensors(model, source)
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(f"{source.path}: {type(model).__name__} has no output head, so it is not a language model")
-    for name, parameter in list(model.named_parameters()):
-        if name not in source.weights.names():
-            continue  # tied: it gets its storage from tie_weights below
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        # No variable holds what is read: the next tensor must not be read while this one is still there.
-        if quantize != UNQUANTIZED and leaf == "weight" and isinstance(module, nn.Linear) and module is not head:
-            packed = quantize_tensor(
-                _read(source, name, tuple(parameter.shape)),
-                format=quantize, block_size=block_size, double_quant=double_quant, name=f"{source.path}: {name}",
-            )  # fmt: skip
-            _replace(model, owner, QuantizedLinear(packed, module.bias))
-        else:
-            _place(module, leaf, _own(_read(source, name, tuple(parameter.shape)), dtype))
-    _check_tied(model, source)
+    linear = _linear_weights(model, head) if quantize != UNQUANTIZED else set()
+
+    def sink(name: str) -> PieceQuantizer | _PieceJoiner:
+        stored = tensors[name]
+        if name not in linear:
+            return _PieceJoiner(stored.shape, dtype)
+        return PieceQuantizer(
+            stored.shape, stored.dtype,
+            format=quantize, block_size=block_size, double_quant=double_quant, name=f"{source.path}: {name}",
+        )  # fmt: skip
+
+    with closing(stream(list(tensors.values()), map(sink, tensors))) as filled:
+        for name, held in zip(tensors, filled, strict=True):
+            _place(model, name, held.finish())
     model.tie_weights()
     _compute_buffers(model)
     head.register_forward_pre_hook(_contiguous_input)
@@ -85,48 +89,19 @@ def build_on_meta(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _check_names(model: PreTrainedModel, source: ModelSource) -> None:
-    """InputError unless the source has exactly the model's parameters (a tied head may be there or not)."""
-    have = set(source.weights.names())
-    wanted = {name for name, _ in model.named_parameters()}
-    optional = set(_tied_names(model)) | {name for name in have if name.endswith("rotary_emb.inv_freq")}
-    missing, unexpected = sorted(wanted - have - optional), sorted(have - wanted - optional)
-    if missing:
-        raise InputError(f"{source.path} lacks {len(missing)} tensors of {type(model).__name__}: {listing(missing, 5)}")
-    if unexpected:
-        raise InputError(
-            f"{source.path} has {len(unexpected)} tensors that {type(model).__name__} lacks: {listing(unexpected, 5)}"
-        )
+class _PieceJoiner:
+    """A tensor that comes piece by piece and stays unquantized, converted to `dtype`."""
 
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._joined = torch.empty(shape, dtype=dtype)
 
-def _tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Tied parameter → the one whose storage it shares."""
-    tied = model._tied_weights_keys if model.config.get_text_config().tie_word_embeddings else None
-    return dict(tied or {})
+    def take(self, start: int, piece: Tensor) -> None:
+        """The elements from `start` on, (n,)."""
+        self._joined.view(-1)[start : start + len(piece)] = piece
 
-
-def _check_tied(model: PreTrainedModel, source: ModelSource) -> None:
-    """InputError when the source holds a tied tensor with values of its own: one of the two would be lost."""
-    have = set(source.weights.names())
-    for name, origin in _tied_names(model).items():
-        if {name, origin} <= have and not torch.equal(source.weights.read(name), source.weights.read(origin)):
-            raise InputError(
-                f"{source.path}: {name} differs from {origin} but the config ties them: set tie_word_embeddings false"
-            )
-
-
-def _read(source: ModelSource, name: str, shape: tuple[int, ...]) -> Tensor:
-    weight = source.weights.read(name)
-    if tuple(weight.shape) != shape:
-        raise InputError(f"{source.path}: {name} has shape {tuple(weight.shape)} but the config says {shape}")
-    if not weight.is_floating_point():
-        raise InputError(f"{source.path}: {name} is {weight.dtype}, a quantized checkpoint: point to its original")
-    return weight
-
-
-def _own(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in `dtype` that does not lean on the file's mapping."""
-    return weight.to(dtype, copy=True).contiguous()
+    def finish(self) -> Tensor:
+        """The tensor, once everything is taken."""
+        return self._joined
 
 
 def _contiguous_input(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -135,16 +110,25 @@ def _contiguous_input(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
     return (arguments[0].contiguous(),)
 
 
-def _place(module: nn.Module, leaf: str, weight: Tensor) -> None:
+def _linear_weights(model: PreTrainedModel, head: nn.Module) -> set[str]:
+    """Names of the parameters that a number format may hold."""
+    modules = model.named_modules()
+    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear) and module is not head}
+
+
+def _place(model: PreTrainedModel, name: str, weight: Tensor | QuantizedTensor) -> None:
+    """A parameter in its module's place; for a quantized weight a layer in the linear layer's place."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(weight, QuantizedTensor):
+        assert isinstance(module, nn.Linear)
+        parent, _, child = owner.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantizedLinear(weight, module.bias))
+        return
     parameter = nn.Parameter(weight, requires_grad=False)
     # transformers' own initialisation, run below for computed buffers, must leave this one alone.
     parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
     setattr(module, leaf, parameter)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:

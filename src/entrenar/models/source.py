@@ -1,8 +1,9 @@
 """Where a model's config, tokenizer and weights come from: a Hugging Face directory or id, or a GGUF file."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,19 +13,20 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from entrenar.core.errors import InputError
 from entrenar.files.gguf import GGUFFile
 from entrenar.files.safetensors import SafetensorsCheckpoint
+from entrenar.files.stored_tensor import StoredTensor
 from entrenar.models import llama_gguf
 from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
 
 
 class Weights(Protocol):
-    """Tensors by the names transformers gives them, read one at a time."""
+    """Tensors by the names transformers gives them."""
 
     def names(self) -> Iterable[str]:
         """Every name the source holds."""
         ...
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, float."""
+    def stored(self, name: str) -> StoredTensor:
+        """Where one tensor lies; nothing is read."""
         ...
 
 
@@ -99,9 +101,17 @@ class GGUFWeights:
         """Every tensor, by its transformers name."""
         return self._names
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, dequantized, in transformers' row order."""
-        return llama_gguf.from_gguf(name, self._file.read(self._names[name]), self._config)
+    def stored(self, name: str) -> StoredTensor:
+        """Where one tensor lies; decoded it is dequantized and in transformers' row order."""
+        found = self._file.stored(self._names[name])
+        if not llama_gguf.is_rotary(name):
+            return found
+        columns = found.shape[1:]
+
+        def decode(raw: Tensor) -> Tensor:
+            return llama_gguf.from_gguf(name, found.decode(raw).view(-1, *columns), self._config).view(-1)
+
+        return replace(found, decode=decode, group=llama_gguf.head_dim(self._config) * math.prod(columns))
 
 
 def _download(model_id: str) -> Path:

@@ -14,7 +14,9 @@ from entrenar.quant.scales import Parts
 class Format:
     """A block format over flat weights.
 
-    quantize(flat (n,) float, block_size, double_quant) → parts, each a uint8 tensor;
+    encode(flat (n,) float, block_size) → codes uint8 and the scale of every block, float32; blocks do not depend on
+    each other, so that encoding whole blocks piece by piece gives the same;
+    hold(scales, double_quant) → the parts beside the codes, each a uint8 tensor;
     dequantize(parts, block_size, n, dtype) → (n,) dtype;
     linear_weight(parts, block_size, (d_out, d_in)) → what a linear layer multiplies by without a whole dequantized
     weight; None where the format has no such kernel.
@@ -22,6 +24,12 @@ class Format:
 
     name: str
     bits: int
-    quantize: Callable[[Tensor, int, bool], Parts]
+    encode: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    hold: Callable[[Tensor, bool], Parts]
     dequantize: Callable[[Parts, int, int, torch.dtype], Tensor]
     linear_weight: Callable[[Parts, int, tuple[int, int]], LinearWeight] | None = None
+
+    def quantize(self, flat: Tensor, block_size: int, double_quant: bool) -> Parts:
+        """Flat (n,) float → all parts."""
+        codes, scales = self.encode(flat, block_size)
+        return {"codes": codes} | self.hold(scales, double_quant)

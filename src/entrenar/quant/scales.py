@@ -13,7 +13,8 @@ from entrenar.ops.scales import GROUP, decode_scales, nest_scales
 from entrenar.quant.codebooks import dynamic_map
 
 __all__ = [
-    "GROUP", "Parts", "as_bytes", "as_float", "block_scales", "nest_dynamic", "nest_linear", "plain", "scale_tensors"
+    "GROUP", "Parts", "as_bytes", "as_float", "block_scales", "hold_dynamic", "hold_linear", "nest_dynamic",
+    "nest_linear", "plain", "scale_tensors",
 ]  # fmt: skip
 
 Parts = dict[str, Tensor]
@@ -32,6 +33,16 @@ def as_float(raw: Tensor) -> Tensor:
 def plain(scales: Tensor) -> Parts:
     """Hold scales (blocks,) as they are."""
     return {"scales": as_bytes(scales)}
+
+
+def hold_dynamic(scales: Tensor, double_quant: bool) -> Parts:
+    """Plain, or nested as bitsandbytes does."""
+    return nest_dynamic(scales) if double_quant else plain(scales)
+
+
+def hold_linear(scales: Tensor, double_quant: bool) -> Parts:
+    """Plain, or nested as 255ths of the largest."""
+    return nest_linear(scales) if double_quant else plain(scales)
 
 
 def nest_dynamic(scales: Tensor) -> Parts:

@@ -79,8 +79,7 @@ def quantize(
         InputError: unknown format, block size or dtype, or a non-finite value in the weight.
     """
     row = get_format(format)
-    if weight.dtype not in _FLOATS:
-        raise InputError(f"{name} is {weight.dtype}: quantization takes float32, float16 or bfloat16")
+    _check_dtype(weight.dtype, name)
     if block_size is None:
         if format != "int8":
             raise InputError(
@@ -92,6 +91,43 @@ def quantize(
     parts = row.quantize(weight.detach().reshape(-1), block_size, double_quant)
     _check_finite(parts, name)
     return QuantizedTensor(format, tuple(weight.shape), weight.dtype, block_size, parts)
+
+
+class PieceQuantizer:
+    """`quantize` for a weight that comes piece by piece, to the same bytes.
+
+    Args:
+        shape, dtype: of the whole weight.
+        format, block_size, double_quant, name: as for `quantize`.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype,
+        *, format: str, block_size: int, double_quant: bool, name: str,
+    ) -> None:  # fmt: skip
+        self._format, count = get_format(format), math.prod(shape)
+        check_block_size(block_size)
+        _check_dtype(dtype, name)
+        self._shape, self._dtype, self._block_size = shape, dtype, block_size
+        self._double_quant, self._name = double_quant, name
+        self._codes = torch.empty(block_count(count * self._format.bits, 8), dtype=torch.uint8)
+        self._scales = torch.empty(block_count(count, block_size), dtype=torch.float32)
+
+    def take(self, start: int, piece: Tensor) -> None:
+        """The elements from `start` on, (n,) of the weight's dtype, whole blocks unless they are the last ones.
+
+        In any order, and from several threads at once.
+        """
+        codes, scales = self._format.encode(piece, self._block_size)
+        first_code, first_scale = start * self._format.bits // 8, start // self._block_size
+        self._codes[first_code : first_code + len(codes)] = codes
+        self._scales[first_scale : first_scale + len(scales)] = scales
+
+    def finish(self) -> QuantizedTensor:
+        """The weight, once everything is taken; InputError if a value was not finite."""
+        parts = {"codes": self._codes} | self._format.hold(self._scales, self._double_quant)
+        _check_finite(parts, self._name)
+        return QuantizedTensor(self._format.name, self._shape, self._dtype, self._block_size, parts)
 
 
 def quantize_4bit(
@@ -118,8 +154,13 @@ def packed_bytes(count: int, format: str, block_size: int, double_quant: bool) -
     return codes + blocks + 4 * block_count(blocks, GROUP) + offset
 
 
+def _check_dtype(dtype: torch.dtype, name: str) -> None:
+    if dtype not in _FLOATS:
+        raise InputError(f"{name} is {dtype}: quantization takes float32, float16 or bfloat16")
+
+
 def _check_finite(parts: Parts, name: str) -> None:
-    """A NaN or infinity in a block always reaches its scale, so the scales tell for the whole tensor."""
-    held = parts.get("nested_scales", parts["scales"])
-    if not as_float(held).isfinite().all():
+    """A NaN or infinity in a block always reaches its scale, and scales are not negative: the largest tells for all."""
+    held = as_float(parts.get("nested_scales", parts["scales"]))
+    if held.numel() and not held.amax().isfinite():
         raise InputError(f"{name} holds a NaN or an infinity: quantization takes finite weights only, check its source")

@@ -68,7 +68,6 @@ def _adapter(path: Path) -> Inspection:
 def _safetensors_rows(checkpoint: SafetensorsCheckpoint) -> list[TensorRow]:
     rows = []
     for name in checkpoint.names():
-        tensor = checkpoint.read(name)
-        kind = str(tensor.dtype).removeprefix("torch.")
-        rows.append(TensorRow(name, kind, tuple(tensor.shape), tensor.numel() * tensor.element_size()))
+        stored = checkpoint.stored(name)
+        rows.append(TensorRow(name, str(stored.dtype).removeprefix("torch."), stored.shape, stored.size))
     return rows

@@ -10,10 +10,12 @@ from entrenar.ops.linear_weight import CodebookWeight, LinearWeight
 from entrenar.ops.quantize_codebook import quantize_codebook
 from entrenar.quant.codebooks import codebook
 from entrenar.quant.format import Format
-from entrenar.quant.scales import Parts, nest_dynamic, plain, scale_tensors
+from entrenar.quant.scales import Parts, hold_dynamic, scale_tensors
 
 
-def four_bit_format(name: str, quantize: Callable[[Tensor, int, bool], Parts]) -> Format:
+def four_bit_format(
+    name: str, encode: Callable[[Tensor, int], tuple[Tensor, Tensor]], hold: Callable[[Tensor, bool], Parts]
+) -> Format:
     """The registry row of a format of 4-bit codes into the codebook `name`."""
 
     def dequantize(parts: Parts, block_size: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -24,14 +26,13 @@ def four_bit_format(name: str, quantize: Callable[[Tensor, int, bool], Parts]) -
         table = codebook(name, parts["codes"].device)
         return CodebookWeight(parts["codes"], scale_tensors(parts), table, block_size, shape)
 
-    return Format(name=name, bits=4, quantize=quantize, dequantize=dequantize, linear_weight=linear_weight)
+    return Format(name=name, bits=4, encode=encode, hold=hold, dequantize=dequantize, linear_weight=linear_weight)
 
 
 def codebook_format(name: str) -> Format:
     """The registry row of a bitsandbytes 4-bit format."""
 
-    def quantize(flat: Tensor, block_size: int, double_quant: bool) -> Parts:
-        codes, absmax = quantize_codebook(flat, codebook(name, flat.device), block_size)
-        return {"codes": codes} | (nest_dynamic(absmax) if double_quant else plain(absmax))
+    def encode(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        return quantize_codebook(flat, codebook(name, flat.device), block_size)
 
-    return four_bit_format(name, quantize)
+    return four_bit_format(name, encode, hold_dynamic)

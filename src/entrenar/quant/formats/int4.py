@@ -4,12 +4,11 @@ from torch import Tensor
 
 from entrenar.ops.quantize_symmetric import quantize_symmetric
 from entrenar.quant.formats.codebook4 import four_bit_format
-from entrenar.quant.scales import Parts, nest_linear, plain
+from entrenar.quant.scales import hold_linear
 
 
-def _quantize(flat: Tensor, block_size: int, double_quant: bool) -> Parts:
-    codes, scales = quantize_symmetric(flat, 7, block_size)
-    return {"codes": codes} | (nest_linear(scales) if double_quant else plain(scales))
+def _encode(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return quantize_symmetric(flat, 7, block_size)
 
 
-FORMAT = four_bit_format("int4", _quantize)
+FORMAT = four_bit_format("int4", _encode, hold_linear)

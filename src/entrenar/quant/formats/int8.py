@@ -6,16 +6,15 @@ from torch import Tensor
 from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.quantize_symmetric import quantize_symmetric
 from entrenar.quant.format import Format
-from entrenar.quant.scales import Parts, nest_linear, plain, scale_tensors
+from entrenar.quant.scales import Parts, hold_linear, scale_tensors
 
 
-def _quantize(flat: Tensor, block_size: int, double_quant: bool) -> Parts:
-    codes, scales = quantize_symmetric(flat, 127, block_size)
-    return {"codes": codes} | (nest_linear(scales) if double_quant else plain(scales))
+def _encode(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return quantize_symmetric(flat, 127, block_size)
 
 
 def _dequantize(parts: Parts, block_size: int, count: int, dtype: torch.dtype) -> Tensor:  # noqa: ARG001 - one signature
     return dequantize_int8(parts["codes"], scale_tensors(parts), block_size, dtype)
 
 
-FORMAT = Format(name="int8", bits=8, quantize=_quantize, dequantize=_dequantize)
+FORMAT = Format(name="int8", bits=8, encode=_encode, hold=hold_linear, dequantize=_dequantize)

@@ -1,0 +1,121 @@
+"""A tensor that lies in a file: where, and how its bytes become numbers. It is read whole or piece by piece.
+
+Bytes are copied out of the file, never mapped: a file that is cut or replaced meanwhile is an InputError, and not a
+SIGBUS or a model that changes (docs/decisions/0008).
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from entrenar.core.errors import InputError
+
+PIECE_ELEMENTS = 1 << 21  # 4 MB of bf16: smaller ones cost time in Python, larger ones memory
+# Every piece but a tensor's last is a multiple of this: whole blocks of every GGUF type and of every block size.
+ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class FileVersion:
+    """A file as it was when its header was read; in another, the header's offsets would point at garbage."""
+
+    path: Path
+    identity: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: Path, descriptor: int) -> "FileVersion":
+        """The version that an open descriptor of `path` has."""
+        return cls(path, _identity(descriptor))
+
+    @contextmanager
+    def open(self) -> Iterator[FileIO]:
+        """The file again, unbuffered.
+
+        Raises:
+            InputError: it is gone, or no longer the same; also for whatever goes wrong while it is read.
+        """
+        try:
+            with FileIO(self.path) as file:
+                if _identity(file.fileno()) != self.identity:
+                    raise InputError(f"{self.path} has changed since its header was read: load it again")
+                yield file
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from None
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    status = os.fstat(descriptor)
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        start, size: its bytes in the file.
+        shape, dtype: of the numbers that `decode` makes.
+        decode: (bytes,) uint8 → (n,) `dtype`, flat; a whole tensor or pieces of it. The result may be a view.
+        group: how many elements, or a multiple, `decode` needs together.
+    """
+
+    file: FileVersion
+    start: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    decode: Callable[[Tensor], Tensor]
+    group: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def piece_elements(self) -> int:
+        """Elements of every piece but the last."""
+        step = math.lcm(ALIGNMENT, self.group)
+        return max(PIECE_ELEMENTS // step, 1) * step
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of the largest piece."""
+        return self._bytes(min(self.piece_elements, self.numel))
+
+    def starts(self) -> range:
+        """The first element of every piece; an empty tensor has one piece too."""
+        return range(0, max(self.numel, 1), self.piece_elements)
+
+    def read_piece(self, start: int, buffer: Tensor) -> Tensor:
+        """The elements (n,) of the piece from `start`, perhaps a view of `buffer` (`piece_bytes` or more,) uint8."""
+        raw = buffer[: self._bytes(min(self.piece_elements, self.numel - start))]
+        self._fill(self._bytes(start), raw)
+        return self.decode(raw)
+
+    def read(self) -> Tensor:
+        """The whole tensor, in memory of its own."""
+        raw = torch.empty(self.size, dtype=torch.uint8)
+        self._fill(0, raw)
+        return self.decode(raw).view(self.shape)
+
+    def _bytes(self, elements: int) -> int:
+        return elements * self.size // max(self.numel, 1)
+
+    def _fill(self, offset: int, raw: Tensor) -> None:
+        """Fill raw (n,) uint8 with the tensor's bytes from `offset`."""
+        left = memoryview(raw.numpy())
+        with self.file.open() as file:
+            file.seek(self.start + offset)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise InputError(f"{self.file.path} ends inside a tensor: fetch or save it again")
+                left = left[count:]
