@@ -8,6 +8,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -87,6 +88,11 @@ def duration(metric: str, shape: str, times: tuple[float, float], peer_name: str
         metric=metric, shape=shape, unit="us", ours=times[0] * 1e6, peer=times[1] * 1e6,
         peer_name=peer_name, ratio=times[1] / times[0], limit=limit,
     )  # fmt: skip
+
+
+def leave_this_folder() -> None:
+    """For a process of the peers: transformers and bitsandbytes import a package `kernels`, which is a script here."""
+    sys.path[:] = [place for place in sys.path if not (Path(place) / "kernels.py").is_file()]
 
 
 class PeerProcess:

@@ -4,16 +4,26 @@ python benchmarks/kernels.py [--json FILE] [--rounds N] [--only PART_OF_A_NAME]
 """
 
 import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import torch
 from _elementwise import elementwise_rows
 from _llama_cpp import quantizer as llama_cpp_quantizer
-from _timing import PeerProcess, Row, Work, alternate, arguments, duration, rate, report, seconds, timed
+from _timing import (
+    PeerProcess,
+    Row,
+    Work,
+    alternate,
+    arguments,
+    duration,
+    leave_this_folder,
+    rate,
+    report,
+    seconds,
+    timed,
+)
 
 import entrenar
 from entrenar.ops import native
@@ -30,7 +40,7 @@ Shape = tuple[int, int]
 
 def bitsandbytes_work(name: str, shape: Shape, dtype: torch.dtype, nested: bool) -> Work:
     """What the peer's process runs."""
-    sys.path[:] = [place for place in sys.path if not (Path(place) / "kernels.py").is_file()]  # it imports a `kernels`
+    leave_this_folder()
     from bitsandbytes.autograd._functions import matmul_4bit
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

@@ -67,6 +67,20 @@ def test_one_file_is_read_as_the_library_wrote_it(tmp_path: Path) -> None:
     assert read_metadata(tmp_path / "model.safetensors") == {"made": "here"}
 
 
+@pytest.mark.parametrize("dtype", [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.float8_e8m0fnu, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16,
+    torch.uint8, torch.bool, torch.complex64,
+], ids=str)  # fmt: skip
+def test_every_dtype_the_library_writes_is_read_as_it_reads_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    raw = torch.randint(0, 2, (3, 8 * dtype.itemsize), dtype=torch.uint8)
+    save_file({"a": raw.view(dtype)}, tmp_path / "model.safetensors")
+    ours = SafetensorsCheckpoint(tmp_path).read("a")
+    theirs = load_file(tmp_path / "model.safetensors")["a"]
+    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
 def test_shards_are_read_as_one_checkpoint(tmp_path: Path) -> None:
     tensors = _shards(tmp_path)
     checkpoint = SafetensorsCheckpoint(tmp_path)
@@ -176,6 +190,15 @@ def test_a_header_that_lies_is_an_input_error(tmp_path: Path, content: bytes) ->
         SafetensorsCheckpoint(tmp_path)
     with pytest.raises(InputError):
         read_metadata(tmp_path / "model.safetensors")
+
+
+def test_a_dtype_that_torch_has_no_whole_bytes_for_is_listed_and_not_read(tmp_path: Path) -> None:
+    header = {"a": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}
+    (tmp_path / "model.safetensors").write_bytes(_file(header, bytes(4)))
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert [(info.dtype, info.shape, info.size) for info in checkpoint.tensors.values()] == [("F4", (2, 4), 4)]
+    with pytest.raises(InputError, match=r"model\.safetensors: a is F4, which is not read"):
+        checkpoint.read("a")
 
 
 @settings(max_examples=150, deadline=None)

@@ -15,7 +15,7 @@ from gguf.gguf_writer import GGUFValue
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
-from entrenar.files.gguf import GGUFFile
+from entrenar.files.stored_tensor import FileVersion
 from entrenar.models.source import open_source
 
 _TEXT = "Please switch on 12345 lamps, ñandú!\n\n  <|im_start|>user"
@@ -68,14 +68,18 @@ def test_a_gguf_gives_its_own_config_tokenizer_and_template(
         assert ours == expected
 
 
-def test_opening_reads_no_weights(make_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    reads = []
-    monkeypatch.setattr(GGUFFile, "read", lambda self, name: reads.append(name) or torch.ones(64))
-    source = open_source(str(make_gguf()))
+@pytest.mark.parametrize("kind", ["directory", "gguf"])
+def test_opening_reads_no_weights(
+    tiny_model_dir: Path, make_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = tiny_model_dir if kind == "directory" else make_gguf()
+    monkeypatch.setattr(FileVersion, "open", lambda self: pytest.fail("data were read"))
+    source = open_source(str(path))
     assert len(list(source.weights.names())) == 20
-    assert reads == []
-    source.weights.read("model.norm.weight")
-    assert reads == ["output_norm.weight"]
+    stored = {name: source.weights.stored(name) for name in source.weights.names()}
+    assert (stored["model.norm.weight"].shape, stored["model.norm.weight"].dtype) == ((64,), torch.float32)
+    monkeypatch.undo()
+    assert torch.equal(stored["model.norm.weight"].read(), torch.ones(64))
 
 
 @pytest.mark.parametrize(

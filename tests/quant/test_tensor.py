@@ -1,7 +1,9 @@
 """QuantizedTensor: any shape in, the same shape out, every element within its format's bound, no byte uncounted."""
 
 import math
+import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,14 @@ from torch import Tensor
 from entrenar.core.errors import InputError
 from entrenar.quant.registry import FORMATS
 from entrenar.quant.scales import block_scales
-from entrenar.quant.tensor import QuantizedTensor, dequantize_4bit, packed_bytes, quantize, quantize_4bit
+from entrenar.quant.tensor import (
+    PieceQuantizer,
+    QuantizedTensor,
+    dequantize_4bit,
+    packed_bytes,
+    quantize,
+    quantize_4bit,
+)
 
 FOUR_BIT = ["int4", "nf4", "fp4"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -260,3 +269,44 @@ def test_a_scalar_has_a_shape_too() -> None:
         restored = quantize(torch.tensor(-3.0), format=format).dequantize()
         assert restored.shape == ()
         assert restored.item() == pytest.approx(-3.0, rel=1e-6)
+
+
+@given(case=CASES, piece=st.integers(1, 5), order=st.randoms())
+@settings(max_examples=120, deadline=None)
+def test_a_weight_that_comes_in_pieces_in_any_order_has_the_same_bytes(
+    case: Case, piece: int, order: random.Random
+) -> None:
+    weight, step = case.weight(), piece * case.block_size
+    pieces = list(enumerate(weight.flatten().split(step)))
+    order.shuffle(pieces)
+    quantizer = PieceQuantizer(
+        tuple(weight.shape), weight.dtype,
+        format=case.format, block_size=case.block_size, double_quant=case.double_quant, name="weight",
+    )  # fmt: skip
+    for number, values in pieces:
+        quantizer.take(number * step, values)
+    found, expected = quantizer.finish(), case.quantized()
+    assert (found.format, found.shape, found.dtype, found.block_size) == (
+        expected.format, expected.shape, expected.dtype, expected.block_size,
+    )  # fmt: skip
+    assert found.parts.keys() == expected.parts.keys()
+    assert all(torch.equal(found.parts[name], part) for name, part in expected.parts.items())
+
+
+def _quantizer(dtype: torch.dtype = torch.float32, **changed: Any) -> PieceQuantizer:
+    options = {"format": "nf4", "block_size": 64, "double_quant": False, "name": "q_proj"}
+    return PieceQuantizer((2, 64), dtype, **(options | changed))
+
+
+def test_in_pieces_too_the_same_inputs_are_refused() -> None:
+    with pytest.raises(InputError, match=r"q_proj is torch\.float64.*float32, float16 or bfloat16"):
+        _quantizer(torch.float64)
+    with pytest.raises(InputError, match="unknown number format 'nf5'"):
+        _quantizer(format="nf5")
+    with pytest.raises(InputError, match="block size 48"):
+        _quantizer(block_size=48)
+    quantizer = _quantizer()
+    quantizer.take(64, torch.tensor([math.nan]).expand(64))
+    quantizer.take(0, torch.ones(64))
+    with pytest.raises(InputError, match="q_proj holds a NaN or an infinity"):
+        quantizer.finish()

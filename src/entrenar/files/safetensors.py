@@ -31,36 +31,9 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class SafetensorsCheckpoint:
-    """The tensors of a directory (`model.safetensors`, or shards with an index) or of one file."""
-
-    def __init__(self, path: Path) -> None:
-        self._entries: dict[str, _Entry] = {}
-        for file in _checkpoint_files(path):
-            self._entries |= _read_header(file)
-
-    def names(self) -> list[str]:
-        """Every tensor's name."""
-        return list(self._entries)
-
-    def stored(self, name: str) -> StoredTensor:
-        """Where one tensor lies; InputError if its dtype is none of PyTorch's."""
-        entry = self._entries[name]
-        if entry.dtype not in _DTYPES:
-            raise InputError(f"{entry.file.path}: {name} is {entry.dtype}, which is not read: {', '.join(_DTYPES)} are")
-        dtype = _DTYPES[entry.dtype]
-        return StoredTensor(
-            entry.file, entry.start, entry.size, entry.shape, dtype, decode=lambda raw: raw.view(dtype)
-        )  # fmt: skip
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
-        return self.stored(name).read()
-
-
 @dataclass(frozen=True)
-class _Entry:
-    """One tensor as a header describes it; `start` from the beginning of the file."""
+class TensorInfo:
+    """One tensor as a header describes it; `dtype` in safetensors' words, `start` from the beginning of the file."""
 
     file: FileVersion
     dtype: str
@@ -69,19 +42,50 @@ class _Entry:
     size: int
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+class SafetensorsCheckpoint:
+    """The tensors of a directory (`model.safetensors`, or shards with an index) or of one file: `tensors`, by name.
+
+    Raises:
+        InputError: no such file, or a header that does not fit its file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in _checkpoint_files(path):
+            self.tensors |= _read_header(file)
+
+    def names(self) -> list[str]:
+        """Every tensor's name."""
+        return list(self.tensors)
+
+    def stored(self, name: str) -> StoredTensor:
+        """Where one tensor lies; InputError for a dtype that is not read."""
+        info = self.tensors[name]
+        if info.dtype not in _DTYPES:
+            raise InputError(
+                f"{info.file.path}: {name} is {info.dtype}, which is not read: save it in one of {', '.join(_DTYPES)}"
+            )
+        dtype = _DTYPES[info.dtype]
+        return StoredTensor(info.file, info.start, info.size, info.shape, dtype, lambda raw: raw.view(dtype))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        return self.stored(name).read()
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
     with _reading(path), path.open("rb") as file:
         version = FileVersion.of(path, file.fileno())
         with safe_open(path, framework="pt") as handle:  # checks dtypes, shapes and offsets against the file's size
             names = list(handle.keys())
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length).decode("utf-8"))
-    return {name: _entry(version, 8 + length, header[name]) for name in names}
+    return {name: _tensor_info(version, 8 + length, header[name]) for name in names}
 
 
-def _entry(file: FileVersion, data_start: int, info: dict[str, Any]) -> _Entry:
-    begin, end = info["data_offsets"]
-    return _Entry(file, info["dtype"], tuple(info["shape"]), data_start + begin, end - begin)
+def _tensor_info(file: FileVersion, data_start: int, entry: dict[str, Any]) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    return TensorInfo(file, entry["dtype"], tuple(entry["shape"]), data_start + begin, end - begin)
 
 
 def read_metadata(file: Path) -> dict[str, str]:

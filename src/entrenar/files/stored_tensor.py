@@ -111,7 +111,7 @@ class StoredTensor:
 
     def _fill(self, offset: int, raw: Tensor) -> None:
         """Fill raw (n,) uint8 with the tensor's bytes from `offset`."""
-        left = memoryview(raw.numpy())
+        left = raw.numpy().data
         with self.file.open() as file:
             file.seek(self.start + offset)
             while left:

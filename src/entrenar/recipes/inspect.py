@@ -66,8 +66,4 @@ def _adapter(path: Path) -> Inspection:
 
 
 def _safetensors_rows(checkpoint: SafetensorsCheckpoint) -> list[TensorRow]:
-    rows = []
-    for name in checkpoint.names():
-        stored = checkpoint.stored(name)
-        rows.append(TensorRow(name, str(stored.dtype).removeprefix("torch."), stored.shape, stored.size))
-    return rows
+    return [TensorRow(name, info.dtype, info.shape, info.size) for name, info in checkpoint.tensors.items()]

@@ -1,0 +1,43 @@
+"""Random checkpoints for the benchmarks that need a model of some size: made once, in the temporary directory."""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from entrenar.files.lazy_tensor import LazyTensor
+from entrenar.files.safetensors import write_checkpoint
+from entrenar.models.source import open_source
+
+TOKENIZER = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+LLAMA_1B = LlamaConfig(
+    vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+    num_key_value_heads=4, max_position_embeddings=2048,
+)  # fmt: skip
+
+
+def random_checkpoint(name: str, config: LlamaConfig) -> Path:
+    """The directory of a bf16 checkpoint, its tokenizer (SmolLM2's) included; written tensor by tensor if missing."""
+    directory = Path(tempfile.gettempdir()) / "entrenar-benchmarks" / name
+    complete = directory / "complete"
+    if complete.is_file():
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.config.save_pretrained(directory)
+    open_source(str(TOKENIZER)).tokenizer.save_pretrained(directory)
+    tensors = [
+        LazyTensor(name, tuple(parameter.shape), partial(_random, tuple(parameter.shape)))
+        for name, parameter in model.named_parameters()
+    ]
+    write_checkpoint(directory, tensors, torch.bfloat16, max_shard_bytes=5_000_000_000)
+    complete.touch()
+    return directory
+
+
+def _random(shape: tuple[int, ...]) -> torch.Tensor:
+    """Matrices as transformers starts them, norms of ones."""
+    return torch.randn(shape) * 0.02 if len(shape) > 1 else torch.ones(shape)
