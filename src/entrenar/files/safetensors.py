@@ -1,7 +1,7 @@
 """safetensors: read a checkpoint of one file or many shards, write one streaming, tensor by tensor.
 
 Layout: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data. The
-library checks a header; the data are read by ourselves because the library maps them (docs/decisions/0008), and written
+library checks a header; the data are read by ourselves because the library maps them (docs/decisions/0009), and written
 by ourselves because it wants a whole file's tensors in memory at once.
 """
 

@@ -1,7 +1,7 @@
 """A tensor that lies in a file: where, and how its bytes become numbers. It is read whole or piece by piece.
 
 Bytes are copied out of the file, never mapped: a file that is cut or replaced meanwhile is an InputError, and not a
-SIGBUS or a model that changes (docs/decisions/0008).
+SIGBUS or a model that changes (docs/decisions/0009).
 """
 
 import math
