@@ -1,7 +1,7 @@
 """Load a causal language model: config → model on `meta` → each tensor read, quantized, placed.
 
-There are never two copies of the base, and never more of it in 16 or 32 bits than a few pieces of a tensor: one is
-quantized while a thread reads the next.
+There are never two copies of the base, and never more of it in 16 or 32 bits than a few pieces of a tensor, which
+several threads read and quantize (files/stream.py).
 """
 
 from contextlib import closing
