@@ -16,8 +16,8 @@ from entrenar.models import forward, linear_cross_entropy
 from entrenar.models.forward import target_logits, target_loss
 from entrenar.models.load import load
 
-# Three rows of 6 tokens, padded on the right, and which of them are targets.
-_ATTENTION = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+# Three rows of 6 tokens, one document each, and which of them are targets.
+_POSITIONS = torch.arange(6).repeat(3, 1)
 _TARGETS = torch.tensor([[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
 
 
@@ -37,8 +37,8 @@ def _gemma2(_: Path) -> PreTrainedModel:
 
 def _run(model: PreTrainedModel, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.randint(3, 100, (3, 6), generator=torch.Generator().manual_seed(1))
-    logits, labels = target_logits(model, ids, _ATTENTION, targets)
-    whole = model(input_ids=ids, attention_mask=_ATTENTION).logits
+    logits, labels = target_logits(model, ids, _POSITIONS, targets)
+    whole = model(input_ids=ids).logits
     rows, columns = targets.nonzero(as_tuple=True)
     assert labels.tolist() == ids[rows, columns].tolist()
     return logits, whole[rows, columns - 1], ids
@@ -68,17 +68,25 @@ def test_the_head_runs_only_on_the_columns_some_row_needs(tiny_model_dir: Path) 
     assert isinstance(head, nn.Linear)
     shapes = []
     head.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
-    target_logits(model, torch.ones(3, 6, dtype=torch.int64), _ATTENTION, _TARGETS)
+    target_logits(model, torch.ones(3, 6, dtype=torch.int64), _POSITIONS, _TARGETS)
     assert shapes == [(3, 3, 64)]
 
 
-def test_padding_changes_nothing(tiny_model_dir: Path) -> None:
-    model = _llama(tiny_model_dir)
+def test_padding_changes_nothing(isolating_model: PreTrainedModel) -> None:
+    _check_padding(isolating_model)
+
+
+def test_padding_changes_nothing_where_documents_are_not_kept_apart(mixing_model: PreTrainedModel) -> None:
+    """Nothing looks ahead to it."""
+    _check_padding(mixing_model)
+
+
+def _check_padding(model: PreTrainedModel) -> None:
     ids = torch.tensor([[1, 50, 60, 70, 80]])
     targets = torch.tensor([[False, False, True, True, True]])
-    alone, _ = target_logits(model, ids, torch.ones_like(ids), targets)
-    padded = [nn.functional.pad(tensor, (0, 4)) for tensor in (ids, torch.ones_like(ids), targets)]
-    together, _ = target_logits(model, *padded)
+    alone = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, 1:4]
+    padded = [nn.functional.pad(tensor, (0, 4)) for tensor in (ids, targets)]
+    together, _ = target_logits(model, padded[0], torch.arange(9)[None], padded[1])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
