@@ -81,6 +81,7 @@ def test_padding_changes_nothing_where_documents_are_not_kept_apart(mixing_model
     _check_padding(mixing_model)
 
 
+@torch.no_grad()
 def _check_padding(model: PreTrainedModel) -> None:
     ids = torch.tensor([[1, 50, 60, 70, 80]])
     targets = torch.tensor([[False, False, True, True, True]])
