@@ -1,5 +1,4 @@
-"""Fixtures that all rooms share: a tiny tokenizer, a tiny Llama on disk, tiny models of other architectures, a little
-data, and the real SmolLM2."""
+"""Fixtures that all rooms share: a tiny tokenizer, a tiny Llama on disk, a little data, and the real SmolLM2."""
 
 import json
 import os
@@ -15,14 +14,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import decoders as decode
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.models.pre_tokenizers import PRE_TOKENIZERS
 
@@ -82,44 +74,6 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Pre
     model.save_pretrained(directory)
     tiny_tokenizer.save_pretrained(directory)
     return directory
-
-
-# Sliding windows smaller than a test's document (5) and larger (64); every other layer slides where layers can differ.
-_SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
-_ISOLATING: dict[str, dict[str, object]] = {
-    "llama": {}, "mistral": {"sliding_window": 5}, "mistral 64": {"sliding_window": 64}, "qwen2": {},
-    "qwen2 sliding": {"use_sliding_window": True, **_SLIDING}, "qwen3": {}, "gemma2": _SLIDING,
-    "gemma3_text": _SLIDING, "phi3": {"sliding_window": 5}, "smollm3": {}, "gpt_bigcode": {"n_layer": 2, "n_head": 4},
-}  # fmt: skip
-# No positions at all; not handed on to the mask; taken, but a recurrent state is carried on (strongly, and weakly).
-_MIXING: dict[str, dict[str, object]] = {
-    "bloom": {"n_layer": 2, "n_head": 4}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "recurrent_gemma": {"lru_width": 32}, "jamba": {"use_mamba_kernels": False},
-}  # fmt: skip
-
-
-def _tiny(name: str, changes: dict[str, object]) -> PreTrainedModel:
-    """A random two-layer model of 100 tokens, float32."""
-    config = AutoConfig.for_model(
-        name.split()[0], vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="session", params=_ISOLATING)
-def isolating_model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A tiny model of each family that keeps documents of one row apart; read only."""
-    return _tiny(request.param, _ISOLATING[request.param])
-
-
-@pytest.fixture(scope="session", params=_MIXING)
-def mixing_model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A tiny model of architectures that do not; read only."""
-    return _tiny(request.param, _MIXING[request.param])
 
 
 @pytest.fixture(scope="session")
