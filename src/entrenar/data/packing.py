@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from heapq import heapreplace
 
 # Rows are not packed beyond this, though longer documents make longer rows: little padding is left to save, while
-# attention over a masked row costs its whole length for every token (docs/decisions/0008-packing.md has the figures).
+# PyTorch's attention over a mask costs the row's length for every token (figures: docs/decisions/0008-packing.md).
 ENOUGH = 512
 # Documents of one row, rows of one micro-batch: indices into the lengths they were made from.
 Packed = list[int]
