@@ -1,6 +1,6 @@
-"""Batches are a pure function of (seed, index), use every row once an epoch, and mask what is padding."""
+"""Batches are a pure function of (seed, index), use every row once an epoch, and keep documents apart."""
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -51,37 +51,42 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert tuple(range(50)) not in orders
 
 
-def test_rows_are_padded_on_the_right_and_masked() -> None:
-    batch = collate([Example(7, [5, 6, 7], [False, True, True]), Example(3, [8], [False])], pad_id=9)
-    assert batch.ids.tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch.attention.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.targets.tolist() == [[False, True, True], [False, False, False]]
-    assert (batch.ids.dtype, batch.attention.dtype, batch.targets.dtype) == (torch.int64, torch.int64, torch.bool)
-    assert (batch.lines, batch.target_count, batch.token_count) == ((7, 3), 2, 4)
-
-
-def test_a_first_token_is_never_a_target() -> None:
-    batch = collate([Example(1, [5, 6], [True, True])], pad_id=0)
-    assert batch.targets.tolist() == [[False, True]]
+def test_documents_share_a_row_with_positions_of_their_own() -> None:
+    a, b = Example(7, [5, 6, 7], [False, True, True]), Example(3, [8, 4], [True, True])
+    batch = collate([[a, b], [b]], pad_id=9)
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 4], [8, 4, 9, 9, 9]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]
+    assert batch.targets.tolist() == [[False, True, True, False, True], [False, True, False, False, False]]
+    assert (batch.ids.dtype, batch.positions.dtype, batch.targets.dtype) == (torch.int64, torch.int64, torch.bool)
+    assert (batch.lines, batch.target_count, batch.token_count) == ((7, 3, 3), 4, 7)
 
 
 @pytest.mark.parametrize("pad_id", [0, 50])
-@given(examples=_EXAMPLES)
-def test_real_tokens_and_targets_survive_padding(pad_id: int, examples: list[Example]) -> None:
-    """The pad id may itself be a token of the text: the mask tells them apart."""
-    batch = collate(examples, pad_id)
-    for number, example in enumerate(examples):
-        assert batch.ids[number][batch.attention[number] == 1].tolist() == example.ids
-        assert batch.targets[number, : len(example)].tolist() == [False, *example.trained[1:]]
-    assert bool((batch.ids[batch.attention == 0] == pad_id).all())
-    assert not batch.targets[batch.attention == 0].any()
+@given(examples=_EXAMPLES, pack_to=st.sampled_from([0, 9, 20]), size=st.integers(1, 5))
+def test_documents_come_back_out_of_a_batch(pad_id: int, examples: list[Example], pack_to: int, size: int) -> None:
+    """Cut where positions restart; the pad id may itself be a token of the text."""
+    found = {}
+    for batch in micro_batches(examples, size, pad_id, pack_to):
+        lines = iter(batch.lines)
+        for ids, positions, targets in zip(batch.ids, batch.positions, batch.targets, strict=True):
+            starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+            for start, end in pairwise(starts):
+                assert positions[start:end].tolist() == list(range(end - start))
+                found[next(lines)] = (ids[start:end].tolist(), targets[start:end].tolist())
+        assert next(lines, None) is None
+    assert sorted(found) == [example.line for example in examples]
+    for example in examples:
+        ids, targets = found[example.line]
+        rest = len(ids) - len(example)
+        assert ids == example.ids + [pad_id] * rest
+        assert targets == [False, *example.trained[1:]] + [False] * rest
 
 
-@given(examples=_EXAMPLES, size=st.integers(1, 5))
-def test_micro_batches_hold_the_same_rows_and_targets(examples: list[Example], size: int) -> None:
-    whole, parts = collate(examples, 0), micro_batches(examples, size, 0)
+@given(examples=_EXAMPLES, pack_to=st.sampled_from([0, 9, 20]), size=st.integers(1, 5))
+def test_micro_batches_hold_the_same_rows_and_targets(examples: list[Example], pack_to: int, size: int) -> None:
+    whole, parts = collate([[example] for example in examples], 0), micro_batches(examples, size, 0, pack_to)
     assert sorted(chain.from_iterable(part.lines for part in parts)) == sorted(whole.lines)
     assert sum(part.target_count for part in parts) == whole.target_count
     assert sum(part.token_count for part in parts) == whole.token_count
-    assert all(len(part.lines) <= size for part in parts)
-    assert sum(part.ids.numel() for part in parts) <= whole.ids.numel()
+    assert all(len(part.ids) <= size for part in parts)
+    assert all(part.ids.shape[1] <= max(pack_to, *map(len, examples), 1) for part in parts)

@@ -26,9 +26,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Architectures that do not keep documents of one row apart: they know no positions; do not hand them on to the mask;
+# carry a recurrent state along, one strongly, one weakly.
+MIXING: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "recurrent_gemma": {"lru_width": 64, "head_dim": 16},
+    "jamba": {"use_mamba_kernels": False},
+}
+
+
 def make_family(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A model of that family with random weights, the same every time."""
-    config = AutoConfig.for_model(name, **(_SHAPE | FAMILIES[name] | changes))
+    config = AutoConfig.for_model(name, **(_SHAPE | (FAMILIES | MIXING)[name] | changes))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from families import FAMILIES, MIXING, make_family
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, PreTrainedModel
 
@@ -16,8 +17,8 @@ from entrenar.models import forward, linear_cross_entropy
 from entrenar.models.forward import target_logits, target_loss
 from entrenar.models.load import load
 
-# Three rows of 6 tokens, padded on the right, and which of them are targets.
-_ATTENTION = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+# Three rows of 6 tokens, one document each, and which of them are targets.
+_POSITIONS = torch.arange(6).repeat(3, 1)
 _TARGETS = torch.tensor([[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
 
 
@@ -37,8 +38,8 @@ def _gemma2(_: Path) -> PreTrainedModel:
 
 def _run(model: PreTrainedModel, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.randint(3, 100, (3, 6), generator=torch.Generator().manual_seed(1))
-    logits, labels = target_logits(model, ids, _ATTENTION, targets)
-    whole = model(input_ids=ids, attention_mask=_ATTENTION).logits
+    logits, labels = target_logits(model, ids, _POSITIONS, targets)
+    whole = model(input_ids=ids).logits
     rows, columns = targets.nonzero(as_tuple=True)
     assert labels.tolist() == ids[rows, columns].tolist()
     return logits, whole[rows, columns - 1], ids
@@ -68,17 +69,20 @@ def test_the_head_runs_only_on_the_columns_some_row_needs(tiny_model_dir: Path) 
     assert isinstance(head, nn.Linear)
     shapes = []
     head.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
-    target_logits(model, torch.ones(3, 6, dtype=torch.int64), _ATTENTION, _TARGETS)
+    target_logits(model, torch.ones(3, 6, dtype=torch.int64), _POSITIONS, _TARGETS)
     assert shapes == [(3, 3, 64)]
 
 
-def test_padding_changes_nothing(tiny_model_dir: Path) -> None:
-    model = _llama(tiny_model_dir)
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES | MIXING)
+def test_padding_changes_nothing(name: str) -> None:
+    """Nothing looks ahead to it, whether or not the architecture keeps documents apart."""
+    model = make_family(name, initializer_range=0.05)
     ids = torch.tensor([[1, 50, 60, 70, 80]])
     targets = torch.tensor([[False, False, True, True, True]])
-    alone, _ = target_logits(model, ids, torch.ones_like(ids), targets)
-    padded = [nn.functional.pad(tensor, (0, 4)) for tensor in (ids, torch.ones_like(ids), targets)]
-    together, _ = target_logits(model, *padded)
+    alone = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, 1:4]
+    padded = [nn.functional.pad(tensor, (0, 4)) for tensor in (ids, targets)]
+    together, _ = target_logits(model, padded[0], torch.arange(9)[None], padded[1])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
@@ -132,24 +136,24 @@ def _make(name: str, **more: Any) -> PreTrainedModel:
 
 
 def _inputs(rows: int = 3, length: int = 14) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention and targets of rows of unlike length, some positions of which are not trained."""
+    """Token ids, positions and targets of rows of unlike length, some positions of which are not trained."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 90, (rows, length), generator=generator)
-    attention = (torch.arange(length) < torch.arange(length, length - rows, -1)[:, None]).long()
-    targets = (torch.rand(rows, length, generator=generator) < 0.6) & attention.bool()
+    real = torch.arange(length) < torch.arange(length, length - rows, -1)[:, None]
+    targets = (torch.rand(rows, length, generator=generator) < 0.6) & real
     targets[:, 0] = False
-    return ids, attention, targets
+    return ids, torch.arange(length).repeat(rows, 1), targets
 
 
-def _their_loss(model: PreTrainedModel, ids: Tensor, attention: Tensor, targets: Tensor) -> Tensor:
+def _their_loss(model: PreTrainedModel, ids: Tensor, _: Tensor, targets: Tensor) -> Tensor:
     """transformers' own, a mean, times the count."""
-    loss = model(input_ids=ids, attention_mask=attention, labels=ids.masked_fill(~targets, -100), use_cache=False).loss
+    loss = model(input_ids=ids, labels=ids.masked_fill(~targets, -100), use_cache=False).loss
     return loss * targets.sum()
 
 
-def _whole_loss(model: PreTrainedModel, ids: Tensor, attention: Tensor, targets: Tensor) -> Tensor:
+def _whole_loss(model: PreTrainedModel, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
     """Of all target logits at once."""
-    logits, labels = target_logits(model, ids, attention, targets)
+    logits, labels = target_logits(model, ids, positions, targets)
     return nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
@@ -198,8 +202,8 @@ def test_a_head_with_an_adapter_is_trained_too(name: str) -> None:
 
 def test_rows_without_a_target_have_no_loss() -> None:
     model = _make("llama")
-    ids, attention, targets = _inputs()
-    loss = target_loss(model, ids, attention, torch.zeros_like(targets))
+    ids, positions, targets = _inputs()
+    loss = target_loss(model, ids, positions, torch.zeros_like(targets))
     assert loss.item() == 0
     assert all((gradient == 0).all() for gradient in _gradients(loss, model).values())
 
@@ -263,8 +267,8 @@ def test_changed_logits_too_are_made_in_chunks(
 class HeadlessLlama(LlamaForCausalLM):
     """Uses its head's weight and does not call its head."""
 
-    def forward(self, input_ids: Any, attention_mask: Any, logits_to_keep: Any, use_cache: bool) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden = self.model(input_ids, attention_mask).last_hidden_state[:, logits_to_keep]
+    def forward(self, input_ids: Any, logits_to_keep: Any, use_cache: bool) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden = self.model(input_ids).last_hidden_state[:, logits_to_keep]
         return SimpleNamespace(logits=self.run_head(hidden))
 
     def run_head(self, hidden: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """`check` predicts to the byte and trains nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from entrenar.data.batches import Batch
 from entrenar.lora.attach import attach_lora
 from entrenar.models.load import load
 from entrenar.recipes.check import check, histogram
+from entrenar.recipes.train import train
+from entrenar.training import step
+from entrenar.training.step import accumulate
 
 MakeConfig = Callable[..., Path]
 
@@ -37,6 +41,27 @@ def test_samples_show_the_answer_as_trained(make_config: MakeConfig, tiny_tokeni
         (trained,) = [text for text, is_trained in pieces if is_trained]
         assert trained.startswith('{"do"')
         assert trained.endswith("}<|im_end|>")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_padding_is_counted_as_training_will_make_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    """Against the tensors of the whole run."""
+    shapes: list[tuple[int, ...]] = []
+
+    def noted(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+        shapes.extend(tuple(batch.ids.shape) for batch in batches)
+        return accumulate(model, batches)
+
+    config = make_config(**{"data.packing": packing, "data.max_length": 120})
+    use = check(config).use
+    monkeypatch.setattr(step, "accumulate", noted)
+    result = train(config)
+    assert use.batches == result.steps == 6
+    assert use.tokens == result.tokens
+    assert use.tokens + use.padding == sum(rows * length for rows, length in shapes)
+    assert use.useful == use.tokens / (use.tokens + use.padding)
 
 
 def test_nothing_is_written(make_config: MakeConfig, tmp_path: Path) -> None:

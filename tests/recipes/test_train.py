@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError, StoppedError
 from entrenar.core.run_log import read_metrics
@@ -30,6 +32,34 @@ def stop_after(step: int, number: int) -> Callable[[StepReport], None]:
             signal.raise_signal(number)
 
     return on_step
+
+
+def test_packing_changes_the_rows_before_the_model_not_the_run(make_config: MakeConfig) -> None:
+    """Rows of 120 tokens hold two or three documents; without dropout, whose draws follow the layout."""
+    changes = {"lora.dropout": 0.0, "data.max_length": 120}
+    said: list[str] = []
+    packed = train(make_config("packed", **changes), say=said.append)
+    padded = train(make_config("padded", **changes, **{"data.packing": False}))
+    assert not [line for line in said if "packing" in line]
+    for one, other in zip(numbers(packed.run_dir), numbers(padded.run_dir), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    one, other = (load_file(Path(run.adapter) / WEIGHTS_NAME) for run in (packed, padded))
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_that_mixes_documents_is_trained_without_packing(
+    make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = BloomConfig(vocab_size=len(tiny_tokenizer), hidden_size=64, n_layer=1, n_head=4, initializer_range=0.1)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tiny_tokenizer.save_pretrained(tmp_path / "bloom")
+    said: list[str] = []
+    changes = {"model.path": str(tmp_path / "bloom"), "lora.dropout": 0.0}
+    asked = train(make_config("asked", **changes), say=said.append)
+    padded = train(make_config("padded", **changes, **{"data.packing": False}))
+    (line,) = [line for line in said if "packing" in line]
+    assert line == "no packing: BloomForCausalLM mixes documents that share a row, so each gets a row of its own"
+    assert numbers(asked.run_dir) == numbers(padded.run_dir)
 
 
 @pytest.mark.parametrize(("step", "number"), [(3, signal.SIGINT), (4, signal.SIGTERM)])

@@ -19,8 +19,8 @@ from entrenar.training.loop import Trainer
 from entrenar.training.state import Plan, State, StepReport
 
 PLAN = Plan(
-    total_steps=12, batch_size=6, micro_batch=3, seed=0, lr=2e-2, schedule="cosine", warmup_steps=2, max_grad_norm=1.0,
-    eval_every=3, patience=0, checkpoint_every=0, keep_checkpoints=2,
+    total_steps=12, batch_size=6, micro_batch=3, pack_to=128, seed=0, lr=2e-2, schedule="cosine", warmup_steps=2,
+    max_grad_norm=1.0, eval_every=3, patience=0, checkpoint_every=0, keep_checkpoints=2,
 )  # fmt: skip
 
 

@@ -47,6 +47,12 @@ def _print_data(console: "Console", report: "CheckReport") -> None:
     most = max(count for *_, count in bins)
     for start, end, count in bins:
         console.print(f"  {start:>6}–{end:<6} tokens {count:>6} {'█' * round(40 * count / most)}")
+    use, packing = report.use, report.config.data.packing
+    rows = f"packed into rows of up to {report.config.data.max_length}" if packing else "each row padded on its own"
+    console.print(
+        f"  first {use.batches} batches: {use.tokens:,} tokens and {use.padding:,} of padding, {use.useful:.1%} useful "
+        f"({rows})"
+    )
 
 
 def _print_samples(console: "Console", report: "CheckReport") -> None:

@@ -24,6 +24,7 @@ data:
   validation_fraction: 0.05    # or a share of the training rows, chosen by a hash of each row
   max_length: 1024             # tokens
   too_long: error              # error | truncate | drop
+  packing: true                # lay short rows into one of up to max_length tokens: faster, the same loss
 
 lora:
   rank: 16
@@ -41,8 +42,8 @@ optimizer:
 training:
   epochs: 3
   # max_steps: 100
-  batch_size: 16               # global: never changes with memory
-  micro_batch: 8               # rows at a time: changes memory and speed, not the result
+  batch_size: 16               # rows of the data in one update: global, never changes with memory
+  micro_batch: 8               # rows of up to max_length tokens at a time: changes memory and speed, not the result
   seed: 0
 
 eval:

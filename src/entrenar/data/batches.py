@@ -1,4 +1,4 @@
-"""Which rows make up a batch: a pure function of (seed, epoch, index); and their padding into tensors."""
+"""Which rows make up a batch: a pure function of (seed, epoch, index); and how they become tensors."""
 
 import math
 from collections.abc import Sequence
@@ -8,30 +8,31 @@ import torch
 from torch import Tensor
 
 from entrenar.data.encode import Example
+from entrenar.data.packing import layout
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. Letters: B rows, T tokens.
+    """Rows of one or more documents, padded on the right. Letters: B rows, T tokens.
 
-    ids (B, T) int64; attention (B, T) int64, 1 for real tokens; targets (B, T) bool: the tokens whose prediction is
-    trained. A row's first token is never a target: nothing predicts it.
+    ids (B, T) int64; positions (B, T) int64, from 0 in every document; targets (B, T) bool: the tokens whose prediction
+    is trained. A document's first token is never a target: nothing predicts it. `lines`: of the documents, row by row;
+    `token_count`: without padding.
+
+    A 0 in `positions` is where a document begins. Padding continues the last one, so that a row of one document is
+    0 … T−1, the plain causal case that needs no mask: no real token looks ahead to padding, and none of it is a target.
     """
 
     ids: Tensor
-    attention: Tensor
+    positions: Tensor
     targets: Tensor
     lines: tuple[int, ...]
+    token_count: int
 
     @property
     def target_count(self) -> int:
         """Number of trained tokens."""
         return int(self.targets.sum())
-
-    @property
-    def token_count(self) -> int:
-        """Number of real tokens."""
-        return int(self.attention.sum())
 
 
 def batches_per_epoch(rows: int, batch_size: int) -> int:
@@ -47,21 +48,27 @@ def batch_rows(rows: int, batch_size: int, seed: int, index: int) -> list[int]:
     return order[within * batch_size : (within + 1) * batch_size].tolist()
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad rows to the longest of them."""
-    length = max(len(example) for example in examples)
-    ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
-    attention = torch.zeros((len(examples), length), dtype=torch.int64)
-    targets = torch.zeros((len(examples), length), dtype=torch.bool)
-    for number, example in enumerate(examples):
-        ids[number, : len(example)] = torch.tensor(example.ids)
-        attention[number, : len(example)] = 1
-        targets[number, : len(example)] = torch.tensor(example.trained)
-    targets[:, 0] = False
-    return Batch(ids, attention, targets, tuple(example.line for example in examples))
+def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
+    """Lay the documents of each row one after the other; pad rows to the longest of them."""
+    totals = [sum(map(len, row)) for row in rows]
+    shape = (len(rows), max(totals))
+    ids = torch.full(shape, pad_id, dtype=torch.int64)
+    positions = torch.zeros(shape, dtype=torch.int64)
+    targets = torch.zeros(shape, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        start = 0
+        for document in row:
+            end = start + len(document)
+            ids[number, start:end] = torch.tensor(document.ids)
+            targets[number, start:end] = torch.tensor(document.trained)
+            positions[number, start:] = torch.arange(shape[1] - start)
+            start = end
+    targets &= positions > 0
+    return Batch(ids, positions, targets, tuple(document.line for row in rows for document in row), sum(totals))
 
 
-def micro_batches(examples: Sequence[Example], micro_batch: int, pad_id: int) -> list[Batch]:
-    """Split one batch into micro-batches, rows of like length together so that little is padding."""
-    ordered = sorted(examples, key=len)
-    return [collate(ordered[start : start + micro_batch], pad_id) for start in range(0, len(ordered), micro_batch)]
+def micro_batches(examples: Sequence[Example], micro_batch: int, pad_id: int, pack_to: int = 0) -> list[Batch]:
+    """Split one batch into micro-batches of `micro_batch` rows, each of as many documents as fit into `pack_to` tokens
+    (0: of one)."""
+    groups = layout([len(example) for example in examples], micro_batch, pack_to)
+    return [collate([[examples[index] for index in row] for row in rows], pad_id) for rows in groups]

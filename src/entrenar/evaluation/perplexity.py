@@ -30,7 +30,7 @@ def perplexity(model: PreTrainedModel, dataset: Dataset, micro_batch: int, pad_i
     """Mean loss of `model` over the target tokens of `dataset`."""
     batches = micro_batches(dataset.examples, micro_batch, pad_id)
     tokens = sum(batch.target_count for batch in batches)
-    total = sum(target_loss(model, batch.ids, batch.attention, batch.targets).item() for batch in batches)
+    total = sum(target_loss(model, batch.ids, batch.positions, batch.targets).item() for batch in batches)
     return Perplexity(total / tokens, tokens)
 
 
@@ -41,8 +41,8 @@ def kl_divergence(
     """Mean KL(other ‖ model) in nats per target token: what is lost by using `model` in place of `other`."""
     total, count = 0.0, 0
     for batch in micro_batches(dataset.examples, micro_batch, pad_id):
-        logits, _ = target_logits(model, batch.ids, batch.attention, batch.targets)
-        reference, _ = target_logits(other, batch.ids, batch.attention, batch.targets)
+        logits, _ = target_logits(model, batch.ids, batch.positions, batch.targets)
+        reference, _ = target_logits(other, batch.ids, batch.positions, batch.targets)
         log_p, log_q = F.log_softmax(reference.float(), -1), F.log_softmax(logits.float(), -1)
         total += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
         count += batch.target_count

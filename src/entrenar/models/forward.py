@@ -17,25 +17,27 @@ from entrenar.models.linear_cross_entropy import chunk_rows, linear_cross_entrop
 _LOG = logging.getLogger(__name__)
 
 
-def target_logits(model: PreTrainedModel, ids: Tensor, attention: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def target_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits that predict the target tokens, and those tokens.
 
     The model's own head runs (so softcapping and scaling hold) on the columns that any row needs, not on every
     position. Letters: B rows, T tokens, N targets, V vocabulary.
 
     Args:
-        ids: (B, T) int64. attention: (B, T) int64, 1 for real tokens. targets: (B, T) bool, first column False.
+        ids: (B, T) int64. targets: (B, T) bool, first column False.
+        positions: (B, T) int64, from 0 in every document of a row (`data.batches.Batch`); without an attention mask
+            transformers keeps documents apart by them, see `models.isolation`.
 
     Returns:
         logits (N, V) in the model's dtype, and labels (N,) int64.
     """
     columns = _target_columns(model, targets)
-    output = model(**_inputs(ids, attention, columns))
+    output = model(**_inputs(model, ids, positions, columns))
     wanted = targets[:, 1:][:, columns]
     return output.logits[wanted], ids[:, 1:][:, columns][wanted]
 
 
-def target_loss(model: PreTrainedModel, ids: Tensor, attention: Tensor, targets: Tensor) -> Tensor:
+def target_loss(model: PreTrainedModel, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in float32, summed over the target tokens in float64; arguments as in `target_logits`.
 
     The logits (N, V) never exist at once: see linear_cross_entropy.py. A model that does to its logits what head.py
@@ -43,10 +45,10 @@ def target_loss(model: PreTrainedModel, ids: Tensor, attention: Tensor, targets:
     """
     columns = _target_columns(model, targets)
     wanted = targets[:, 1:][:, columns]
-    before_head = head_input(model, **_inputs(ids, attention, columns))
+    before_head = head_input(model, **_inputs(model, ids, positions, columns))
     if before_head is None or before_head.hidden.shape[:2] != wanted.shape:
         _say_once(f"{type(model).__name__} has no head that can be run alone: the loss takes two passes and all logits")
-        logits, labels = target_logits(model, ids, attention, targets)
+        logits, labels = target_logits(model, ids, positions, targets)
         return summed_cross_entropy(logits, labels)
     hidden, labels = before_head.hidden[wanted], ids[:, 1:][:, columns][wanted]
     if before_head.rule is None:
@@ -62,8 +64,14 @@ def _target_columns(model: PreTrainedModel, targets: Tensor) -> Tensor:
     return targets[:, 1:].any(dim=0).nonzero().flatten()
 
 
-def _inputs(ids: Tensor, attention: Tensor, columns: Tensor) -> dict[str, Any]:
-    return {"input_ids": ids, "attention_mask": attention, "logits_to_keep": columns, "use_cache": False}
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether positions can be given to the model at all; one that takes none counts its own."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _inputs(model: PreTrainedModel, ids: Tensor, positions: Tensor, columns: Tensor) -> dict[str, Any]:
+    inputs = {"input_ids": ids, "logits_to_keep": columns, "use_cache": False}
+    return inputs | ({"position_ids": positions} if takes_positions(model) else {})
 
 
 def _own_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from entrenar.core.errors import InputError, listing
 from entrenar.files.stream import stream
 from entrenar.models.compute import resolve_dtype
+from entrenar.models.fast_forwards import use_fast_forwards
 from entrenar.models.match import match_tensors
 from entrenar.models.source import ModelSource, open_source
 from entrenar.quant.linear import QuantizedLinear
@@ -73,7 +74,9 @@ def load_source(
     model.tie_weights()
     _compute_buffers(model)
     head.register_forward_pre_hook(_contiguous_input)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    use_fast_forwards(model)
+    return model
 
 
 def build_on_meta(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from entrenar.core.config import load_config
+from entrenar.data.batches import batch_rows
 from entrenar.data.dataset import PreparedData
 from entrenar.data.encode import Example
+from entrenar.data.packing import computed_tokens, layout
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.compute import resolve_dtype
 from entrenar.models.load import UNQUANTIZED, build_on_meta
@@ -20,8 +22,25 @@ from entrenar.quant.tensor import packed_bytes
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.run_directory import open_run_directory
 from entrenar.recipes.train import make_plan, prepare_data
+from entrenar.training.state import Plan
 
 Piece = tuple[str, bool]
+# Batches over which padding is counted: a random sample of the rows, as every batch is.
+_COUNTED = 100
+
+
+@dataclass(frozen=True)
+class TokenUse:
+    """What the model would compute in the run's first `batches` batches: tokens of the rows, and padding."""
+
+    batches: int
+    tokens: int
+    padding: int
+
+    @property
+    def useful(self) -> float:
+        """Share of tokens that are not padding."""
+        return self.tokens / (self.tokens + self.padding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +56,7 @@ class CheckReport:
     adapter_bytes: int
     optimizer_bytes: int
     lengths: list[int]
+    use: TokenUse
     samples: list[list[Piece]]
     resumes_from: str | None
 
@@ -56,17 +76,19 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     attach_lora(model, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     factors = [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
     adapter_bytes = sum(factor.numel() * factor.element_size() for factor in factors)
+    plan, lengths = make_plan(config, data), [len(example) for example in data.train.examples]
     return CheckReport(
         config=config,
         data=data,
-        total_steps=make_plan(config, data).total_steps,
+        total_steps=plan.total_steps,
         adapted_layers=len(factors) // 2,
         trainable_parameters=sum(factor.numel() for factor in factors),
         base_bytes=base_bytes,
         adapter_bytes=adapter_bytes,
         # AdamW: two float32 moments an element, one float32 step counter a tensor.
         optimizer_bytes=2 * adapter_bytes + 4 * len(factors),
-        lengths=[len(example) for example in data.train.examples],
+        lengths=lengths,
+        use=_token_use(plan, lengths),
         samples=[_pieces(example, source.tokenizer) for example in data.train.examples[:samples]],
         resumes_from=str(directory.checkpoint) if directory.checkpoint else None,
     )
@@ -78,6 +100,15 @@ def histogram(lengths: list[int], bins: int = 8) -> list[tuple[int, int, int]]:
     width = max(math.ceil((high - low + 1) / bins), 1)
     edges = range(low, high + 1, width)
     return [(start, start + width - 1, sum(start <= n < start + width for n in lengths)) for start in edges]
+
+
+def _token_use(plan: Plan, lengths: list[int]) -> TokenUse:
+    count, tokens, computed = min(plan.total_steps, _COUNTED), 0, 0
+    for index in range(count):
+        batch = [lengths[row] for row in batch_rows(len(lengths), plan.batch_size, plan.seed, index)]
+        tokens += sum(batch)
+        computed += computed_tokens(layout(batch, plan.micro_batch, plan.pack_to), batch)
+    return TokenUse(count, tokens, computed - tokens)
 
 
 def _base_bytes(model: PreTrainedModel, config: RunConfig) -> int:

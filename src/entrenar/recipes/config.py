@@ -22,13 +22,14 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Which rows, and what becomes of them."""
+    """Which rows, and what becomes of them; `packing` lays several into one of up to `max_length`, kept apart."""
 
     train: str
     validation: str | None = None
     validation_fraction: Fraction = 0.0
     max_length: Positive = 1024
     too_long: Literal["error", "truncate", "drop"] = "error"
+    packing: bool = True
 
     @model_validator(mode="after")
     def _one_validation_source(self) -> Self:
@@ -60,7 +61,11 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    """How long, and in what portions; `batch_size` is global and `micro_batch` never changes the mathematics."""
+    """How long, and in what portions; neither `micro_batch` nor packing changes the mathematics.
+
+    `batch_size` is global and counts rows of the data; `micro_batch` counts what is laid before the model at a time,
+    rows of up to `data.max_length` tokens: memory grows with their product.
+    """
 
     epochs: Positive = 3
     max_steps: Positive | None = None

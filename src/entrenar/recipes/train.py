@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.compute import resolve_dtype
+from entrenar.models.isolation import isolates_documents
 from entrenar.models.load import load_source
 from entrenar.models.source import ModelSource, open_source
 from entrenar.optim.adamw import make_adamw
@@ -97,6 +98,10 @@ def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) 
         source, config.model.quantize, config.model.double_quant, config.model.block_size,
         resolve_dtype(config.model.dtype),
     )  # fmt: skip
+    plan = make_plan(config, data)
+    if plan.pack_to and not isolates_documents(model):
+        say(f"no packing: {type(model).__name__} mixes documents that share a row, so each gets a row of its own")
+        plan = replace(plan, pack_to=0)
     torch.manual_seed(config.training.seed)
     attach_lora(model, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
     parameters = [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
@@ -109,7 +114,7 @@ def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) 
     resumed = state.step
     directory.start(config)
     _write_rejected(directory, data)
-    Trainer(model, optimizer, data, make_plan(config, data), state, directory.path, pad_id(source), on_step).run()
+    Trainer(model, optimizer, data, plan, state, directory.path, pad_id(source), on_step).run()
     save_adapter(model, directory.adapter)
     return state, resumed
 
@@ -136,6 +141,7 @@ def make_plan(config: RunConfig, data: PreparedData) -> Plan:
         total_steps=total,
         batch_size=training.batch_size,
         micro_batch=min(training.micro_batch, training.batch_size),
+        pack_to=config.data.max_length if config.data.packing else 0,
         seed=training.seed,
         lr=config.optimizer.lr,
         schedule=config.optimizer.schedule,

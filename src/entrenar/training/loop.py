@@ -67,7 +67,8 @@ class Trainer:
     def _step(self) -> None:
         state, plan = self.state, self._plan
         rows = batch_rows(len(self._data.train), plan.batch_size, plan.seed, state.batch)
-        batches = micro_batches([self._data.train.examples[row] for row in rows], plan.micro_batch, self._pad_id)
+        examples = [self._data.train.examples[row] for row in rows]
+        batches = micro_batches(examples, plan.micro_batch, self._pad_id, plan.pack_to)
         # Dropout, too, is a pure function of the run's seed and the batch's number.
         torch.manual_seed(plan.seed * 1_000_003 + state.batch)
         factor = learning_rate_factor(state.step, plan.total_steps, plan.warmup_steps, plan.schedule)
@@ -114,8 +115,8 @@ class Trainer:
     @torch.no_grad()
     def _mean_loss(self, dataset: Dataset) -> float:
         self._model.eval()
-        batches = micro_batches(dataset.examples, self._plan.micro_batch, self._pad_id)
-        total = sum(target_loss(self._model, batch.ids, batch.attention, batch.targets).item() for batch in batches)
+        batches = micro_batches(dataset.examples, self._plan.micro_batch, self._pad_id, self._plan.pack_to)
+        total = sum(target_loss(self._model, batch.ids, batch.positions, batch.targets).item() for batch in batches)
         self._model.train()
         return total / sum(batch.target_count for batch in batches)
 

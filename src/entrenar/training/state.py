@@ -9,6 +9,7 @@ from entrenar.optim.schedule import ScheduleName
 class Plan:
     """Everything the loop needs to know; steps are optimiser updates.
 
+    `batch_size` counts documents, `micro_batch` rows; a row holds the documents that fit into `pack_to` tokens, 0: one.
     `eval_every` and `checkpoint_every` count steps, 0 means never; `patience`: evaluations without a better loss
     before the run ends early, 0 means never.
     """
@@ -16,6 +17,7 @@ class Plan:
     total_steps: int
     batch_size: int
     micro_batch: int
+    pack_to: int
     seed: int
     lr: float
     schedule: ScheduleName

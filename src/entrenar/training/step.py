@@ -34,7 +34,7 @@ def accumulate(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
     count = sum(batch.target_count for batch in batches)
     total = 0.0
     for batch in batches:
-        loss = target_loss(model, batch.ids, batch.attention, batch.targets) / count
+        loss = target_loss(model, batch.ids, batch.positions, batch.targets) / count
         loss.backward()
         total += loss.item()
     return total
