@@ -16,6 +16,16 @@ LLAMA_1B = LlamaConfig(
     vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
     num_key_value_heads=4, max_position_embeddings=2048,
 )  # fmt: skip
+LLAMA_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)  # fmt: skip - SmolLM2-135M's shape
 
 
 def random_checkpoint(name: str, config: LlamaConfig) -> Path:

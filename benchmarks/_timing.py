@@ -15,6 +15,10 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from entrenar.core.memory import PeakMemory
 
 Work = Callable[[], object]
 
@@ -114,6 +118,12 @@ class PeerProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._pipe.send(None)
         self._process.join()
+
+    def peak_memory(self) -> "PeakMemory":
+        """A context that watches the process's anonymous memory."""
+        from entrenar.core.memory import PeakMemory
+
+        return PeakMemory(process=self._process.pid)
 
     def prepare(self, *arguments: object) -> Callable[[], float]:
         """Have the work prepared; what comes back runs it there once and returns its seconds."""

@@ -1,12 +1,12 @@
 """Anonymous memory: what the process holds itself, not the files it maps."""
 
 import mmap
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-import pytest
-
-from entrenar.core import memory
 from entrenar.core.memory import PeakMemory, anonymous_bytes
 
 SIZE = 48 * 2**20
@@ -38,12 +38,18 @@ def test_a_mapped_file_does_not_count(tmp_path: Path) -> None:
         assert anonymous_bytes() - before < SLACK
 
 
-def test_a_kernel_that_does_not_say_gives_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "absent")
-    assert anonymous_bytes() == 0
-    (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t12 kB\n")
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
-    assert anonymous_bytes() == 0
+def test_a_process_that_is_not_there_has_none() -> None:
+    assert anonymous_bytes(process=2**22 + 1) == 0
+
+
+def test_another_process_is_read_by_its_number() -> None:
+    assert abs(anonymous_bytes(os.getpid()) - anonymous_bytes()) < SLACK
+    with subprocess.Popen([sys.executable, "-c", "held = b'1' * 300_000_000; input()"], stdin=subprocess.PIPE) as child:
+        deadline = time.monotonic() + 30
+        while anonymous_bytes(child.pid) < 300_000_000 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert anonymous_bytes(child.pid) >= 300_000_000
+        child.communicate(b"\n")
 
 
 def test_the_peak_outlives_memory_that_is_freed_inside() -> None:

@@ -4,23 +4,22 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-_STATUS = Path("/proc/self/status")
 
-
-def anonymous_bytes() -> int:
-    """RssAnon of this process in bytes; 0 where the kernel does not report it."""
+def anonymous_bytes(process: int | None = None) -> int:
+    """RssAnon of a process (None: this one) in bytes; 0 where the kernel does not report it."""
     try:
-        lines = _STATUS.read_text().splitlines()
+        lines = Path(f"/proc/{process or 'self'}/status").read_text().splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 class PeakMemory:
-    """Context manager that samples `anonymous_bytes` in a thread and keeps the peak, in bytes."""
+    """Context manager that samples `anonymous_bytes` of a process in a thread and keeps the peak, in bytes."""
 
-    def __init__(self, interval: float = 0.02) -> None:
+    def __init__(self, interval: float = 0.02, process: int | None = None) -> None:
         self.peak = 0
+        self._process = process
         self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
@@ -35,6 +34,6 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while True:
-            self.peak = max(self.peak, anonymous_bytes())
+            self.peak = max(self.peak, anonymous_bytes(self._process))
             if self._stop.wait(self._interval):
                 return

@@ -132,7 +132,7 @@ def _forward_reference(tokens: Tensor, members: list[Member]) -> list[Tensor]:
         y = member.weight.product(tokens, None if member.bias is None else member.bias.to(tokens.dtype))
         if member.a is not None and member.b is not None:
             hidden = tokens @ member.a.to(y.dtype).t()
-            y.addmm_(hidden, (member.b * member.scale).to(y.dtype).t())
+            y.addmm_(hidden, (member.b.to(y.dtype) * member.scale).t())
         outputs.append(y)
     return outputs
 
@@ -147,7 +147,7 @@ def _backward_reference(tokens: Tensor | None, used: list[_Used], wants_x: bool)
             factors.append((None, None))
             continue
         (a, b), dtype = one.factors, tokens.dtype
-        v = one.grad @ (b * one.member.scale).to(dtype)
+        v = one.grad @ (b.to(dtype) * one.member.scale)
         if dx is not None:
             dx.addmm_(v, a.to(dtype))
         hidden = tokens @ a.to(dtype).t()
