@@ -12,16 +12,17 @@ namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
 
-struct Scratch {
+struct Buffer {
     char* data = nullptr;
     int64_t bytes = 0;
-    ~Scratch() { std::free(data); }
+    ~Buffer() { std::free(data); }
 };
 
 }  // namespace
 
-char* thread_scratch(int64_t bytes) {
-    thread_local Scratch scratch;
+char* thread_scratch(int64_t bytes, Scratch kind) {
+    thread_local Buffer buffers[2];
+    Buffer& scratch = buffers[static_cast<int>(kind)];
     if (scratch.bytes >= bytes && scratch.data != nullptr) return scratch.data;
     std::free(scratch.data);
     scratch.bytes = (bytes / kHugePage + 1) * kHugePage;

@@ -1,11 +1,15 @@
-// A buffer per thread that grows as needed and stays until the thread ends.
+// Buffers per thread that grow as needed and stay until the thread ends.
 #pragma once
 
 #include <cstdint>
 
 namespace entrenar {
 
-// At least `bytes` bytes, aligned to 64, valid until this thread's next call; null if there is no memory.
-char* thread_scratch(int64_t bytes);
+// `call` is for one whole operation, `work` for a thread's part in it.
+enum class Scratch { work, call };
+
+// At least `bytes` bytes, aligned to 64, valid until this thread's next request of the same kind; null if there is no
+// memory.
+char* thread_scratch(int64_t bytes, Scratch kind = Scratch::work);
 
 }  // namespace entrenar

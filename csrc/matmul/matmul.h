@@ -28,17 +28,18 @@ struct Run {
 
 struct MatmulKernel {
     int64_t rows, groups;  // of a block of C at most
-    // c (rows, groups · 32), rows apart by `pitch` floats, = or += the sum over the runs; the second group of columns lies
-    // `group_elements` past the first.
-    void (*block)(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t group_elements, float* c,
-                  int64_t pitch, bool add);
+    // c (rows, groups · 32), rows apart by `pitch` floats, = or += the sum over the runs; the first group of columns lies
+    // `offset` elements past every run's b, the second `group_elements` past the first.
+    void (*block)(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t offset, int64_t group_elements,
+                  float* c, int64_t pitch, bool add);
     // Before a thread's first block and after its last.
     void (*begin)();
     void (*end)();
     // Sixteen rows of 32 elements, rows `stride` elements apart → a strip of a step: [pair][row][2].
     void (*pack_transposed)(const uint16_t* rows, int64_t stride, uint16_t* strip);
-    // Two rows of 16 elements → one pair of a strip.
-    void (*pack_pair)(const uint16_t* first, const uint16_t* second, uint16_t* pair);
+    // Two rows of `groups` · 32 elements → a pair of every strip; groups lie `group_elements` apart.
+    void (*pack_pairs)(const uint16_t* first, const uint16_t* second, int64_t groups, int64_t group_elements,
+                       uint16_t* pair);
     // out[i] = alpha · c[i] + bias[i] as bfloat16; bias may be null.
     void (*store_bf16)(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out);
 };
@@ -50,7 +51,8 @@ const MatmulKernel* matmul_kernel();
 
 // What both kernels share, compiled for AVX512-BF16.
 void pack_transposed_avx512bf16(const uint16_t* rows, int64_t stride, uint16_t* strip);
-void pack_pair_avx512bf16(const uint16_t* first, const uint16_t* second, uint16_t* pair);
+void pack_pairs_avx512bf16(const uint16_t* first, const uint16_t* second, int64_t groups, int64_t group_elements,
+                           uint16_t* pair);
 void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out);
 
 }  // namespace entrenar

@@ -28,9 +28,9 @@ void configure(int64_t rows) {
     configured_rows = rows;
 }
 
-void multiply32(const Run& run) {
+void multiply32(const Run& run, int64_t offset) {
     const char *upper = run.a, *lower = run.a + 16 * run.a_stride;
-    const uint16_t* b = run.b;
+    const uint16_t* b = run.b + offset;
     for (int64_t step = 0; step < run.steps; ++step, upper += 64, lower += 64, b += kStepElements) {
         _tile_loadd(4, upper, static_cast<size_t>(run.a_stride));
         _tile_loadd(5, lower, static_cast<size_t>(run.a_stride));
@@ -43,9 +43,9 @@ void multiply32(const Run& run) {
     }
 }
 
-void multiply16(const Run& run) {
+void multiply16(const Run& run, int64_t offset) {
     const char* upper = run.a;
-    const uint16_t* b = run.b;
+    const uint16_t* b = run.b + offset;
     for (int64_t step = 0; step < run.steps; ++step, upper += 64, b += kStepElements) {
         _tile_loadd(4, upper, static_cast<size_t>(run.a_stride));
         _tile_loadd(6, b, 64);
@@ -55,7 +55,8 @@ void multiply16(const Run& run) {
     }
 }
 
-void block(const Run* runs, int64_t count, int64_t rows, int64_t, int64_t, float* c, int64_t pitch, bool add) {
+void block(const Run* runs, int64_t count, int64_t rows, int64_t, int64_t offset, int64_t, float* c, int64_t pitch,
+           bool add) {
     const auto stride = static_cast<size_t>(pitch * 4);
     float* lower = c + 16 * pitch;
     if (rows != configured_rows) configure(rows);
@@ -74,7 +75,7 @@ void block(const Run* runs, int64_t count, int64_t rows, int64_t, int64_t, float
             _tile_loadd(3, lower + 16, stride);
         }
     }
-    for (int64_t i = 0; i < count; ++i) two ? multiply32(runs[i]) : multiply16(runs[i]);
+    for (int64_t i = 0; i < count; ++i) two ? multiply32(runs[i], offset) : multiply16(runs[i], offset);
     _tile_stored(0, c, stride);
     _tile_stored(1, c + 16, stride);
     if (two) {
@@ -88,7 +89,7 @@ void end() { _tile_release(); }
 
 }  // namespace
 
-const MatmulKernel matmul_amx = {32, 1, block, begin, end, pack_transposed_avx512bf16, pack_pair_avx512bf16,
+const MatmulKernel matmul_amx = {32, 1, block, begin, end, pack_transposed_avx512bf16, pack_pairs_avx512bf16,
                                  store_bf16_avx512bf16};
 
 }  // namespace entrenar

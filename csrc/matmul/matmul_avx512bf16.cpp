@@ -18,7 +18,7 @@ inline __m512bh broadcast(const char* from) {
 
 // kTokens rows of A against kWide strips.
 template <int kTokens, int kWide>
-void multiply(const Run* runs, int64_t count, int64_t group_elements, float* c, int64_t pitch, bool add) {
+void multiply(const Run* runs, int64_t count, int64_t offset, int64_t group_elements, float* c, int64_t pitch, bool add) {
     __m512 sums[kTokens][kWide];
     for (int t = 0; t < kTokens; ++t) {
         for (int s = 0; s < kWide; ++s) {
@@ -28,7 +28,7 @@ void multiply(const Run* runs, int64_t count, int64_t group_elements, float* c, 
     for (int64_t i = 0; i < count; ++i) {
         const Run& run = runs[i];
         for (int64_t step = 0; step < run.steps; ++step) {
-            const uint16_t* b = run.b + step * kStepElements;
+            const uint16_t* b = run.b + offset + step * kStepElements;
             const char* a = run.a + step * 64;
             for (int pair = 0; pair < 16; ++pair, b += 32, a += 4) {
                 __m512bh strip[kWide];
@@ -46,14 +46,16 @@ void multiply(const Run* runs, int64_t count, int64_t group_elements, float* c, 
 }
 
 template <int kTokens>
-void choose(const Run* runs, int64_t count, int64_t groups, int64_t group_elements, float* c, int64_t pitch, bool add) {
-    if (groups == 2) return multiply<kTokens, 4>(runs, count, group_elements, c, pitch, add);
-    multiply<kTokens, 2>(runs, count, group_elements, c, pitch, add);
+void choose(const Run* runs, int64_t count, int64_t groups, int64_t offset, int64_t group_elements, float* c,
+            int64_t pitch, bool add) {
+    if (groups == 2) return multiply<kTokens, 4>(runs, count, offset, group_elements, c, pitch, add);
+    multiply<kTokens, 2>(runs, count, offset, group_elements, c, pitch, add);
 }
 
-void block(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t group_elements, float* c, int64_t pitch, bool add) {
+void block(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t offset, int64_t group_elements,
+           float* c, int64_t pitch, bool add) {
     constexpr decltype(&choose<1>) by_rows[kRows] = {choose<1>, choose<2>, choose<3>, choose<4>, choose<5>, choose<6>};
-    by_rows[rows - 1](runs, count, groups, group_elements, c, pitch, add);
+    by_rows[rows - 1](runs, count, groups, offset, group_elements, c, pitch, add);
 }
 
 void nothing() {}
@@ -92,10 +94,16 @@ void pack_transposed_avx512bf16(const uint16_t* rows, int64_t stride, uint16_t* 
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(strip + i * 32, r[i]);
 }
 
-void pack_pair_avx512bf16(const uint16_t* first, const uint16_t* second, uint16_t* pair) {
-    const __m512i one = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
-    const __m512i two = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
-    _mm512_storeu_si512(pair, _mm512_or_si512(one, _mm512_slli_epi32(two, 16)));
+void pack_pairs_avx512bf16(const uint16_t* first, const uint16_t* second, int64_t groups, int64_t group_elements,
+                           uint16_t* pair) {
+    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                           36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    for (int64_t group = 0; group < groups; ++group, pair += group_elements) {
+        const __m512i one = _mm512_loadu_si512(first + group * kGroup), two = _mm512_loadu_si512(second + group * kGroup);
+        _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(one, lower, two));
+        _mm512_storeu_si512(pair + kStepElements / 2, _mm512_permutex2var_epi16(one, upper, two));
+    }
 }
 
 void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out) {
@@ -111,6 +119,6 @@ void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, in
 }
 
 const MatmulKernel matmul_avx512bf16 = {kRows, kGroups, block, nothing, nothing, pack_transposed_avx512bf16,
-                                        pack_pair_avx512bf16, store_bf16_avx512bf16};
+                                        pack_pairs_avx512bf16, store_bf16_avx512bf16};
 
 }  // namespace entrenar

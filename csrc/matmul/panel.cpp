@@ -13,23 +13,20 @@ uint16_t* strip_at(uint16_t* to, int64_t group_elements, int64_t strip) {
 
 }  // namespace
 
-void pack_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, uint16_t* to) {
-    const int64_t group_elements = packed_group(count), padded = (width + kGroup - 1) / kGroup * kGroup;
-    alignas(64) uint16_t two[2][kStrip];
+void pack_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width,
+               uint16_t* to) {
+    const int64_t group_elements = packed_group(count), groups = width / kGroup, rest = width % kGroup;
+    alignas(64) static const uint16_t zeros[kMaxPlainWidth] = {};
     for (int64_t k = 0; k < (count + kStep - 1) / kStep * kStep; k += 2) {
-        for (int64_t column = 0; column < padded; column += kStrip) {
-            const uint16_t *first = rows + k * stride + column, *second = first + stride;
-            const int64_t there = std::clamp<int64_t>(width - column, 0, kStrip);
-            if (k + 1 >= count || there < kStrip) {
-                std::memset(two, 0, sizeof two);
-                if (k < count) std::memcpy(two[0], first, static_cast<size_t>(there) * 2);
-                if (k + 1 < count) std::memcpy(two[1], second, static_cast<size_t>(there) * 2);
-                first = two[0];
-                second = two[1];
-            }
-            uint16_t* strip = strip_at(to, group_elements, column / kStrip);
-            kernel.pack_pair(first, second, strip + k / kStep * kStepElements + k % kStep * kStrip);
-        }
+        const uint16_t* first = k < count ? rows + k * stride : zeros;
+        const uint16_t* second = k + 1 < count ? rows + (k + 1) * stride : zeros;
+        uint16_t* pair = to + k / kStep * kStepElements + k % kStep * kStrip;
+        kernel.pack_pairs(first, second, groups, group_elements, pair);
+        if (rest == 0) continue;
+        alignas(64) uint16_t two[2][kGroup] = {};
+        std::memcpy(two[0], first + groups * kGroup, static_cast<size_t>(rest) * 2);
+        std::memcpy(two[1], second + groups * kGroup, static_cast<size_t>(rest) * 2);
+        kernel.pack_pairs(two[0], two[1], 1, group_elements, pair + groups * group_elements);
     }
 }
 
@@ -74,12 +71,11 @@ void transpose_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t st
 void multiply_packed(const PackedProduct& product, float* c, int64_t pitch, bool add) {
     const MatmulKernel& kernel = *product.kernel;
     for (int64_t row = 0; row < product.rows; row += kernel.rows) {
-        Run run{reinterpret_cast<const char*>(product.a + row * product.a_stride), product.a_stride * 2, product.b, product.steps};
+        const Run run{reinterpret_cast<const char*>(product.a + row * product.a_stride), product.a_stride * 2, product.b, product.steps};
         const int64_t rows = std::min(kernel.rows, product.rows - row);
         for (int64_t group = 0; group < product.groups; group += kernel.groups) {
             const int64_t groups = std::min(kernel.groups, product.groups - group);
-            run.b = product.b + group * product.group_elements;
-            kernel.block(&run, 1, rows, groups, product.group_elements, c + row * pitch + group * kGroup, pitch, add);
+            kernel.block(&run, 1, rows, groups, group * product.group_elements, product.group_elements, c + row * pitch + group * kGroup, pitch, add);
         }
     }
 }

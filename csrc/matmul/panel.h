@@ -13,6 +13,9 @@ inline int64_t packed_elements(int64_t inner, int64_t columns) {
     return packed_group(inner) * ((columns + kGroup - 1) / kGroup);
 }
 
+// What a row of pack_rows may hold at most.
+constexpr int64_t kMaxPlainWidth = 1024;
+
 // rows (count, width), `stride` elements apart, → packed (count, width); zeros up to whole steps and groups.
 void pack_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, uint16_t* to);
 

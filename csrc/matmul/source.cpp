@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "common/errors.h"
 #include "common/floats.h"
 #include "common/sizes.h"
+#include "matmul/matmul.h"
 
 namespace entrenar {
 namespace {
@@ -17,10 +19,29 @@ void decode_dense(const SourceView& view, int64_t row, int64_t column, int64_t c
         std::memcpy(out, static_cast<const char*>(view.data) + first * 2, static_cast<size_t>(count) * 2);
         return;
     }
+    const MatmulKernel* kernel = matmul_kernel();
+    if (view.dtype == kFloat32 && kernel != nullptr) {
+        kernel->store_bf16(static_cast<const float*>(view.data) + first, view.scale, nullptr, count, out);
+        return;
+    }
     for (int64_t i = 0; i < count; ++i) {
         out[i] = float_to_bf16(load_element(view.data, view.dtype, first + i) * view.scale);
     }
 }
+
+constexpr int64_t kPartStep = 32;
+
+// The part of a stack that holds `row`, and that row within it; null behind the last.
+const Source* part_of(const Source& stack, int64_t* row) {
+    for (const Source* part : stack.parts) {
+        const int64_t rows = divide_up(part->view.rows, kPartStep) * kPartStep;
+        if (*row < rows) return part;
+        *row -= rows;
+    }
+    return nullptr;
+}
+
+bool is_kind(const SourceView& view, SourceKind kind) { return view.kind == static_cast<int32_t>(kind); }
 
 int check_dense(const SourceView& view) {
     if (view.dtype != kFloat32 && view.dtype != kBfloat16) return kBadDtype;
@@ -33,21 +54,46 @@ int check_dense(const SourceView& view) {
 
 }  // namespace
 
+const uint16_t* Source::plain(int64_t row, int64_t rows, int64_t column, int64_t count, int64_t* stride) const {
+    if (is_kind(view, SourceKind::stack)) {
+        const Source* part = part_of(*this, &row);
+        return part ? part->plain(row, rows, column, count, stride) : nullptr;
+    }
+    const bool bf16 = is_kind(view, SourceKind::dense) && view.dtype == kBfloat16 && view.scale == 1.0f;
+    if (!bf16 || rows > view.rows - row || count > view.columns - column) return nullptr;
+    *stride = view.stride;
+    return static_cast<const uint16_t*>(view.data) + row * view.stride + column;
+}
+
 void Source::decode(int64_t row, int64_t column, int64_t count, uint16_t* out) const {
+    if (is_kind(view, SourceKind::stack)) {
+        const Source* part = part_of(*this, &row);
+        if (part) return part->decode(row, column, count, out);
+    }
     const int64_t there = row < view.rows ? std::clamp<int64_t>(view.columns - column, 0, count) : 0;
     if (there < count) std::memset(out + there, 0, static_cast<size_t>(count - there) * 2);
     if (there == 0) return;
-    if (view.kind == static_cast<int32_t>(SourceKind::dense)) return decode_dense(view, row, column, there, out);
+    if (is_kind(view, SourceKind::dense)) return decode_dense(view, row, column, there, out);
     const int64_t begin = row * view.columns + column;
     entrenar::decode(*decoder, codebook, begin, begin + there, out, kBfloat16, false);
+}
+
+Source stack_sources(std::vector<const Source*> parts) {
+    SourceView view{};
+    view.kind = static_cast<int32_t>(SourceKind::stack);
+    for (const Source* part : parts) {
+        view.rows += divide_up(part->view.rows, kPartStep) * kPartStep;
+        view.columns = part->view.columns;
+    }
+    return {view, {}, nullptr, std::move(parts)};
 }
 
 int read_source(const SourceView& view, Source* source) {
     int64_t count = 0;
     if (!multiply(view.rows, view.columns, &count)) return kBadSize;
-    *source = {view, {}, &dequantize_codebook_kernel()};
-    if (view.kind == static_cast<int32_t>(SourceKind::dense)) return check_dense(view);
-    if (view.kind != static_cast<int32_t>(SourceKind::codebook4)) return kBadArgument;
+    *source = {view, {}, &dequantize_codebook_kernel(), {}};
+    if (is_kind(view, SourceKind::dense)) return check_dense(view);
+    if (!is_kind(view, SourceKind::codebook4)) return kBadArgument;
     return read_weight(view.data, view.data_bytes, view.scales, view.codebook, view.codebook_bytes, view.block_size,
                        count, &source->codebook);
 }

@@ -2,14 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "codebook4/dequantize.h"
 
 namespace entrenar {
 
-enum class SourceKind : int32_t { dense = 0, codebook4 = 1 };
+enum class SourceKind : int32_t { dense = 0, codebook4 = 1, stack = 2 };
 
-// A caller's weight (rows, columns), as ops/matmul.py fills it in. Pointers may be unaligned.
+// A caller's weight (rows, columns), as ops/multiply.py fills it in; a stack is made here alone. Pointers may be unaligned.
 struct SourceView {
     int32_t kind;
     int32_t dtype;        // dense: of its elements, float32 or bfloat16
@@ -29,10 +30,18 @@ struct Source {
     SourceView view;
     CodebookWeight codebook;
     const DequantizeCodebook* decoder;
+    std::vector<const Source*> parts;  // stack: one below the other, each from a whole step of 32 rows on
+
+    // Where rows [row, row + rows), columns [column, column + count) lie as bfloat16, `stride` elements apart; null
+    // unless the weight is bfloat16 and has all of them.
+    const uint16_t* plain(int64_t row, int64_t rows, int64_t column, int64_t count, int64_t* stride) const;
 
     // Elements [column, column + count) of `row` as bfloat16; zeros where the weight has none.
     void decode(int64_t row, int64_t column, int64_t count, uint16_t* out) const;
 };
+
+// The parts, which have one number of columns, as one weight.
+Source stack_sources(std::vector<const Source*> parts);
 
 // Fill `source` from a caller's view, or say what is wrong with it.
 int read_source(const SourceView& view, Source* source);

@@ -16,7 +16,7 @@ from entrenar.ops.scales import scale_buffers
 _DENSE, _CODEBOOK4 = 0, 1
 
 
-class _Source(ctypes.Structure):
+class Source(ctypes.Structure):
     """csrc/matmul/source.h's SourceView."""
 
     _fields_ = (
@@ -35,7 +35,7 @@ class _Term(ctypes.Structure):
 
     _fields_ = (
         ("a", ctypes.c_void_p), ("a_bytes", ctypes.c_int64), ("a_stride", ctypes.c_int64), ("inner", ctypes.c_int64),
-        ("transposed", ctypes.c_int32), ("unused", ctypes.c_int32), ("source", _Source),
+        ("transposed", ctypes.c_int32), ("unused", ctypes.c_int32), ("source", Source),
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class _Term(ctypes.Structure):
 class Weight:
     """A weight to multiply by: its C view, and the tensors that view points into."""
 
-    view: _Source
+    view: Source
     held: tuple[Tensor | None, ...]
 
 
@@ -52,7 +52,7 @@ def dense_weight(matrix: Tensor, scale: float = 1.0) -> Weight:
     rows, columns = matrix.shape
     assert matrix.stride(1) == 1 or columns <= 1
     reach = ((rows - 1) * matrix.stride(0) + columns) * matrix.element_size() if rows else 0
-    view = _Source(
+    view = Source(
         kind=_DENSE, dtype=native.DTYPES[matrix.dtype], rows=rows, columns=columns, stride=matrix.stride(0),
         scale=scale, data=matrix.data_ptr(), data_bytes=reach,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def codebook_weight(
     """A 4-bit weight as ops/dequantize_codebook.py takes it."""
     held = (packed.contiguous(), *scale_buffers(scales), codebook.contiguous())
     pairs = [pair for tensor in held for pair in native.buffer(tensor)]
-    view = _Source(_CODEBOOK4, 0, *shape, shape[1], 1.0, 0, block_size, *pairs)
+    view = Source(_CODEBOOK4, 0, *shape, shape[1], 1.0, 0, block_size, *pairs)
     return Weight(view, held)
 
 

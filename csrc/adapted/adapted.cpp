@@ -1,0 +1,248 @@
+// Linear layers that share an input, each with or without low-rank factors: the sums of products of
+// ops/adapted_linear.py, one call for a forward and one for a backward.
+//
+// Letters: M tokens, I inner, O rows of a weight, r rank. The factors' products u = x·Aᵀ and v = g·(scale·B) of all members
+// lie side by side in one matrix (M, R), each from a whole step of 32 columns on.
+#include <algorithm>
+#include <vector>
+
+#include "common/errors.h"
+#include "common/floats.h"
+#include "common/scratch.h"
+#include "common/sizes.h"
+#include "matmul/panel.h"
+#include "matmul/sum.h"
+
+namespace entrenar {
+
+// One layer. A (r, I) and B (O, r) are dense or, for rank 0, absent.
+struct MemberView {
+    SourceView weight, a, b;
+    const void* bias;  // (O,) bfloat16 or null
+    int64_t bias_bytes;
+    void* y;           // forward: the result (M, O); backward: its gradient; bfloat16
+    int64_t y_bytes;
+    void* da;          // (r, I) float32
+    int64_t da_bytes;
+    void* db;          // (O, r) float32
+    int64_t db_bytes;
+    int64_t rank;
+    float scale;
+    int32_t unused;
+};
+
+struct GroupView {
+    const void* x;  // (M, I) bfloat16
+    int64_t x_bytes;
+    void* dx;       // (M, I) bfloat16, or null where nobody wants it
+    int64_t dx_bytes;
+    int64_t tokens, inner, count;
+    const MemberView* members;
+};
+
+namespace {
+
+struct Member {
+    const MemberView* view;
+    Source weight, a, b;  // b times the scale
+    int64_t offset;       // of its columns among the R
+    int64_t padded_rank() const { return divide_up(view->rank, kStep) * kStep; }
+};
+
+struct Group {
+    const GroupView& view;
+    const MatmulKernel& kernel;
+    std::vector<Member> members;
+    int64_t width = 0;  // R
+    int threads;
+};
+
+int read_member(const GroupView& group, const MemberView& view, Member* member) {
+    member->view = &view;
+    if (const int error = read_source(view.weight, &member->weight)) return error;
+    if (view.weight.columns != group.inner || view.rank < 0 || view.rank > (1 << 20)) return kBadArgument;
+    int64_t elements = 0;
+    if (!multiply(group.tokens, view.weight.rows, &elements)) return kBadSize;
+    if (const int error = check_buffer(view.y, view.y_bytes, elements, 2)) return error;
+    if (view.bias != nullptr) {
+        if (const int error = check_buffer(view.bias, view.bias_bytes, view.weight.rows, 2)) return error;
+    }
+    if (view.rank == 0) return kOk;
+    const bool fits = view.a.rows == view.rank && view.a.columns == group.inner && view.b.rows == view.weight.rows &&
+                      view.b.columns == view.rank;
+    if (!fits) return kBadArgument;
+    if (const int error = read_source(view.a, &member->a)) return error;
+    SourceView scaled = view.b;
+    scaled.scale *= view.scale;
+    return read_source(scaled, &member->b);
+}
+
+int read_group(bool reads_x, Group* group) {
+    const GroupView& view = group->view;
+    int64_t elements = 0;
+    if (view.count < 0 || !multiply(view.tokens, view.inner, &elements)) return kBadSize;
+    group->members.resize(static_cast<size_t>(view.count));
+    for (int64_t i = 0; i < view.count; ++i) {
+        Member& member = group->members[static_cast<size_t>(i)];
+        if (const int error = read_member(view, view.members[i], &member)) return error;
+        member.offset = group->width;
+        group->width += member.padded_rank();
+    }
+    // A backward without factors has no use for x.
+    return reads_x || group->width > 0 ? check_buffer(view.x, view.x_bytes, elements, 2) : kOk;
+}
+
+Sum into(int64_t rows, int64_t columns, void* data, int64_t stride, int dtype, float alpha = 1.0f) {
+    return {rows, columns, {}, {data, stride, dtype, false, rows, {}}, alpha, nullptr};
+}
+
+// u (M, R): x·Aᵀ of all members in one product, which reads x once.
+int multiply_hidden(const Group& group, uint16_t* u) {
+    std::vector<const Source*> parts;
+    for (const Member& member : group.members) {
+        if (member.view->rank > 0) parts.push_back(&member.a);
+    }
+    const Source stacked = stack_sources(parts);
+    Sum sum = into(group.view.tokens, group.width, u, group.width, kBfloat16);
+    sum.terms.push_back({static_cast<const uint16_t*>(group.view.x), group.view.inner, group.view.inner, true, &stacked});
+    return multiply_sum(group.kernel, sum, group.threads);
+}
+
+int forward(const Group& group) {
+    char* scratch = thread_scratch(group.view.tokens * group.width * 2, Scratch::call);
+    if (scratch == nullptr) return kNoMemory;
+    auto* u = reinterpret_cast<uint16_t*>(scratch);
+    if (group.width > 0) {
+        if (const int error = multiply_hidden(group, u)) return error;
+    }
+    const auto* x = static_cast<const uint16_t*>(group.view.x);
+    for (const Member& member : group.members) {
+        const int64_t rows = member.view->weight.rows;
+        Sum sum = into(group.view.tokens, rows, member.view->y, rows, kBfloat16);
+        sum.bias = static_cast<const uint16_t*>(member.view->bias);
+        sum.terms.push_back({x, group.view.inner, group.view.inner, true, &member.weight});
+        if (member.view->rank > 0) sum.terms.push_back({u + member.offset, group.width, member.padded_rank(), true, &member.b});
+        if (const int error = multiply_sum(group.kernel, sum, group.threads)) return error;
+    }
+    return kOk;
+}
+
+// v (M, R): g·(scale·B) of every member.
+int multiply_passed_back(const Group& group, uint16_t* v) {
+    for (const Member& member : group.members) {
+        if (member.view->rank == 0) continue;
+        const int64_t rows = member.view->weight.rows;
+        Sum sum = into(group.view.tokens, member.padded_rank(), v + member.offset, group.width, kBfloat16);
+        sum.terms.push_back({static_cast<const uint16_t*>(member.view->y), rows, rows, false, &member.b});
+        if (const int error = multiply_sum(group.kernel, sum, group.threads)) return error;
+    }
+    return kOk;
+}
+
+// dx = Σ g·W + v·A.
+int multiply_input_gradient(const Group& group, const uint16_t* v) {
+    Sum sum = into(group.view.tokens, group.view.inner, group.view.dx, group.view.inner, kBfloat16);
+    for (const Member& member : group.members) {
+        const int64_t rows = member.view->weight.rows;
+        sum.terms.push_back({static_cast<const uint16_t*>(member.view->y), rows, rows, false, &member.weight});
+        if (member.view->rank > 0) sum.terms.push_back({v + member.offset, group.width, member.padded_rank(), false, &member.a});
+    }
+    return multiply_sum(group.kernel, sum, group.threads);
+}
+
+Source plain_source(const void* data, int64_t rows, int64_t columns) {
+    SourceView view{};
+    view.dtype = kBfloat16;
+    view.rows = rows;
+    view.columns = view.stride = columns;
+    view.scale = 1.0f;
+    view.data = data;
+    view.data_bytes = rows * columns * 2;
+    Source source;
+    read_source(view, &source);  // cannot fail: the sizes were checked with the caller's buffers
+    return source;
+}
+
+// dA = vᵀ·x of all members in one product, which reads x once; v transposed is (R, padded).
+int multiply_gradients_of_a(const Group& group, const uint16_t* v, int64_t padded) {
+    const Source x = plain_source(group.view.x, group.view.tokens, group.view.inner);
+    Sum sum = into(group.width, group.view.inner, nullptr, 0, kFloat32);
+    for (const Member& member : group.members) {
+        for (int64_t row = 0; row < member.padded_rank(); ++row) {
+            auto* da = static_cast<float*>(member.view->da) + row * group.view.inner;
+            sum.out.rows.push_back(row < member.view->rank ? da : nullptr);
+        }
+    }
+    sum.terms.push_back({v, padded, group.view.tokens, false, &x});
+    return multiply_sum(group.kernel, sum, group.threads);
+}
+
+// dB = scale · gᵀ·u, as the transpose of uᵀ·g; u transposed is (R, padded).
+int multiply_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded) {
+    for (const Member& member : group.members) {
+        if (member.view->rank == 0) continue;
+        const int64_t rows = member.view->weight.rows;
+        const Source grad = plain_source(member.view->y, group.view.tokens, rows);
+        Sum sum = into(member.padded_rank(), rows, member.view->db, member.view->rank, kFloat32, member.view->scale);
+        sum.out.transposed = true;
+        sum.out.kept = member.view->rank;
+        sum.terms.push_back({u + member.offset * padded, padded, group.view.tokens, false, &grad});
+        if (const int error = multiply_sum(group.kernel, sum, group.threads)) return error;
+    }
+    return kOk;
+}
+
+int backward(const Group& group) {
+    const int64_t tokens = group.view.tokens, width = group.width, padded = divide_up(tokens, kStep) * kStep;
+    char* scratch = thread_scratch((2 * padded * width + packed_elements(tokens, width)) * 2, Scratch::call);
+    if (scratch == nullptr) return kNoMemory;
+    auto* plain = reinterpret_cast<uint16_t*>(scratch);  // v, then u: (M, R)
+    uint16_t *turned = plain + padded * width, *packed = turned + padded * width;
+    if (const int error = multiply_passed_back(group, plain)) return error;
+    if (group.view.dx != nullptr) {
+        if (const int error = multiply_input_gradient(group, plain)) return error;
+    }
+    if (width == 0) return kOk;
+    transpose_rows(group.kernel, plain, width, tokens, width, padded, packed, turned);
+    if (const int error = multiply_gradients_of_a(group, turned, padded)) return error;
+    if (const int error = multiply_hidden(group, plain)) return error;
+    transpose_rows(group.kernel, plain, width, tokens, width, padded, packed, turned);
+    return multiply_gradients_of_b(group, turned, padded);
+}
+
+int check_gradients(const GroupView& view) {
+    if (view.dx != nullptr) {
+        if (const int error = check_buffer(view.dx, view.dx_bytes, view.tokens * view.inner, 2)) return error;
+    }
+    for (int64_t i = 0; i < view.count; ++i) {
+        const MemberView& member = view.members[i];
+        if (member.rank == 0) continue;
+        if (const int error = check_buffer(member.da, member.da_bytes, member.rank * view.inner, 4)) return error;
+        if (const int error = check_buffer(member.db, member.db_bytes, member.weight.rows * member.rank, 4)) return error;
+    }
+    return kOk;
+}
+
+}  // namespace
+}  // namespace entrenar
+
+// y = x·Wᵀ + bias + (x·Aᵀ)·(scale·B)ᵀ of every member.
+ENTRENAR_API int entrenar_adapted(const entrenar::GroupView* view, int threads) {
+    using namespace entrenar;
+    const MatmulKernel* kernel = matmul_kernel();
+    if (kernel == nullptr) return kBadPath;
+    Group group{*view, *kernel, {}, 0, threads};
+    if (const int error = read_group(true, &group)) return error;
+    return view->tokens > 0 ? forward(group) : kOk;
+}
+
+// dx, and dA and dB of every member with a rank, from the gradients of the results.
+ENTRENAR_API int entrenar_adapted_backward(const entrenar::GroupView* view, int threads) {
+    using namespace entrenar;
+    const MatmulKernel* kernel = matmul_kernel();
+    if (kernel == nullptr) return kBadPath;
+    Group group{*view, *kernel, {}, 0, threads};
+    if (const int error = read_group(false, &group)) return error;
+    if (const int error = check_gradients(*view)) return error;
+    return backward(group);
+}
