@@ -2,8 +2,10 @@
 // ops/adapted_linear.py, one call for a forward and one for a backward.
 //
 // Letters: M tokens, I inner, O rows of a weight, r rank. The factors' products u = x·Aᵀ and v = g·(scale·B) of all members
-// lie side by side in one matrix (M, R), each from a whole step of 32 columns on.
+// lie side by side in one matrix (M, R), each from a whole strip of 16 columns on. As an inner dimension they are read in
+// steps of 32: what is read of a neighbour meets the zeros that follow a factor.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "common/errors.h"
@@ -46,7 +48,8 @@ struct Member {
     const MemberView* view;
     Source weight, a, b;  // b times the scale
     int64_t offset;       // of its columns among the R
-    int64_t padded_rank() const { return divide_up(view->rank, kStep) * kStep; }
+    int64_t padded_rank() const { return divide_up(view->rank, kStrip) * kStrip; }
+    int64_t inner_rank() const { return divide_up(view->rank, kStep) * kStep; }
 };
 
 struct Group {
@@ -109,9 +112,10 @@ int multiply_hidden(const Group& group, uint16_t* u) {
 }
 
 int forward(const Group& group) {
-    char* scratch = thread_scratch(group.view.tokens * group.width * 2, Scratch::call);
+    char* scratch = thread_scratch((group.view.tokens * group.width + kStep) * 2, Scratch::call);
     if (scratch == nullptr) return kNoMemory;
     auto* u = reinterpret_cast<uint16_t*>(scratch);
+    std::memset(u + group.view.tokens * group.width, 0, kStep * 2);  // the last row's step may reach so far
     if (group.width > 0) {
         if (const int error = multiply_hidden(group, u)) return error;
     }
@@ -121,7 +125,7 @@ int forward(const Group& group) {
         Sum sum = into(group.view.tokens, rows, member.view->y, rows, kBfloat16);
         sum.bias = static_cast<const uint16_t*>(member.view->bias);
         sum.terms.push_back({x, group.view.inner, group.view.inner, true, &member.weight});
-        if (member.view->rank > 0) sum.terms.push_back({u + member.offset, group.width, member.padded_rank(), true, &member.b});
+        if (member.view->rank > 0) sum.terms.push_back({u + member.offset, group.width, member.inner_rank(), true, &member.b});
         if (const int error = multiply_sum(group.kernel, sum, group.threads)) return error;
     }
     return kOk;
@@ -145,7 +149,7 @@ int multiply_input_gradient(const Group& group, const uint16_t* v) {
     for (const Member& member : group.members) {
         const int64_t rows = member.view->weight.rows;
         sum.terms.push_back({static_cast<const uint16_t*>(member.view->y), rows, rows, false, &member.weight});
-        if (member.view->rank > 0) sum.terms.push_back({v + member.offset, group.width, member.padded_rank(), false, &member.a});
+        if (member.view->rank > 0) sum.terms.push_back({v + member.offset, group.width, member.inner_rank(), false, &member.a});
     }
     return multiply_sum(group.kernel, sum, group.threads);
 }
@@ -194,10 +198,11 @@ int multiply_gradients_of_b(const Group& group, const uint16_t* u, int64_t padde
 
 int backward(const Group& group) {
     const int64_t tokens = group.view.tokens, width = group.width, padded = divide_up(tokens, kStep) * kStep;
-    char* scratch = thread_scratch((2 * padded * width + packed_elements(tokens, width)) * 2, Scratch::call);
+    char* scratch = thread_scratch((2 * padded * width + kStep + packed_elements(tokens, width)) * 2, Scratch::call);
     if (scratch == nullptr) return kNoMemory;
     auto* plain = reinterpret_cast<uint16_t*>(scratch);  // v, then u: (M, R)
-    uint16_t *turned = plain + padded * width, *packed = turned + padded * width;
+    std::memset(plain + tokens * width, 0, kStep * 2);
+    uint16_t *turned = plain + padded * width + kStep, *packed = turned + padded * width;
     if (const int error = multiply_passed_back(group, plain)) return error;
     if (group.view.dx != nullptr) {
         if (const int error = multiply_input_gradient(group, plain)) return error;

@@ -28,9 +28,9 @@ struct Run {
 
 struct MatmulKernel {
     int64_t rows, groups;  // of a block of C at most
-    // c (rows, groups · 32), rows apart by `pitch` floats, = or += the sum over the runs; the first group of columns lies
+    // c (rows, strips · 16), rows apart by `pitch` floats, = or += the sum over the runs; the first group of columns lies
     // `offset` elements past every run's b, the second `group_elements` past the first.
-    void (*block)(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t offset, int64_t group_elements,
+    void (*block)(const Run* runs, int64_t count, int64_t rows, int64_t strips, int64_t offset, int64_t group_elements,
                   float* c, int64_t pitch, bool add);
     // Before a thread's first block and after its last.
     void (*begin)();

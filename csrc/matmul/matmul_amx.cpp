@@ -28,60 +28,52 @@ void configure(int64_t rows) {
     configured_rows = rows;
 }
 
-void multiply32(const Run& run, int64_t offset) {
+// Both halves of the rows (or the upper one alone) against both strips (or the left one alone).
+template <bool kLower, bool kRight>
+void multiply(const Run& run, int64_t offset) {
+    const auto stride = static_cast<size_t>(run.a_stride);
     const char *upper = run.a, *lower = run.a + 16 * run.a_stride;
     const uint16_t* b = run.b + offset;
     for (int64_t step = 0; step < run.steps; ++step, upper += 64, lower += 64, b += kStepElements) {
-        _tile_loadd(4, upper, static_cast<size_t>(run.a_stride));
-        _tile_loadd(5, lower, static_cast<size_t>(run.a_stride));
+        _tile_loadd(4, upper, stride);
+        if constexpr (kLower) _tile_loadd(5, lower, stride);
         _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + kStepElements / 2, 64);
+        if constexpr (kRight) _tile_loadd(7, b + kStepElements / 2, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if constexpr (kRight) _tile_dpbf16ps(1, 4, 7);
+        if constexpr (kLower) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (kLower && kRight) _tile_dpbf16ps(3, 5, 7);
     }
 }
 
-void multiply16(const Run& run, int64_t offset) {
-    const char* upper = run.a;
-    const uint16_t* b = run.b + offset;
-    for (int64_t step = 0; step < run.steps; ++step, upper += 64, b += kStepElements) {
-        _tile_loadd(4, upper, static_cast<size_t>(run.a_stride));
-        _tile_loadd(6, b, 64);
-        _tile_loadd(7, b + kStepElements / 2, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-    }
-}
-
-void block(const Run* runs, int64_t count, int64_t rows, int64_t, int64_t offset, int64_t, float* c, int64_t pitch,
-           bool add) {
+template <bool kLower, bool kRight>
+void block_of(const Run* runs, int64_t count, int64_t offset, float* c, int64_t pitch, bool add) {
     const auto stride = static_cast<size_t>(pitch * 4);
     float* lower = c + 16 * pitch;
-    if (rows != configured_rows) configure(rows);
-    const bool two = rows > 16;
-    _tile_zero(0);
-    _tile_zero(1);
     if (add) {
         _tile_loadd(0, c, stride);
-        _tile_loadd(1, c + 16, stride);
+        if constexpr (kRight) _tile_loadd(1, c + 16, stride);
+        if constexpr (kLower) _tile_loadd(2, lower, stride);
+        if constexpr (kLower && kRight) _tile_loadd(3, lower + 16, stride);
+    } else {
+        _tile_zero(0);
+        if constexpr (kRight) _tile_zero(1);
+        if constexpr (kLower) _tile_zero(2);
+        if constexpr (kLower && kRight) _tile_zero(3);
     }
-    if (two) {
-        _tile_zero(2);
-        _tile_zero(3);
-        if (add) {
-            _tile_loadd(2, lower, stride);
-            _tile_loadd(3, lower + 16, stride);
-        }
-    }
-    for (int64_t i = 0; i < count; ++i) two ? multiply32(runs[i], offset) : multiply16(runs[i], offset);
+    for (int64_t i = 0; i < count; ++i) multiply<kLower, kRight>(runs[i], offset);
     _tile_stored(0, c, stride);
-    _tile_stored(1, c + 16, stride);
-    if (two) {
-        _tile_stored(2, lower, stride);
-        _tile_stored(3, lower + 16, stride);
-    }
+    if constexpr (kRight) _tile_stored(1, c + 16, stride);
+    if constexpr (kLower) _tile_stored(2, lower, stride);
+    if constexpr (kLower && kRight) _tile_stored(3, lower + 16, stride);
+}
+
+void block(const Run* runs, int64_t count, int64_t rows, int64_t strips, int64_t offset, int64_t, float* c, int64_t pitch,
+           bool add) {
+    if (rows != configured_rows) configure(rows);
+    const auto chosen = rows > 16 ? (strips > 1 ? block_of<true, true> : block_of<true, false>)
+                                  : (strips > 1 ? block_of<false, true> : block_of<false, false>);
+    chosen(runs, count, offset, c, pitch, add);
 }
 
 void begin() { configured_rows = 0; }

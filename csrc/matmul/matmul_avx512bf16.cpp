@@ -46,16 +46,17 @@ void multiply(const Run* runs, int64_t count, int64_t offset, int64_t group_elem
 }
 
 template <int kTokens>
-void choose(const Run* runs, int64_t count, int64_t groups, int64_t offset, int64_t group_elements, float* c,
+void choose(const Run* runs, int64_t count, int64_t strips, int64_t offset, int64_t group_elements, float* c,
             int64_t pitch, bool add) {
-    if (groups == 2) return multiply<kTokens, 4>(runs, count, offset, group_elements, c, pitch, add);
-    multiply<kTokens, 2>(runs, count, offset, group_elements, c, pitch, add);
+    constexpr decltype(&multiply<kTokens, 1>) by_strips[4] = {multiply<kTokens, 1>, multiply<kTokens, 2>,
+                                                              multiply<kTokens, 3>, multiply<kTokens, 4>};
+    by_strips[strips - 1](runs, count, offset, group_elements, c, pitch, add);
 }
 
-void block(const Run* runs, int64_t count, int64_t rows, int64_t groups, int64_t offset, int64_t group_elements,
+void block(const Run* runs, int64_t count, int64_t rows, int64_t strips, int64_t offset, int64_t group_elements,
            float* c, int64_t pitch, bool add) {
     constexpr decltype(&choose<1>) by_rows[kRows] = {choose<1>, choose<2>, choose<3>, choose<4>, choose<5>, choose<6>};
-    by_rows[rows - 1](runs, count, groups, offset, group_elements, c, pitch, add);
+    by_rows[rows - 1](runs, count, strips, offset, group_elements, c, pitch, add);
 }
 
 void nothing() {}

@@ -75,7 +75,7 @@ void multiply_packed(const PackedProduct& product, float* c, int64_t pitch, bool
         const int64_t rows = std::min(kernel.rows, product.rows - row);
         for (int64_t group = 0; group < product.groups; group += kernel.groups) {
             const int64_t groups = std::min(kernel.groups, product.groups - group);
-            kernel.block(&run, 1, rows, groups, group * product.group_elements, product.group_elements, c + row * pitch + group * kGroup, pitch, add);
+            kernel.block(&run, 1, rows, groups * 2, group * product.group_elements, product.group_elements, c + row * pitch + group * kGroup, pitch, add);
         }
     }
 }

@@ -29,12 +29,10 @@ void decode_dense(const SourceView& view, int64_t row, int64_t column, int64_t c
     }
 }
 
-constexpr int64_t kPartStep = 32;
-
 // The part of a stack that holds `row`, and that row within it; null behind the last.
 const Source* part_of(const Source& stack, int64_t* row) {
     for (const Source* part : stack.parts) {
-        const int64_t rows = divide_up(part->view.rows, kPartStep) * kPartStep;
+        const int64_t rows = divide_up(part->view.rows, kStrip) * kStrip;
         if (*row < rows) return part;
         *row -= rows;
     }
@@ -69,6 +67,8 @@ void Source::decode(int64_t row, int64_t column, int64_t count, uint16_t* out) c
     if (is_kind(view, SourceKind::stack)) {
         const Source* part = part_of(*this, &row);
         if (part) return part->decode(row, column, count, out);
+        std::memset(out, 0, static_cast<size_t>(count) * 2);
+        return;
     }
     const int64_t there = row < view.rows ? std::clamp<int64_t>(view.columns - column, 0, count) : 0;
     if (there < count) std::memset(out + there, 0, static_cast<size_t>(count - there) * 2);
@@ -82,7 +82,7 @@ Source stack_sources(std::vector<const Source*> parts) {
     SourceView view{};
     view.kind = static_cast<int32_t>(SourceKind::stack);
     for (const Source* part : parts) {
-        view.rows += divide_up(part->view.rows, kPartStep) * kPartStep;
+        view.rows += divide_up(part->view.rows, kStrip) * kStrip;
         view.columns = part->view.columns;
     }
     return {view, {}, nullptr, std::move(parts)};

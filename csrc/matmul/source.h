@@ -30,7 +30,7 @@ struct Source {
     SourceView view;
     CodebookWeight codebook;
     const DequantizeCodebook* decoder;
-    std::vector<const Source*> parts;  // stack: one below the other, each from a whole step of 32 rows on
+    std::vector<const Source*> parts;  // stack: one below the other, each from a whole strip of 16 rows on
 
     // Where rows [row, row + rows), columns [column, column + count) lie as bfloat16, `stride` elements apart; null
     // unless the weight is bfloat16 and has all of them.

@@ -157,8 +157,9 @@ struct WindowPass {
             float* at = c;
             for (int64_t group = 0; group < window.groups; group += kernel.groups, at += reuse ? 0 : block) {
                 const int64_t groups = std::min(kernel.groups, window.groups - group);
-                kernel.block(runs.data() + from, ends[slice] - from, rows, groups, group * group_elements, group_elements, at,
-                             pitch, add);
+                const int64_t columns = std::min(groups * kGroup, sum.columns - window.column - group * kGroup);
+                kernel.block(runs.data() + from, ends[slice] - from, rows, divide_up(columns, kStrip), group * group_elements,
+                             group_elements, at, pitch, add);
                 if (done) store(kernel, sum, at, pitch, row, rows, window.column + group * kGroup, groups * kGroup);
             }
         }
