@@ -8,7 +8,7 @@ from entrenar.core.errors import InputError
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer, MemoryStats, adapted_forward, delta, init_factors, memory_stats
 from entrenar.ops.adapted_linear import Member
-from entrenar.quant.linear import QuantizedLinear, linear_weight
+from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import QuantizedTensor, quantize
 
 
@@ -77,8 +77,7 @@ class QLoRALayer(AdapterLayer):
 
     def member(self) -> Member:
         """The layer, dropout aside, as ops/adapted_linear.py takes it."""
-        weight = linear_weight(self.base.quantized_weight)
-        return Member(weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
+        return Member(self.base.linear_weight(), self.base.bias, self.lora_a, self.lora_b, self.scale)
 
     def trainable_params(self) -> list[nn.Parameter]:
         """[A, B]."""

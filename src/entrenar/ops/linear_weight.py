@@ -122,5 +122,9 @@ class CodebookWeight:
         return linear_codebook(x, *held, self.shape[0], bias)
 
     def source(self) -> Weight:
-        """The packed weight."""
-        return codebook_weight(self.packed, self.scales, self.codebook, self.block_size, self.shape)
+        """The packed weight; the view is made once, and again if the tensors have moved."""
+        made = self.__dict__.get("_source")
+        if made is None or not made.is_current():
+            made = codebook_weight(self.packed, self.scales, self.codebook, self.block_size, self.shape)
+            self.__dict__["_source"] = made
+        return made

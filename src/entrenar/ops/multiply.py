@@ -41,22 +41,24 @@ class _Term(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight to multiply by: its C view, and the tensors that view points into."""
+    """A weight to multiply by: its C view, and the tensors that view points into, with their addresses."""
 
     view: Source
     held: tuple[Tensor | None, ...]
+    addresses: tuple[int, ...] = ()
+
+    def is_current(self) -> bool:
+        """Whether the tensors still lie where they lay (FSDP moves them between uses)."""
+        return self.addresses == tuple(tensor.data_ptr() for tensor in self.held if tensor is not None)
 
 
 def dense_weight(matrix: Tensor, scale: float = 1.0) -> Weight:
     """A float32 or bfloat16 matrix with contiguous rows, times `scale`, rounded to bfloat16."""
-    rows, columns = matrix.shape
-    assert matrix.stride(1) == 1 or columns <= 1
-    reach = ((rows - 1) * matrix.stride(0) + columns) * matrix.element_size() if rows else 0
-    view = Source(
-        kind=_DENSE, dtype=native.DTYPES[matrix.dtype], rows=rows, columns=columns, stride=matrix.stride(0),
-        scale=scale, data=matrix.data_ptr(), data_bytes=reach,
-    )  # fmt: skip
-    return Weight(view, (matrix,))
+    (rows, columns), (stride, step) = matrix.shape, matrix.stride()
+    assert step == 1 or columns <= 1
+    reach = ((rows - 1) * stride + columns) * matrix.itemsize if rows else 0
+    dtype = native.DTYPES[matrix.dtype]
+    return Weight(Source(_DENSE, dtype, rows, columns, stride, scale, 0, 0, matrix.data_ptr(), reach), (matrix,))
 
 
 def codebook_weight(
@@ -66,7 +68,7 @@ def codebook_weight(
     held = (packed.contiguous(), *scale_buffers(scales), codebook.contiguous())
     pairs = [pair for tensor in held for pair in native.buffer(tensor)]
     view = Source(_CODEBOOK4, 0, *shape, shape[1], 1.0, 0, block_size, *pairs)
-    return Weight(view, held)
+    return Weight(view, held, tuple(tensor.data_ptr() for tensor in held if tensor is not None))
 
 
 def native_multiply() -> bool:

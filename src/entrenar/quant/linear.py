@@ -6,7 +6,7 @@ one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
 """
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class QuantizedLinear(nn.Module):
         for name, part in weight.parts.items():
             self.register_parameter(f"weight_{name}", nn.Parameter(part, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._held: tuple[tuple[int, ...], LinearWeight] | None = None
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
@@ -45,11 +46,22 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., d_in) → (..., d_out)."""
-        return quantized_linear(x, self.quantized_weight, self.bias)
+        return linear(x, self.member())
 
     def member(self) -> Member:
         """The layer as ops/adapted_linear.py takes it."""
-        return Member(linear_weight(self.quantized_weight), self.bias)
+        return Member(self.linear_weight(), self.bias)
+
+    def linear_weight(self) -> LinearWeight:
+        """The weight as the linear operations take it; made once for as long as its parts stay where they are."""
+        where = tuple(part.data_ptr() for name, part in self._parameters.items() if part is not None and name != "bias")
+        if self._held is None or self._held[0] != where:
+            self._held = where, linear_weight(self.quantized_weight)
+        return self._held[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes: all but addresses."""
+        return self.__dict__ | {"_held": None}
 
     def fused_weight(self) -> Tensor:
         """The dequantized weight, (d_out, d_in) float32."""
@@ -83,10 +95,15 @@ def _can_join(layer: nn.Module) -> bool:
 
 def quantized_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """x (..., d_in) → (..., d_out) through a quantized weight (d_out, d_in); gradient reaches x and bias only."""
+    return linear(x, Member(linear_weight(weight), bias))
+
+
+def linear(x: Tensor, member: Member) -> Tensor:
+    """x (..., d_in) → (..., d_out) through one layer, in autocast's dtype where autocast is on."""
     x = in_compute_dtype(x)
-    if x.shape[-1:] != weight.shape[1:]:
-        raise InputError(f"the input has shape {tuple(x.shape)} but the layer takes (..., {weight.shape[1]})")
-    return adapted_linears(x, [Member(linear_weight(weight), bias)])[0]
+    if x.shape[-1:] != member.weight.shape[1:]:
+        raise InputError(f"the input has shape {tuple(x.shape)} but the layer takes (..., {member.weight.shape[1]})")
+    return adapted_linears(x, [member])[0]
 
 
 def in_compute_dtype(x: Tensor) -> Tensor:
