@@ -4,6 +4,8 @@
 // Letters: M tokens, I inner, O rows of a weight, r rank. The factors' products u = x·Aᵀ and v = g·(scale·B) of all members
 // lie side by side in one matrix (M, R), each from a whole strip of 16 columns on. As an inner dimension they are read in
 // steps of 32: what is read of a neighbour meets the zeros that follow a factor.
+#include "adapted/adapted.h"
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -16,31 +18,6 @@
 #include "matmul/sum.h"
 
 namespace entrenar {
-
-// One layer. A (r, I) and B (O, r) are dense or, for rank 0, absent.
-struct MemberView {
-    SourceView weight, a, b;
-    const void* bias;  // (O,) bfloat16 or null
-    int64_t bias_bytes;
-    void* y;           // forward: the result (M, O); backward: its gradient; bfloat16
-    int64_t y_bytes;
-    void* da;          // (r, I) float32
-    int64_t da_bytes;
-    void* db;          // (O, r) float32
-    int64_t db_bytes;
-    int64_t rank;
-    float scale;
-    int32_t unused;
-};
-
-struct GroupView {
-    const void* x;  // (M, I) bfloat16
-    int64_t x_bytes;
-    void* dx;       // (M, I) bfloat16, or null where nobody wants it
-    int64_t dx_bytes;
-    int64_t tokens, inner, count;
-    const MemberView* members;
-};
 
 namespace {
 
@@ -96,7 +73,7 @@ int read_group(bool reads_x, Group* group) {
 }
 
 Sum into(int64_t rows, int64_t columns, void* data, int64_t stride, int dtype, float alpha = 1.0f) {
-    return {rows, columns, {}, {data, stride, dtype, false, rows, {}}, alpha, nullptr};
+    return {rows, columns, {}, {data, stride, dtype, false, rows, {}}, alpha, nullptr, nullptr};
 }
 
 // u (M, R): x·Aᵀ of all members in one product, which reads x once.
@@ -124,6 +101,7 @@ int forward(const Group& group) {
         const int64_t rows = member.view->weight.rows;
         Sum sum = into(group.view.tokens, rows, member.view->y, rows, kBfloat16);
         sum.bias = static_cast<const uint16_t*>(member.view->bias);
+        sum.residual = static_cast<const uint16_t*>(group.view.residual);
         sum.terms.push_back({x, group.view.inner, group.view.inner, true, &member.weight});
         if (member.view->rank > 0) sum.terms.push_back({u + member.offset, group.width, member.inner_rank(), true, &member.b});
         if (const int error = multiply_sum(group.kernel, sum, group.threads)) return error;
@@ -229,25 +207,35 @@ int check_gradients(const GroupView& view) {
 }
 
 }  // namespace
-}  // namespace entrenar
 
-// y = x·Wᵀ + bias + (x·Aᵀ)·(scale·B)ᵀ of every member.
-ENTRENAR_API int entrenar_adapted(const entrenar::GroupView* view, int threads) {
-    using namespace entrenar;
+int adapted_forward(const GroupView& view, int threads) {
     const MatmulKernel* kernel = matmul_kernel();
     if (kernel == nullptr) return kBadPath;
-    Group group{*view, *kernel, {}, 0, threads};
+    Group group{view, *kernel, {}, 0, threads};
     if (const int error = read_group(true, &group)) return error;
-    return view->tokens > 0 ? forward(group) : kOk;
+    if (view.residual != nullptr) {
+        if (view.count != 1) return kBadArgument;
+        const int64_t elements = view.tokens * view.members[0].weight.rows;  // y's size, which was checked
+        if (const int error = check_buffer(view.residual, view.residual_bytes, elements, 2)) return error;
+    }
+    return view.tokens > 0 ? forward(group) : kOk;
 }
 
-// dx, and dA and dB of every member with a rank, from the gradients of the results.
-ENTRENAR_API int entrenar_adapted_backward(const entrenar::GroupView* view, int threads) {
-    using namespace entrenar;
+int adapted_backward(const GroupView& view, int threads) {
     const MatmulKernel* kernel = matmul_kernel();
     if (kernel == nullptr) return kBadPath;
-    Group group{*view, *kernel, {}, 0, threads};
+    Group group{view, *kernel, {}, 0, threads};
     if (const int error = read_group(false, &group)) return error;
-    if (const int error = check_gradients(*view)) return error;
+    if (const int error = check_gradients(view)) return error;
     return backward(group);
+}
+
+}  // namespace entrenar
+
+ENTRENAR_API int entrenar_adapted(const entrenar::GroupView* view, int threads) {
+    return entrenar::adapted_forward(*view, threads);
+}
+
+ENTRENAR_API int entrenar_adapted_backward(const entrenar::GroupView* view, int threads) {
+    return entrenar::adapted_backward(*view, threads);
 }

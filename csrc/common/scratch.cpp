@@ -21,7 +21,7 @@ struct Buffer {
 }  // namespace
 
 char* thread_scratch(int64_t bytes, Scratch kind) {
-    thread_local Buffer buffers[2];
+    thread_local Buffer buffers[3];
     Buffer& scratch = buffers[static_cast<int>(kind)];
     if (scratch.bytes >= bytes && scratch.data != nullptr) return scratch.data;
     std::free(scratch.data);

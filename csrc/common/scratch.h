@@ -5,8 +5,8 @@
 
 namespace entrenar {
 
-// `call` is for one whole operation, `work` for a thread's part in it.
-enum class Scratch { work, call };
+// `work` is for a thread's part in an operation, `call` for the whole of one, `block` for one made of several.
+enum class Scratch { work, call, block };
 
 // At least `bytes` bytes, aligned to 64, valid until this thread's next request of the same kind; null if there is no
 // memory.

@@ -39,7 +39,8 @@ struct Elementwise {
     void (*prepare_weight)(const void* weight, int weight_dtype, int64_t columns, float offset, int dtype,
                            float* prepared);
     void (*rms_norm)(const RmsNormRows& rows, const float* weight, void* out);
-    void (*rms_norm_backward)(const RmsNormRows& rows, const float* weight, const void* grad, void* dx);
+    // `added` (rows, columns), if not null, is added to dx before it is rounded.
+    void (*rms_norm_backward)(const RmsNormRows& rows, const float* weight, const void* grad, const void* added, void* dx);
     // 1 / √(mean(x²) + eps) of each row.
     void (*reciprocal_norms)(const RmsNormRows& rows, float* out);
     // Σ over rows of grad · x · reciprocal, for up to kPanelColumns columns from `begin` on.

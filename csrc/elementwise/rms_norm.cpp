@@ -68,16 +68,21 @@ ENTRENAR_API int entrenar_rms_norm(const void* x, int64_t x_bytes, const void* w
     return kOk;
 }
 
-// grad, x, dx: (rows, columns) of dtype; weight: (columns,) of weight_dtype.
+// grad, x, dx: (rows, columns) of dtype, and `added`, which may be null, is added to dx; weight: (columns,) of
+// weight_dtype.
 ENTRENAR_API int entrenar_rms_norm_backward(const void* grad, int64_t grad_bytes, const void* x, int64_t x_bytes,
-                                            const void* weight, int64_t weight_bytes, void* dx, int64_t dx_bytes,
-                                            int64_t rows, int64_t columns, float eps, float offset, int dtype,
-                                            int weight_dtype, int threads) {
+                                            const void* weight, int64_t weight_bytes, const void* added,
+                                            int64_t added_bytes, void* dx, int64_t dx_bytes, int64_t rows,
+                                            int64_t columns, float eps, float offset, int dtype, int weight_dtype,
+                                            int threads) {
     using namespace entrenar;
     const Matrix matrix{rows, columns, dtype};
     if (const int error = check_matrix(matrix, grad, grad_bytes)) return error;
     if (const int error = check_matrix(matrix, x, x_bytes)) return error;
     if (const int error = check_matrix(matrix, dx, dx_bytes)) return error;
+    if (added != nullptr) {
+        if (const int error = check_matrix(matrix, added, added_bytes)) return error;
+    }
     if (const int error = check_weight(weight, weight_bytes, columns, weight_dtype)) return error;
     if (columns == 0) return kOk;  // however many rows
     const float* floats = prepared(matrix, weight, weight_dtype, offset);
@@ -86,7 +91,8 @@ ENTRENAR_API int entrenar_rms_norm_backward(const void* grad, int64_t grad_bytes
     parallel_for(rows, matrix.grain(), threads, [&](int64_t begin, int64_t end) {
         const int64_t at = begin * matrix.bytes();
         kernel.rms_norm_backward(rows_from(matrix, x, begin, end, eps), floats,
-                                 static_cast<const char*>(grad) + at, static_cast<char*>(dx) + at);
+                                 static_cast<const char*>(grad) + at, added ? static_cast<const char*>(added) + at : nullptr,
+                                 static_cast<char*>(dx) + at);
     });
     return kOk;
 }

@@ -75,26 +75,31 @@ inline Sums sums_of(const void* const* in, const float* weight, int64_t columns)
     return {sum(squares.a + squares.b), sum(products.a + products.b)};
 }
 
+// kIn is 3 where a third row is added to the result.
+template <int kDtype, int kIn>
+void project_row(const void* const* in, const float* weight, const RmsNormRows& rows, void* dx) {
+    const Sums sums = sums_of<kDtype>(in, weight, rows.columns);
+    const float r = reciprocal_norm(sums.squares, rows);
+    const float pull = r * r * r * (sums.products / static_cast<float>(rows.columns));
+    map_pairs<kDtype, kIn, 1>(in, &dx, rows.columns, 0.0f, [=](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
+        const Pair w = load_floats(weight + at), &x = from[0], &g = from[1];
+        made[0] = {g.a * w.a * r - x.a * pull, g.b * w.b * r - x.b * pull};
+        if constexpr (kIn == 3) made[0] = {made[0].a + from[2].a, made[0].b + from[2].b};
+    });
+}
+
 template <int kDtype>
-void backward_rows(const RmsNormRows& rows, const float* weight, const void* grad, void* dx) {
+void backward_rows(const RmsNormRows& rows, const float* weight, const void* grad, const void* added, void* dx) {
     const int64_t stride = rows.columns * kBytes<kDtype>;
+    const auto at = [stride](const void* from, int64_t row) { return static_cast<const char*>(from) + row * stride; };
     for (int64_t row = 0; row < rows.rows; ++row) {
-        const void* const in[] = {static_cast<const char*>(rows.x) + row * stride,
-                                  static_cast<const char*>(grad) + row * stride};
-        const Sums sums = sums_of<kDtype>(in, weight, rows.columns);
-        const float r = reciprocal_norm(sums.squares, rows);
-        const float pull = r * r * r * (sums.products / static_cast<float>(rows.columns));
-        void* const to[] = {static_cast<char*>(dx) + row * stride};
-        const auto project = [=](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
-            const Pair w = load_floats(weight + at), &x = from[0], &g = from[1];
-            made[0] = {g.a * w.a * r - x.a * pull, g.b * w.b * r - x.b * pull};
-        };
-        map_pairs<kDtype, 2, 1>(in, to, rows.columns, 0.0f, project);
+        const void* const in[] = {at(rows.x, row), at(grad, row), added ? at(added, row) : nullptr};
+        (added ? project_row<kDtype, 3> : project_row<kDtype, 2>)(in, weight, rows, static_cast<char*>(dx) + row * stride);
     }
 }
 
-void rms_norm_backward(const RmsNormRows& rows, const float* weight, const void* grad, void* dx) {
-    ENTRENAR_FOR_DTYPE(rows.dtype, backward_rows, rows, weight, grad, dx);
+void rms_norm_backward(const RmsNormRows& rows, const float* weight, const void* grad, const void* added, void* dx) {
+    ENTRENAR_FOR_DTYPE(rows.dtype, backward_rows, rows, weight, grad, added, dx);
 }
 
 template <int kDtype>

@@ -47,7 +47,7 @@ ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const v
         if (const int error = check_buffer(bias, bias_bytes, columns, 2)) return error;
     }
     std::vector<Source> sources(static_cast<size_t>(std::max<int64_t>(count, 0)));
-    Sum sum{rows, columns, {}, {out, columns, out_dtype, false, rows, {}}, alpha, static_cast<const uint16_t*>(bias)};
+    Sum sum{rows, columns, {}, {out, columns, out_dtype, false, rows, {}}, alpha, static_cast<const uint16_t*>(bias), nullptr};
     for (int64_t i = 0; i < count; ++i) {
         const TermView& view = terms[i];
         int64_t reach = 0;

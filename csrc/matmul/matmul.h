@@ -40,8 +40,9 @@ struct MatmulKernel {
     // Two rows of `groups` · 32 elements → a pair of every strip; groups lie `group_elements` apart.
     void (*pack_pairs)(const uint16_t* first, const uint16_t* second, int64_t groups, int64_t group_elements,
                        uint16_t* pair);
-    // out[i] = alpha · c[i] + bias[i] as bfloat16; bias may be null.
-    void (*store_bf16)(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out);
+    // out[i] = alpha · c[i] + bias[i] + residual[i] as bfloat16; bias and residual may be null.
+    void (*store_bf16)(const float* c, float alpha, const uint16_t* bias, const uint16_t* residual, int64_t count,
+                       uint16_t* out);
 };
 
 extern const MatmulKernel matmul_amx, matmul_avx512bf16;
@@ -53,6 +54,7 @@ const MatmulKernel* matmul_kernel();
 void pack_transposed_avx512bf16(const uint16_t* rows, int64_t stride, uint16_t* strip);
 void pack_pairs_avx512bf16(const uint16_t* first, const uint16_t* second, int64_t groups, int64_t group_elements,
                            uint16_t* pair);
-void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out);
+void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, const uint16_t* residual, int64_t count,
+                           uint16_t* out);
 
 }  // namespace entrenar

@@ -107,14 +107,22 @@ void pack_pairs_avx512bf16(const uint16_t* first, const uint16_t* second, int64_
     }
 }
 
-void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, int64_t count, uint16_t* out) {
+namespace {
+
+inline __m512 widened(const uint16_t* from, __mmask16 mask) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+}  // namespace
+
+void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, const uint16_t* residual, int64_t count,
+                           uint16_t* out) {
     for (int64_t i = 0; i < count; i += 16) {
         const auto mask = static_cast<__mmask16>(count - i < 16 ? (1u << (count - i)) - 1 : 0xFFFFu);
         __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, c + i), _mm512_set1_ps(alpha));
-        if (bias != nullptr) {
-            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias + i));
-            values = _mm512_add_ps(values, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
-        }
+        if (bias != nullptr) values = _mm512_add_ps(values, widened(bias + i, mask));
+        if (residual != nullptr) values = _mm512_add_ps(values, widened(residual + i, mask));
         _mm256_mask_storeu_epi16(out + i, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
     }
 }

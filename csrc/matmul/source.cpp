@@ -21,7 +21,7 @@ void decode_dense(const SourceView& view, int64_t row, int64_t column, int64_t c
     }
     const MatmulKernel* kernel = matmul_kernel();
     if (view.dtype == kFloat32 && kernel != nullptr) {
-        kernel->store_bf16(static_cast<const float*>(view.data) + first, view.scale, nullptr, count, out);
+        kernel->store_bf16(static_cast<const float*>(view.data) + first, view.scale, nullptr, nullptr, count, out);
         return;
     }
     for (int64_t i = 0; i < count; ++i) {

@@ -120,7 +120,7 @@ void store(const MatmulKernel& kernel, const Sum& sum, const float* c, int64_t p
     for (int64_t r = 0; r < rows; ++r, c += pitch) {
         const int64_t at = (row + r) * sum.out.stride + column;
         if (sum.out.dtype == kBfloat16) {
-            kernel.store_bf16(c, sum.alpha, bias, columns, static_cast<uint16_t*>(sum.out.data) + at);
+            kernel.store_bf16(c, sum.alpha, bias, sum.residual ? sum.residual + at : nullptr, columns, static_cast<uint16_t*>(sum.out.data) + at);
             continue;
         }
         float* out = static_cast<float*>(sum.out.data) + at;

@@ -33,10 +33,11 @@ struct Sum {
     std::vector<Term> terms;
     Output out;
     float alpha;
-    const uint16_t* bias;  // (columns,) or null; not for a transposed output
+    const uint16_t* bias;      // (columns,) or null; not for a transposed output
+    const uint16_t* residual;  // laid out as the bfloat16 output it is added to, or null
 };
 
-// out = alpha · Σ A·op(B) + bias.
+// out = alpha · Σ A·op(B) + bias + residual.
 int multiply_sum(const MatmulKernel& kernel, const Sum& sum, int threads);
 
 // A stretch of a term's inner dimension, a whole number of steps but for the term's end.

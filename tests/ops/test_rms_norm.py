@@ -168,7 +168,7 @@ def test_a_weight_of_another_size_is_refused() -> None:
 
 
 FORWARD = native.Function("entrenar_rms_norm", "bbbnnffiii")
-BACKWARD = native.Function("entrenar_rms_norm_backward", "bbbbnnffiii")
+BACKWARD = native.Function("entrenar_rms_norm_backward", "bbbbbnnffiii")
 WEIGHT = native.Function("entrenar_rms_norm_backward_weight", "bbbnnfiii")
 
 
@@ -180,7 +180,7 @@ def test_no_kernel_writes_outside_its_buffers(path: str, columns: int, dtype: to
     (out, out_raw), (dweight, dweight_raw) = guarded(3 * columns, dtype), guarded(columns, dtype)
     with native.using(path):
         FORWARD(x, x[:columns], out, 3, columns, 1e-6, 0.0, number, number, 2)
-        BACKWARD(x, x, x[:columns], out, 3, columns, 1e-6, 0.0, number, number, 2)
+        BACKWARD(x, x, x[:columns], None, out, 3, columns, 1e-6, 0.0, number, number, 2)
         WEIGHT(x, x, dweight, 3, columns, 1e-6, number, number, 2)
     assert_guard(out_raw)
     assert_guard(dweight_raw)
@@ -192,7 +192,7 @@ def test_sizes_beyond_the_buffers_are_errors(rows: int, columns: int) -> None:
     x, weight = torch.zeros(8, 8), torch.zeros(8)
     for call in (
         lambda: FORWARD(x, weight, x, rows, columns, 1e-6, 0.0, 0, 0, 2),
-        lambda: BACKWARD(x, x, weight, x, rows, columns, 1e-6, 0.0, 0, 0, 2),
+        lambda: BACKWARD(x, x, weight, None, x, rows, columns, 1e-6, 0.0, 0, 0, 2),
         lambda: WEIGHT(x, x, weight, rows, columns, 1e-6, 0, 0, 2),
     ):
         with pytest.raises(InputError, match="refused its arguments"):

@@ -4,6 +4,7 @@ Letters: B tokens, O out_features, I in_features, r rank.
 """
 
 import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +47,11 @@ Factors = list[tuple[Tensor | None, Tensor | None]]
 
 def forward_native(tokens: Tensor, members: list[Member]) -> list[Tensor]:
     """tokens (B, I) bfloat16 → every member's (B, O)."""
-    call = _Call(tokens, (tokens.shape[0], tokens.shape[1]), None, len(members))
-    outputs = []
-    for index, member in enumerate(members):
-        y = tokens.new_empty(len(tokens), member.weight.shape[0])
-        call.add(index, member, y)
-        if member.bias is not None:
-            call.add_bias(index, member.bias.detach().to(y.dtype).contiguous())
-        outputs.append(y)
-    call.run(_forward)
+    views = MemberViews(members)
+    outputs = [tokens.new_empty(len(tokens), member.weight.shape[0]) for member in members]
+    for index, y in enumerate(outputs):
+        views.place(index, y)
+    _run(_forward, tokens, (tokens.shape[0], tokens.shape[1]), None, views)
     return outputs
 
 
@@ -62,29 +59,16 @@ def backward_native(tokens: Tensor | None, used: list[Used], wants_x: bool) -> t
     """The gradient of tokens (B, I), if wanted, and of every factor; tokens may be None where there are no factors."""
     grad, inner = used[0].grad, used[0].member.weight.shape[1]
     dx = grad.new_empty(len(grad), inner) if wants_x else None
-    call = _Call(tokens, (len(grad), inner), dx, len(used))
-    found: Factors = []
+    views = MemberViews([one.member for one in used])
     for index, one in enumerate(used):
-        call.add(index, one.member, one.grad)
-        if one.factors is None:
-            found.append((None, None))
-            continue
-        a, b = (torch.empty(factor.shape, dtype=torch.float32) for factor in one.factors)
-        call.add_gradients(index, a, b)
-        found.append((a, b))
-    call.run(_backward)
-    return dx, [_in_dtype_of(one, each) for one, each in zip(used, found, strict=True)]
+        views.place(index, one.grad)
+    gradients = views.add_gradients()
+    _run(_backward, tokens, (len(grad), inner), dx, views)
+    return dx, gradients()
 
 
-def _in_dtype_of(one: Used, gradients: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    da, db = gradients
-    if one.factors is None or da is None or db is None:
-        return None, None
-    return da.to(one.factors[0].dtype), db.to(one.factors[1].dtype)
-
-
-class _MemberView(ctypes.Structure):
-    """csrc/adapted/adapted.cpp's MemberView."""
+class MemberView(ctypes.Structure):
+    """csrc/adapted/adapted.h's MemberView."""
 
     _fields_ = (
         ("weight", Source), ("a", Source), ("b", Source), ("bias", ctypes.c_void_p), ("bias_bytes", ctypes.c_int64),
@@ -95,11 +79,12 @@ class _MemberView(ctypes.Structure):
 
 
 class _GroupView(ctypes.Structure):
-    """csrc/adapted/adapted.cpp's GroupView."""
+    """csrc/adapted/adapted.h's GroupView."""
 
     _fields_ = (
         ("x", ctypes.c_void_p), ("x_bytes", ctypes.c_int64), ("dx", ctypes.c_void_p), ("dx_bytes", ctypes.c_int64),
-        ("tokens", ctypes.c_int64), ("inner", ctypes.c_int64), ("count", ctypes.c_int64), ("members", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p), ("residual_bytes", ctypes.c_int64), ("tokens", ctypes.c_int64),
+        ("inner", ctypes.c_int64), ("count", ctypes.c_int64), ("members", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -107,41 +92,61 @@ _forward = native.Function("entrenar_adapted", "pi")
 _backward = native.Function("entrenar_adapted_backward", "pi")
 
 
-class _Call:
-    """One native call over a group, and the tensors that its views point into."""
+def _run(
+    function: native.Function, tokens: Tensor | None, shape: tuple[int, int], dx: Tensor | None, views: "MemberViews"
+) -> None:
+    group = _GroupView(
+        *native.buffer(tokens), *native.buffer(dx), None, 0, *shape, len(views.array), ctypes.addressof(views.array)
+    )
+    function(ctypes.addressof(group), native.threads())
 
-    def __init__(self, tokens: Tensor | None, shape: tuple[int, int], dx: Tensor | None, count: int) -> None:
-        self._members = (_MemberView * count)()
-        self._held: list[object] = [tokens, dx]
-        x, members = native.buffer(tokens), ctypes.addressof(self._members)
-        self._group = _GroupView(*x, *native.buffer(dx), *shape, count, members)
 
-    def add(self, index: int, member: Member, y: Tensor) -> None:
-        """Fill in a member: `y` is its result, or in a backward its gradient."""
-        view, weight = self._members[index], member.weight.source()
+class MemberViews:
+    """An array of C views of members, and the tensors that they point into."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.array = (MemberView * len(members))()
+        self._members = members
+        self._held: list[object] = []
+        for view, member in zip(self.array, members, strict=True):
+            self._fill(view, member)
+
+    def _fill(self, view: MemberView, member: Member) -> None:
+        weight = member.weight.source()
         view.weight = weight.view
-        view.y, view.y_bytes = native.buffer(y)
-        self._held += [weight, y]
+        self._held.append(weight)
+        if member.bias is not None:
+            bias = member.bias.detach().to(torch.bfloat16).contiguous()
+            view.bias, view.bias_bytes = native.buffer(bias)
+            self._held.append(bias)
         if member.a is not None and member.b is not None:
             a, b = dense_weight(_usable(member.a)), dense_weight(_usable(member.b))
             view.a, view.b, view.rank, view.scale = a.view, b.view, len(member.a), member.scale
             self._held += [a, b]
 
-    def add_bias(self, index: int, bias: Tensor) -> None:
-        """A bias (O,) bfloat16."""
-        self._members[index].bias, self._members[index].bias_bytes = native.buffer(bias)
-        self._held.append(bias)
+    def place(self, index: int, y: Tensor) -> None:
+        """Where a member's result goes, or in a backward where its gradient is."""
+        self.array[index].y, self.array[index].y_bytes = native.buffer(y)
+        self._held.append(y)
 
-    def add_gradients(self, index: int, da: Tensor, db: Tensor) -> None:
-        """Where the factors' gradients go: (r, I) and (O, r) float32."""
-        view = self._members[index]
-        view.da, view.da_bytes = native.buffer(da)
-        view.db, view.db_bytes = native.buffer(db)
-        self._held += [da, db]
+    def add_gradients(self) -> Callable[[], Factors]:
+        """Make room for the factors' gradients; what comes back gives them, in the factors' dtypes, after the call."""
+        rooms: list[tuple[Tensor, Tensor] | None] = []
+        for view, member in zip(self.array, self._members, strict=True):
+            if member.a is None or member.b is None:
+                rooms.append(None)
+                continue
+            da, db = (torch.empty(factor.shape, dtype=torch.float32) for factor in (member.a, member.b))
+            view.da, view.da_bytes = native.buffer(da)
+            view.db, view.db_bytes = native.buffer(db)
+            rooms.append((da, db))
+        return lambda: [_in_dtype_of(member, room) for member, room in zip(self._members, rooms, strict=True)]
 
-    def run(self, function: native.Function) -> None:
-        """Call it."""
-        function(ctypes.addressof(self._group), native.threads())
+
+def _in_dtype_of(member: Member, room: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    if room is None or member.a is None or member.b is None:
+        return None, None
+    return room[0].to(member.a.dtype), room[1].to(member.b.dtype)
 
 
 def _usable(factor: Tensor) -> Tensor:

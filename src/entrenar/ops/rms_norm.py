@@ -16,7 +16,7 @@ from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
 _forward = native.Function("entrenar_rms_norm", "bbbnnffiii")
-_backward = native.Function("entrenar_rms_norm_backward", "bbbbnnffiii")
+_backward = native.Function("entrenar_rms_norm_backward", "bbbbbnnffiii")
 _weight = native.Function("entrenar_rms_norm_backward_weight", "bbbnnfiii")
 
 
@@ -67,7 +67,7 @@ def _native(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 def _backward_native(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     _backward(
-        grad.contiguous(), x.contiguous(), weight.contiguous(), dx,
+        grad.contiguous(), x.contiguous(), weight.contiguous(), None, dx,
         *_rows(x), eps, offset, *_dtypes(x, weight), native.threads(),
     )  # fmt: skip
     return dx

@@ -1,0 +1,250 @@
+// h + output(attention(rotate(q(x)), rotate(k(x)), v(x))), x = norm(h), as a residual block; q and k may have norms of
+// their own over each head (Qwen 3), and may not be rotated (SmolLM 3's every fourth layer).
+#include <utility>
+
+#include "attention/attention.h"
+
+#include "block/block.h"
+#include "common/errors.h"
+#include "common/floats.h"
+#include "common/sizes.h"
+
+extern "C" {
+int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos, int64_t cos_bytes, const void* sin, int64_t sin_bytes,
+                    void* out, int64_t out_bytes, int64_t batch, int64_t tokens, int64_t heads, int64_t width,
+                    int64_t rotated, int64_t batch_stride, int64_t token_stride, int64_t head_stride, int64_t cos_batches,
+                    int dtype, int cos_dtype, int transpose, int threads);
+int entrenar_attention(const entrenar::AttentionView* view, void* out, int64_t out_bytes, void* lse, int64_t lse_bytes,
+                       int threads);
+int entrenar_attention_backward(const entrenar::AttentionView* view, const void* out, int64_t out_bytes, const void* grad,
+                                int64_t grad_bytes, const void* lse, int64_t lse_bytes, void* dq, int64_t dq_bytes, void* dk,
+                                int64_t dk_bytes, void* dv, int64_t dv_bytes, int threads);
+}
+
+namespace entrenar {
+
+// Forward: `out` is the result, and what of x, q, k, v, o and lse has a buffer is kept there for the backward. Backward:
+// `out` is the gradient of the result, `dh` that of h; what was not kept is made again. q and k are kept rotated, or, where
+// they have norms, as they came from their layers.
+struct AttentionBlockView {
+    int64_t batch, tokens, hidden, heads, kv_heads, width;
+    NormView norm, q_norm, k_norm;
+    BufferView h, x, q, k, v, o, lse, out, dh;  // lse (B, H, T) float32
+    BufferView cos, sin;                        // (rotary_batches, T, rotated) of rotary_dtype; null: no rotation
+    int64_t rotary_batches, rotated;
+    BufferView starts;                          // (B, T) int32, or null
+    MemberView members[4];                      // q, k, v, output
+    float scale;
+    int32_t rotary_dtype;
+};
+
+namespace {
+
+struct Sizes {
+    int64_t rows, hidden, queries, keys;  // M, and elements of h, of q, of k
+
+    explicit Sizes(const AttentionBlockView& view)
+        : rows(view.batch * view.tokens),
+          hidden(rows * view.hidden),
+          queries(rows * view.heads * view.width),
+          keys(rows * view.kv_heads * view.width) {}
+};
+
+int check(const AttentionBlockView& view, bool backward) {
+    int64_t rows = 0, elements = 0;
+    if (!multiply(view.batch, view.tokens, &rows) || !multiply(rows, view.hidden, &elements)) return kBadSize;
+    if ((view.q_norm.weight == nullptr) != (view.k_norm.weight == nullptr)) return kBadArgument;
+    if (view.heads <= 0 || view.kv_heads <= 0 || view.width <= 0) return kBadSize;
+    if (view.heads > (1 << 20) || view.width > (1 << 20) || !multiply(rows, view.heads * view.width, &elements)) return kBadSize;
+    const int64_t queries = view.heads * view.width, keys = view.kv_heads * view.width;
+    const int64_t shapes[4][2] = {{queries, view.hidden}, {keys, view.hidden}, {keys, view.hidden}, {view.hidden, queries}};
+    for (int i = 0; i < 4; ++i) {
+        const SourceView& weight = view.members[i].weight;
+        if (weight.rows != shapes[i][0] || weight.columns != shapes[i][1]) return kBadArgument;
+    }
+    const Sizes sizes(view);
+    const struct {
+        const BufferView& buffer;
+        int64_t elements, bytes;
+        bool needed;
+    } buffers[] = {{view.h, sizes.hidden, 2, true},    {view.out, sizes.hidden, 2, true},  {view.dh, sizes.hidden, 2, backward},
+                   {view.x, sizes.hidden, 2, false},   {view.q, sizes.queries, 2, false},  {view.k, sizes.keys, 2, false},
+                   {view.v, sizes.keys, 2, false},     {view.o, sizes.queries, 2, false},
+                   {view.lse, rows * view.heads, 4, false}};
+    for (const auto& each : buffers) {
+        if (each.buffer.data == nullptr && !each.needed) continue;
+        if (const int error = check_buffer(each.buffer.data, each.buffer.bytes, each.elements, each.bytes)) return error;
+    }
+    return kOk;
+}
+
+struct Values {
+    uint16_t *x, *raw_q, *raw_k, *q, *k, *v, *o;
+    float* lse;
+};
+
+uint16_t* place(const BufferView& kept, int64_t elements, Pieces* pieces) {
+    return kept.data ? static_cast<uint16_t*>(kept.data) : pieces->take(elements);
+}
+
+HeadsView heads_of(const AttentionBlockView& view, const void* data, int64_t heads) {
+    const int64_t token = heads * view.width;
+    return {data, view.batch * view.tokens * token * 2, view.tokens * token, token, view.width};
+}
+
+AttentionView attention_of(const AttentionBlockView& view, const Values& values) {
+    return {view.batch, view.tokens, view.heads, view.kv_heads, view.width, view.starts.data, view.starts.bytes, view.scale, 0,
+            heads_of(view, values.q, view.heads), heads_of(view, values.k, view.kv_heads), heads_of(view, values.v, view.kv_heads)};
+}
+
+// from (B, T, heads, D) → to, turned by the angles of its position, or back.
+int rotate(const AttentionBlockView& view, const void* from, void* to, int64_t heads, bool back, int threads) {
+    const HeadsView in = heads_of(view, from, heads);
+    return entrenar_rotary(from, in.bytes, view.cos.data, view.cos.bytes, view.sin.data, view.sin.bytes, to, in.bytes,
+                           view.batch, view.tokens, heads, view.width, view.rotated, in.batch, in.token, in.head,
+                           view.rotary_batches, kBfloat16, view.rotary_dtype, back, threads);
+}
+
+// What a layer gave for q or k → what attention takes: norm, then rotation. `between` is room for the norm's result.
+int prepare(const AttentionBlockView& view, const NormView& norm, const uint16_t* raw, int64_t heads, uint16_t* between,
+            uint16_t* to, int threads) {
+    const int64_t rows = view.batch * view.tokens * heads;
+    const bool rotates = view.cos.data != nullptr;
+    if (norm.weight != nullptr) {
+        uint16_t* normed = rotates ? between : to;
+        if (const int error = norm_forward(norm, raw, rows, view.width, normed, threads)) return error;
+        raw = normed;
+    }
+    return rotates ? rotate(view, raw, to, heads, false, threads) : kOk;
+}
+
+bool has_norms(const AttentionBlockView& view) { return view.q_norm.weight != nullptr || view.k_norm.weight != nullptr; }
+bool changes(const AttentionBlockView& view) { return has_norms(view) || view.cos.data != nullptr; }
+
+struct Needs {
+    bool x, projections, attention;
+};
+
+// Make the values, as far as they are needed; `between` has room for q.
+int compute(const AttentionBlockView& view, const Values& values, const Needs& needs, uint16_t* between, int threads) {
+    const Sizes sizes(view);
+    if (needs.x) {
+        if (const int error = norm_forward(view.norm, view.h.data, sizes.rows, view.hidden, values.x, threads)) return error;
+    }
+    if (needs.projections) {
+        const MemberView members[3] = {member_at(view.members[0], values.raw_q, sizes.rows),
+                                       member_at(view.members[1], values.raw_k, sizes.rows),
+                                       member_at(view.members[2], values.v, sizes.rows)};
+        const GroupView group = group_of(values.x, nullptr, sizes.rows, view.hidden, members, 3);
+        if (const int error = adapted_forward(group, threads)) return error;
+    }
+    if (values.raw_q != values.q && (needs.projections || has_norms(view))) {
+        if (const int error = prepare(view, view.q_norm, values.raw_q, view.heads, between, values.q, threads)) return error;
+        if (const int error = prepare(view, view.k_norm, values.raw_k, view.kv_heads, between, values.k, threads)) return error;
+    }
+    if (!needs.attention) return kOk;
+    const AttentionView attention = attention_of(view, values);
+    return entrenar_attention(&attention, values.o, sizes.queries * 2, values.lse, sizes.rows * view.heads * 4, threads);
+}
+
+// Kept q and k are raw where they have norms, and what attention takes elsewhere.
+Values place_values(const AttentionBlockView& view, const Sizes& sizes, Pieces* pieces) {
+    Values values{};
+    values.x = place(view.x, sizes.hidden, pieces);
+    uint16_t *q = place(view.q, sizes.queries, pieces), *k = place(view.k, sizes.keys, pieces);
+    values.v = place(view.v, sizes.keys, pieces);
+    values.o = place(view.o, sizes.queries, pieces);
+    values.lse = reinterpret_cast<float*>(place(view.lse, sizes.rows * view.heads * 2, pieces));
+    uint16_t *other_q = changes(view) ? pieces->take(sizes.queries) : q, *other_k = changes(view) ? pieces->take(sizes.keys) : k;
+    values.raw_q = has_norms(view) ? q : other_q;
+    values.raw_k = has_norms(view) ? k : other_k;
+    values.q = has_norms(view) ? other_q : q;
+    values.k = has_norms(view) ? other_k : k;
+    return values;
+}
+
+void want_values(const AttentionBlockView& view, const Sizes& sizes, Pieces* pieces) {
+    pieces->want(sizes.hidden);
+    for (int i = 0; i < 3; ++i) pieces->want(sizes.queries);
+    for (int i = 0; i < 3; ++i) pieces->want(sizes.keys);
+    pieces->want(sizes.rows * view.heads * 2);
+}
+
+int forward(const AttentionBlockView& view, int threads) {
+    const Sizes sizes(view);
+    Pieces pieces;
+    want_values(view, sizes, &pieces);
+    pieces.want(sizes.queries);
+    if (!pieces.allocate()) return kNoMemory;
+    const Values values = place_values(view, sizes, &pieces);
+    if (const int error = compute(view, values, {true, true, true}, pieces.take(sizes.queries), threads)) return error;
+    const MemberView output = member_at(view.members[3], view.out.data, sizes.rows);
+    GroupView group = group_of(values.o, nullptr, sizes.rows, view.heads * view.width, &output, 1);
+    group.residual = view.h.data;
+    group.residual_bytes = sizes.hidden * 2;
+    return adapted_forward(group, threads);
+}
+
+// The gradient of what attention took → that of what the layer gave, in place of `grad`; `between` is room for as much.
+int prepare_backward(const AttentionBlockView& view, const NormView& norm, const uint16_t* raw, int64_t heads,
+                     uint16_t* between, uint16_t** grad, int threads) {
+    uint16_t* other = between;
+    if (view.cos.data != nullptr) {
+        if (const int error = rotate(view, *grad, other, heads, true, threads)) return error;
+        std::swap(*grad, other);
+    }
+    if (norm.weight == nullptr) return kOk;
+    const int64_t rows = view.batch * view.tokens * heads;
+    if (const int error = norm_backward(norm, *grad, raw, nullptr, rows, view.width, other, threads)) return error;
+    std::swap(*grad, other);
+    return kOk;
+}
+
+int backward(const AttentionBlockView& view, int threads) {
+    const Sizes sizes(view);
+    Pieces pieces;
+    want_values(view, sizes, &pieces);
+    pieces.want(sizes.hidden);
+    for (int i = 0; i < 3; ++i) pieces.want(sizes.queries);
+    for (int i = 0; i < 3; ++i) pieces.want(sizes.keys);
+    if (!pieces.allocate()) return kNoMemory;
+    const Values values = place_values(view, sizes, &pieces);
+    uint16_t *dx = pieces.take(sizes.hidden), *d_o = pieces.take(sizes.queries), *dq = pieces.take(sizes.queries);
+    uint16_t *dk = pieces.take(sizes.keys), *dv = pieces.take(sizes.keys), *between_k = pieces.take(sizes.keys);
+    uint16_t* between = pieces.take(sizes.queries);
+    const bool projections = view.q.data == nullptr || view.k.data == nullptr || view.v.data == nullptr;
+    const bool attention = view.o.data == nullptr || view.lse.data == nullptr;
+    if (const int error = compute(view, values, {view.x.data == nullptr, projections, attention}, between, threads)) return error;
+    const MemberView output = member_at(view.members[3], view.out.data, sizes.rows);
+    const GroupView last = group_of(values.o, d_o, sizes.rows, view.heads * view.width, &output, 1);
+    if (const int error = adapted_backward(last, threads)) return error;
+    const AttentionView inner = attention_of(view, values);
+    if (const int error = entrenar_attention_backward(&inner, values.o, sizes.queries * 2, d_o, sizes.queries * 2, values.lse,
+                                                      sizes.rows * view.heads * 4, dq, sizes.queries * 2, dk, sizes.keys * 2, dv,
+                                                      sizes.keys * 2, threads)) {
+        return error;
+    }
+    if (const int error = prepare_backward(view, view.q_norm, values.raw_q, view.heads, between, &dq, threads)) return error;
+    if (const int error = prepare_backward(view, view.k_norm, values.raw_k, view.kv_heads, between_k, &dk, threads)) return error;
+    const MemberView members[3] = {member_at(view.members[0], dq, sizes.rows), member_at(view.members[1], dk, sizes.rows),
+                                   member_at(view.members[2], dv, sizes.rows)};
+    if (const int error = adapted_backward(group_of(values.x, dx, sizes.rows, view.hidden, members, 3), threads)) return error;
+    return norm_backward(view.norm, dx, view.h.data, view.out.data, sizes.rows, view.hidden, view.dh.data, threads);
+}
+
+}  // namespace
+}  // namespace entrenar
+
+ENTRENAR_API int entrenar_attention_block(const entrenar::AttentionBlockView* view, int threads) {
+    using namespace entrenar;
+    if (matmul_kernel() == nullptr) return kBadPath;
+    if (const int error = check(*view, false)) return error;
+    return view->batch * view->tokens > 0 ? forward(*view, threads) : kOk;
+}
+
+ENTRENAR_API int entrenar_attention_block_backward(const entrenar::AttentionBlockView* view, int threads) {
+    using namespace entrenar;
+    if (matmul_kernel() == nullptr) return kBadPath;
+    if (const int error = check(*view, true)) return error;
+    return view->batch * view->tokens > 0 ? backward(*view, threads) : kOk;
+}

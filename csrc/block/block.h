@@ -1,0 +1,51 @@
+// The two residual blocks of a decoder layer, h + f(norm(h)), whole: forward and backward are one call each.
+//
+// Letters: B rows of a batch, T tokens, M = B·T, C hidden size, H heads, G key-value heads, D width of a head, I inner
+// size of the MLP. All tensors are bfloat16 and contiguous but where something else is said.
+#pragma once
+
+#include <cstdint>
+
+#include "adapted/adapted.h"
+
+namespace entrenar {
+
+struct BufferView {
+    void* data;  // null: not there
+    int64_t bytes;
+};
+
+// An RMS norm's weight, (columns,) of `dtype`; data null where there is no norm.
+struct NormView {
+    const void* weight;
+    int64_t bytes;
+    int32_t dtype;
+    float eps, offset;
+    int32_t unused;
+};
+
+// x → norm(x), rows of `columns`.
+int norm_forward(const NormView& norm, const void* x, int64_t rows, int64_t columns, void* out, int threads);
+// dx = added + the norm's gradient for x; `added` may be null.
+int norm_backward(const NormView& norm, const void* grad, const void* x, const void* added, int64_t rows, int64_t columns,
+                  void* dx, int threads);
+
+// A member whose result, or its gradient, is at `y`.
+MemberView member_at(const MemberView& member, void* y, int64_t tokens);
+GroupView group_of(const void* x, void* dx, int64_t tokens, int64_t inner, const MemberView* members, int64_t count);
+
+// Pieces of one scratch, 64 bytes apart.
+class Pieces {
+public:
+    // The whole is what the pieces asked for so far; take() then returns them in the same order.
+    void want(int64_t elements) { bytes_ += padded(elements); }
+    bool allocate();
+    uint16_t* take(int64_t elements);
+
+private:
+    static int64_t padded(int64_t elements) { return (elements * 2 + 63) / 64 * 64; }
+    int64_t bytes_ = 0;
+    char* next_ = nullptr;
+};
+
+}  // namespace entrenar

@@ -1,0 +1,136 @@
+// h + down(act(gate(x)) · up(x)), x = norm(h): SwiGLU and its kin (Shazeer 2020) as a residual block.
+#include "block/block.h"
+#include "common/errors.h"
+#include "common/floats.h"
+#include "common/sizes.h"
+
+extern "C" {
+int entrenar_gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* out,
+                              int64_t out_bytes, int64_t count, int kind, int dtype, int threads);
+int entrenar_gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate, int64_t gate_bytes,
+                                       const void* up, int64_t up_bytes, void* dgate, int64_t dgate_bytes, void* dup,
+                                       int64_t dup_bytes, int64_t count, int kind, int dtype, int threads);
+}
+
+namespace entrenar {
+
+// Forward: `out` is the result, and what of x, gate, up and product has a buffer is kept there for the backward. Backward:
+// `out` is the gradient of the result, `dh` that of h; what was not kept is made again.
+struct MlpBlockView {
+    int64_t tokens, hidden, inner;
+    NormView norm;
+    BufferView h, x, gate, up, product, out, dh;
+    MemberView members[3];  // gate, up, down
+    int32_t activation, unused;
+};
+
+namespace {
+
+int check(const MlpBlockView& view, bool backward) {
+    int64_t wide = 0, narrow = 0;
+    if (!multiply(view.tokens, view.hidden, &narrow) || !multiply(view.tokens, view.inner, &wide)) return kBadSize;
+    const MemberView *gate = &view.members[0], *up = &view.members[1], *down = &view.members[2];
+    const bool fits = gate->weight.rows == view.inner && up->weight.rows == view.inner && down->weight.rows == view.hidden &&
+                      gate->weight.columns == view.hidden && up->weight.columns == view.hidden &&
+                      down->weight.columns == view.inner;
+    if (!fits) return kBadArgument;
+    for (const BufferView* needed : {&view.h, &view.out, backward ? &view.dh : &view.out}) {
+        if (const int error = check_buffer(needed->data, needed->bytes, narrow, 2)) return error;
+    }
+    if (view.x.data != nullptr) {
+        if (const int error = check_buffer(view.x.data, view.x.bytes, narrow, 2)) return error;
+    }
+    for (const BufferView* kept : {&view.gate, &view.up, &view.product}) {
+        if (kept->data == nullptr) continue;
+        if (const int error = check_buffer(kept->data, kept->bytes, wide, 2)) return error;
+    }
+    return kOk;
+}
+
+// Where the values between are: the caller's buffers, or scratch.
+struct Values {
+    uint16_t *x, *gate, *up, *product;
+};
+
+struct Needs {
+    bool x, gates, product;
+};
+
+uint16_t* place(const BufferView& kept, int64_t elements, Pieces* pieces) {
+    return kept.data ? static_cast<uint16_t*>(kept.data) : pieces->take(elements);
+}
+
+// Make x, gate and up, product, as far as they are needed.
+int compute(const MlpBlockView& view, const Values& values, const Needs& needs, int threads) {
+    const int64_t wide = view.tokens * view.inner;
+    if (needs.x) {
+        if (const int error = norm_forward(view.norm, view.h.data, view.tokens, view.hidden, values.x, threads)) return error;
+    }
+    if (needs.gates) {
+        const MemberView members[2] = {member_at(view.members[0], values.gate, view.tokens),
+                                       member_at(view.members[1], values.up, view.tokens)};
+        const GroupView group = group_of(values.x, nullptr, view.tokens, view.hidden, members, 2);
+        if (const int error = adapted_forward(group, threads)) return error;
+    }
+    if (!needs.product) return kOk;
+    return entrenar_gated_activation(values.gate, wide * 2, values.up, wide * 2, values.product, wide * 2, wide,
+                                     view.activation, kBfloat16, threads);
+}
+
+int forward(const MlpBlockView& view, int threads) {
+    const int64_t narrow = view.tokens * view.hidden, wide = view.tokens * view.inner;
+    Pieces pieces;
+    pieces.want(narrow);
+    for (int i = 0; i < 3; ++i) pieces.want(wide);
+    if (!pieces.allocate()) return kNoMemory;
+    const Values values{place(view.x, narrow, &pieces), place(view.gate, wide, &pieces), place(view.up, wide, &pieces),
+                        place(view.product, wide, &pieces)};
+    if (const int error = compute(view, values, {true, true, true}, threads)) return error;
+    const MemberView down = member_at(view.members[2], view.out.data, view.tokens);
+    GroupView group = group_of(values.product, nullptr, view.tokens, view.inner, &down, 1);
+    group.residual = view.h.data;
+    group.residual_bytes = narrow * 2;
+    return adapted_forward(group, threads);
+}
+
+int backward(const MlpBlockView& view, int threads) {
+    const int64_t narrow = view.tokens * view.hidden, wide = view.tokens * view.inner;
+    Pieces pieces;
+    for (int i = 0; i < 2; ++i) pieces.want(narrow);
+    for (int i = 0; i < 6; ++i) pieces.want(wide);
+    if (!pieces.allocate()) return kNoMemory;
+    const Values values{place(view.x, narrow, &pieces), place(view.gate, wide, &pieces), place(view.up, wide, &pieces),
+                        place(view.product, wide, &pieces)};
+    uint16_t *dx = pieces.take(narrow), *dproduct = pieces.take(wide), *dgate = pieces.take(wide), *dup = pieces.take(wide);
+    const Needs needs{view.x.data == nullptr, view.gate.data == nullptr || view.up.data == nullptr, view.product.data == nullptr};
+    if (const int error = compute(view, values, needs, threads)) return error;
+    const MemberView down = member_at(view.members[2], view.out.data, view.tokens);
+    if (const int error = adapted_backward(group_of(values.product, dproduct, view.tokens, view.inner, &down, 1), threads)) {
+        return error;
+    }
+    if (const int error = entrenar_gated_activation_backward(dproduct, wide * 2, values.gate, wide * 2, values.up, wide * 2,
+                                                             dgate, wide * 2, dup, wide * 2, wide, view.activation, kBfloat16,
+                                                             threads)) {
+        return error;
+    }
+    const MemberView members[2] = {member_at(view.members[0], dgate, view.tokens), member_at(view.members[1], dup, view.tokens)};
+    if (const int error = adapted_backward(group_of(values.x, dx, view.tokens, view.hidden, members, 2), threads)) return error;
+    return norm_backward(view.norm, dx, view.h.data, view.out.data, view.tokens, view.hidden, view.dh.data, threads);
+}
+
+}  // namespace
+}  // namespace entrenar
+
+ENTRENAR_API int entrenar_mlp_block(const entrenar::MlpBlockView* view, int threads) {
+    using namespace entrenar;
+    if (matmul_kernel() == nullptr) return kBadPath;
+    if (const int error = check(*view, false)) return error;
+    return view->tokens > 0 ? forward(*view, threads) : kOk;
+}
+
+ENTRENAR_API int entrenar_mlp_block_backward(const entrenar::MlpBlockView* view, int threads) {
+    using namespace entrenar;
+    if (matmul_kernel() == nullptr) return kBadPath;
+    if (const int error = check(*view, true)) return error;
+    return backward(*view, threads);
+}

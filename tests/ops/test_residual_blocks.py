@@ -1,0 +1,176 @@
+"""The residual blocks against the same out of float64 matrices, with their gradients, whatever is kept."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attention import exactly
+from torch import Tensor
+
+from entrenar.ops import native
+from entrenar.ops.adapted_native import Member
+from entrenar.ops.linear_weight import CodebookWeight
+from entrenar.ops.multiply import native_multiply
+from entrenar.ops.residual_blocks import AttentionBlock, Keep, MlpBlock, Norm, attention_block, mlp_block
+from entrenar.ops.rotary import rotary
+
+CODEBOOK = torch.linspace(-1, 1, 16)
+
+
+def usable(path: str) -> bool:
+    with native.using(path):
+        return native_multiply()
+
+
+PATHS = [path for path in ("avx512", "amx") if path in native.supported_paths() and usable(path)]
+pytestmark = [
+    pytest.mark.skipif(not PATHS, reason="this CPU has no bfloat16 dot product"),
+    pytest.mark.parametrize("path", PATHS),
+]
+
+
+def member(rows: int, columns: int, rank: int = 4, bias: bool = False) -> Member:
+    count = rows * columns
+    packed = torch.randint(0, 256, (-(-count // 2),), dtype=torch.uint8)
+    scale = 2.5 / columns**0.5
+    weight = CodebookWeight(packed, [torch.rand(-(-count // 64)) * scale], CODEBOOK, 64, (rows, columns))
+    b = torch.randn(rows) * 0.1 if bias else None
+    if not rank:
+        return Member(weight, b)
+    a, other = torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) * 0.2
+    return Member(weight, b, a.requires_grad_(), other.requires_grad_(), 0.5)
+
+
+def norm(columns: int, offset: float = 0.0) -> Norm:
+    return Norm((1 - offset + torch.randn(columns) * 0.2).bfloat16(), 1e-5, offset)
+
+
+def factors(members: Sequence[Member]) -> list[Tensor]:
+    return [factor for one in members for factor in (one.a, one.b) if factor is not None]
+
+
+class Exact:
+    """float64 stand-ins of the operations, over leaves of the factors."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.leaves = [factor.detach().double().requires_grad_() for factor in factors(members)]
+        left = iter(self.leaves)
+        self._pairs = {id(one): (next(left), next(left)) for one in members if one.a is not None}
+
+    def linear(self, x: Tensor, one: Member) -> Tensor:
+        dense = one.weight.product(torch.eye(one.weight.shape[1])).t().double()
+        y = F.linear(x, dense, None if one.bias is None else one.bias.double())
+        if id(one) not in self._pairs:
+            return y
+        a, b = self._pairs[id(one)]
+        return y + one.scale * (x @ a.t()) @ b.t()
+
+    def norm(self, x: Tensor, one: Norm | None) -> Tensor:
+        if one is None:
+            return x
+        return x * (x.square().mean(-1, keepdim=True) + one.eps).rsqrt() * (one.weight.double() + one.offset)
+
+
+def assert_close(found: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    for one, other in zip(found, exact, strict=True):
+        error = (one.double() - other).norm() / other.norm()
+        assert error < 0.02, f"{error} of {tuple(other.shape)}"  # some bfloat16 roundings of 2^-9, one after the other
+
+
+@pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inner", "rank"), [((2, 40), 64, 96, 4), ((1, 7), 33, 130, 0), ((3, 1), 64, 64, 20)]
+)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_mlp_block(
+    path: str, keep: Keep, tokens: tuple[int, int], hidden: int, inner: int, rank: int, activation: str
+) -> None:
+    block = MlpBlock(
+        norm(hidden, offset=float(activation != "silu")), member(inner, hidden, rank), member(inner, hidden, rank, True),
+        member(hidden, inner, rank), activation,
+    )  # fmt: skip
+    members = (block.gate, block.up, block.down)
+    h = torch.randn(*tokens, hidden).bfloat16().requires_grad_()
+    with native.using(path):
+        out = mlp_block(h, block, keep)
+        grad = torch.randn_like(out)
+        found = torch.autograd.grad(out, [h, *factors(members)], grad)
+    exact, wide = Exact(members), h.detach().double().requires_grad_()
+    x = exact.norm(wide, block.norm)
+    act = F.silu if activation == "silu" else lambda z: F.gelu(z, approximate="tanh")
+    expected = wide + exact.linear(act(exact.linear(x, block.gate)) * exact.linear(x, block.up), block.down)
+    assert_close([out - h], [expected - wide])
+    assert_close(found, torch.autograd.grad(expected, [wide, *exact.leaves], grad.double()))
+
+
+@pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("rotated", [0, 16, 32])
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_block(path: str, keep: Keep, norms: bool, rotated: int, documents: bool) -> None:
+    batch, tokens, hidden, heads, kv_heads, width = 2, 45, 64, 4, 2, 32
+    block = AttentionBlock(
+        norm(hidden), member(heads * width, hidden, bias=True), member(kv_heads * width, hidden),
+        member(kv_heads * width, hidden), member(hidden, heads * width), width, 0.2,
+        norm(width) if norms else None, norm(width, offset=1.0) if norms else None,
+    )  # fmt: skip
+    members = (block.q, block.k, block.v, block.output)
+    angles = torch.rand(batch, tokens, rotated // 2).repeat(1, 1, 2) * 6
+    rotation = (angles.cos(), angles.sin()) if rotated else None
+    starts = torch.tensor([[0] * 20 + [20] * 25, [0] * 45], dtype=torch.int32) if documents else None
+    h = torch.randn(batch, tokens, hidden).bfloat16().requires_grad_()
+    with native.using(path):
+        out = attention_block(h, block, rotation, starts, keep)
+        grad = torch.randn_like(out)
+        found = torch.autograd.grad(out, [h, *factors(members)], grad)
+    exact, wide = Exact(members), h.detach().double().requires_grad_()
+    x = exact.norm(wide, block.norm)
+    q, k, v = (exact.linear(x, one).unflatten(-1, (-1, width)) for one in (block.q, block.k, block.v))
+    q, k = exact.norm(q, block.q_norm), exact.norm(k, block.k_norm)
+    if rotated:
+        q, k = (rotary(one, angles.cos().double(), angles.sin().double()) for one in (q, k))
+    expected = wide + exact.linear(exactly(q, k, v, 0.2, starts).flatten(2), block.output)
+    assert_close([out - h], [expected - wide])
+    assert_close(found, torch.autograd.grad(expected, [wide, *exact.leaves], grad.double()))
+
+
+def test_what_is_kept(path: str) -> None:
+    block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
+    h = torch.randn(1, 10, 64).bfloat16().requires_grad_()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    widths = {Keep.NOTHING: [64], Keep.DEAR: [64, 96, 96], Keep.ALL: [64, 64, 96, 96, 96]}
+    for choice, expected in widths.items():
+        kept.clear()
+        with native.using(path), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            mlp_block(h, block, choice)
+        assert sorted(tensor.shape[-1] for tensor in kept if tensor.dim() == 3) == expected
+
+
+def test_the_same_gradients_to_the_bit_whatever_is_kept(path: str) -> None:
+    block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
+    h = torch.randn(2, 30, 64).bfloat16().requires_grad_()
+    with native.using(path):
+        results = []
+        for keep in Keep:
+            out = mlp_block(h, block, keep)
+            leaves = [h, *factors((block.gate, block.up, block.down))]
+            results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_a_factor_changed_before_the_backward_is_an_error(path: str) -> None:
+    block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
+    with native.using(path):
+        out = mlp_block(torch.randn(1, 10, 64).bfloat16().requires_grad_(), block, Keep.DEAR)
+    assert block.down.a is not None
+    with torch.no_grad():
+        block.down.a.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
