@@ -87,8 +87,8 @@ def test_mlp_block(
     path: str, keep: Keep, tokens: tuple[int, int], hidden: int, inner: int, rank: int, activation: str
 ) -> None:
     block = MlpBlock(
-        norm(hidden, offset=float(activation != "silu")), member(inner, hidden, rank), member(inner, hidden, rank, True),
-        member(hidden, inner, rank), activation,
+        norm(hidden, offset=float(activation != "silu")), member(inner, hidden, rank),
+        member(inner, hidden, rank, bias=True), member(hidden, inner, rank), activation,
     )  # fmt: skip
     members = (block.gate, block.up, block.down)
     h = torch.randn(*tokens, hidden).bfloat16().requires_grad_()

@@ -5,6 +5,8 @@ which every token sees one stretch of keys that ends with itself is the kernel's
 once and serves every layer.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,18 @@ from entrenar.ops.attention import causal_attention
 
 NAME = "entrenar"
 _STARTS = "_entrenar_starts"  # attribute of a mask that has been read
+Observer = Callable[[nn.Module, dict[str, Any]], None]
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Tell `observer` the module and the options of every call meanwhile."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 def attention_forward(
@@ -29,6 +43,8 @@ def attention_forward(
     Returns:
         (B, T, H, D), and None for the weights.
     """
+    for observer in _observers:
+        observer(module, options)
     starts = None
     plain = not options.get("dropout") and options.get("position_bias") is None and query.shape[2] == key.shape[2]
     if plain and attention_mask is not None:

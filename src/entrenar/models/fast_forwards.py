@@ -8,7 +8,7 @@ does not agree, stays as it is.
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entrenar.models import attention
+from entrenar.models.agreement import Forward, agree, recorded, sample
+from entrenar.models.fast_layers import use_fast_layers
 from entrenar.ops.gated_activation import KINDS, gated_activation
 from entrenar.ops.recompute import with_recipe
 from entrenar.ops.rms_norm import rms_norm
@@ -26,10 +28,6 @@ from entrenar.quant.linear import grouped_linears
 
 _LOG = logging.getLogger(__name__)
 _ROTARY = "apply_rotary_pos_emb"
-# Relative to the result's norm; a few roundings of the dtype.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-_TOKENS = 4  # of the trial run: enough for rotations and masks to matter
-Forward = Callable[..., Any]
 
 
 def use_fast_forwards(model: PreTrainedModel) -> Counter[str]:
@@ -40,6 +38,7 @@ def use_fast_forwards(model: PreTrainedModel) -> Counter[str]:
             if _install(module, candidates, samples):
                 counts[kind] += 1
     counts["attention"] = _use_fast_attention(model)
+    counts["layers"] = use_fast_layers(model)
     _LOG.info("faster forwards: %s", ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     return counts
 
@@ -48,16 +47,17 @@ def _isolated(module: nn.Module) -> Iterable[tuple[str, list[Forward], list[Tens
     """Kind, candidates and trial inputs of a module that can be tried by itself."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float) and not any(module.children()):
-        x = _sample(len(weight), weight.dtype)
+        x = sample(len(weight), weight.dtype)
         # The second is so small that eps decides.
-        yield "norms", [partial(_norm_forward, eps=eps, offset=offset) for offset in (0.0, 1.0)], [x, x * 1e-3]
+        yield "norms", [partial(norm_forward, eps=eps, offset=offset) for offset in (0.0, 1.0)], [x, x * 1e-3]
     kind = _activation_kind(module)
     features = getattr(getattr(module, "gate_proj", None), "in_features", None)
     if kind is not None and isinstance(features, int) and hasattr(module, "up_proj") and hasattr(module, "down_proj"):
-        yield "gated MLPs", [partial(_gated_mlp_forward, kind=kind)], [_sample(features, _dtype_of(module))]
+        yield "gated MLPs", [partial(gated_mlp_forward, kind=kind)], [sample(features, _dtype_of(module))]
 
 
-def _norm_forward(self: Any, hidden_states: Tensor, *, eps: float, offset: float) -> Tensor:
+def norm_forward(self: Any, hidden_states: Tensor, *, eps: float, offset: float) -> Tensor:
+    """An RMS norm's forward."""
     make = partial(_norm, eps=eps, offset=offset)
     return with_recipe(make(hidden_states, self.weight), make, hidden_states, self.weight)
 
@@ -66,7 +66,8 @@ def _norm(x: Tensor, weight: Tensor, *, eps: float, offset: float) -> Tensor:
     return rms_norm(x, weight, eps, offset)
 
 
-def _gated_mlp_forward(self: Any, x: Tensor, *, kind: str) -> Tensor:
+def gated_mlp_forward(self: Any, x: Tensor, *, kind: str) -> Tensor:
+    """A gated MLP's forward."""
     gate, up = grouped_linears(x, (self.gate_proj, self.up_proj))
     make = partial(gated_activation, kind=kind)
     return self.down_proj(with_recipe(make(gate, up), make, gate, up))
@@ -88,10 +89,10 @@ def _use_fast_attention(model: PreTrainedModel) -> int:
     modules = [module for module in model.modules() if _is_attention(module)]
     if not modules or model.config._attn_implementation != "sdpa":
         return 0
-    trials = _recorded(model, modules)
+    trials = recorded(model, modules)
     attention.register()
     model.set_attn_implementation(attention.NAME)
-    if not all(_agree(module(*args, **kwargs), output) for module, args, kwargs, output in trials):
+    if not all(agree(module(*args, **kwargs), output) for module, args, kwargs, output in trials):
         model.set_attn_implementation("sdpa")
         return 0
     return sum(_install_attention(*trial) for trial in trials)
@@ -101,34 +102,13 @@ def _is_attention(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
 
 
-Trial = tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]
-
-
-@torch.no_grad()
-def _recorded(model: PreTrainedModel, modules: list[nn.Module]) -> list[Trial]:
-    """What each module is called with, and gives, in a run of the model over a few tokens."""
-    trials: list[Trial] = []
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        trials.append((module, args, kwargs, output))
-
-    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
-    try:
-        ids = torch.arange(_TOKENS).unsqueeze(0) % model.config.get_text_config().vocab_size
-        model.get_decoder()(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return trials
-
-
 def _install_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     original = type(module).forward
     rotated = _with_own_rotary(original)
     for forward in (rotated, original) if rotated else (original,):
         candidate = partial(_grouped_attention_forward, forward=forward)
         with torch.no_grad():
-            if _agree(candidate(module, *args, **kwargs), output):
+            if agree(candidate(module, *args, **kwargs), output):
                 module.forward = MethodType(candidate, module)
                 return True
     return False
@@ -179,23 +159,10 @@ def _install(module: nn.Module, candidates: list[Forward], samples: list[Tensor]
             return False
         for candidate in candidates:
             found = [candidate(module, sample) for sample in samples]
-            if all(_agree(one, other) for one, other in zip(found, expected, strict=True)):
+            if all(agree(one, other) for one, other in zip(found, expected, strict=True)):
                 module.forward = MethodType(candidate, module)
                 return True
     return False
-
-
-def _agree(found: Any, expected: Any) -> bool:
-    """Whether two results, tensors or tuples that begin with one, are equal to some roundings."""
-    one, other = (result[0] if isinstance(result, tuple) else result for result in (found, expected))
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return bool((one.double() - other.double()).norm() <= _TOLERANCE[other.dtype] * other.double().norm())
-
-
-def _sample(features: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(features)
-    return torch.randn(_TOKENS, features, generator=generator).to(dtype)
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:

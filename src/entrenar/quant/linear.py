@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.ops.adapted_linear import Member, adapted_linears
-from entrenar.ops.linear_weight import DecodedWeight, LinearWeight
+from entrenar.ops.linear_weight import DecodedWeight, DenseWeight, LinearWeight
 from entrenar.quant.registry import get_format
 from entrenar.quant.tensor import QuantizedTensor
 
@@ -76,9 +76,9 @@ class QuantizedLinear(nn.Module):
 
 def grouped_linears(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """Each layer's output for one input x (..., d_in): one operation where all of them allow it, else one by one."""
-    if not all(_can_join(layer) for layer in layers):
+    if not all(can_join(layer) for layer in layers):
         return tuple(layer(x) for layer in layers)
-    return adapted_linears(in_compute_dtype(x), [cast(_Joinable, layer).member() for layer in layers])
+    return adapted_linears(in_compute_dtype(x), [member_of(layer) for layer in layers])
 
 
 class _Joinable(Protocol):
@@ -87,10 +87,18 @@ class _Joinable(Protocol):
     def member(self) -> Member: ...
 
 
-def _can_join(layer: nn.Module) -> bool:
-    """Whether a layer has nothing but its member to compute: no dropout at work, no hook to be called."""
+def can_join(layer: nn.Module) -> bool:
+    """Whether a layer is frozen and has nothing but its member to compute: no dropout at work, no hook to be called."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return hasattr(layer, "member") and not getattr(layer, "is_dropping", False) and not any(hooks)
+    known = hasattr(layer, "member") or (type(layer) is nn.Linear and not layer.weight.requires_grad)
+    return known and not getattr(layer, "is_dropping", False) and not any(hooks)
+
+
+def member_of(layer: nn.Module) -> Member:
+    """A layer that can join others as ops/adapted_linear.py takes it."""
+    if type(layer) is nn.Linear:
+        return Member(DenseWeight(layer.weight), layer.bias)
+    return cast(_Joinable, layer).member()
 
 
 def quantized_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,46 @@
+"""Whether a replacement agrees with what it replaces: trial inputs, a recorded trial run, and a comparison."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+Forward = Callable[..., Any]
+# Relative to the result's norm; a few roundings of the dtype.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+TRIAL_TOKENS = 4  # enough for rotations and masks to matter
+Trial = tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]
+
+
+@torch.no_grad()
+def recorded(model: PreTrainedModel, modules: list[nn.Module]) -> list[Trial]:
+    """What each module is called with, and gives, in a run of the model over a few tokens."""
+    trials: list[Trial] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        trials.append((module, args, kwargs, output))
+
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
+    try:
+        ids = torch.arange(TRIAL_TOKENS).unsqueeze(0) % model.config.get_text_config().vocab_size
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return trials
+
+
+def agree(found: Any, expected: Any) -> bool:
+    """Whether two results, tensors or tuples that begin with one, are equal to some roundings."""
+    one, other = (result[0] if isinstance(result, tuple) else result for result in (found, expected))
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return bool((one.double() - other.double()).norm() <= TOLERANCE[other.dtype] * other.double().norm())
+
+
+def sample(features: int, dtype: torch.dtype) -> Tensor:
+    """A few random tokens (4, features), the same every time."""
+    generator = torch.Generator().manual_seed(features)
+    return torch.randn(TRIAL_TOKENS, features, generator=generator).to(dtype)

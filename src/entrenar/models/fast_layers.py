@@ -1,0 +1,169 @@
+"""Decoder layers whose two halves run as one native call each (ops/residual_blocks.py).
+
+h + attention(norm(h)), then h + mlp(norm(h)): Llama and the many that are built like it. As in fast_forwards.py, what
+counts is the structure, and then that the numbers agree; a call that asks for more (a cache, a mask of another kind,
+dropout, hooks on the parts) goes the class's own way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from entrenar.models import attention
+from entrenar.models.agreement import TRIAL_TOKENS, agree, recorded
+from entrenar.models.recognised import activation_of, norm_of
+from entrenar.ops.residual_blocks import AttentionBlock, Keep, MlpBlock, Norm, attention_block, mlp_block, serves
+from entrenar.quant.linear import can_join, member_of
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_KEEP = "_entrenar_keep"  # attribute of a layer
+# What a layer may ask of attention beside a scale; windows are in the mask.
+_OPTIONS = {"dropout", "scaling", "position_ids", "use_cache", "sliding_window"}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a decoder layer computes, the linear layers aside: those may be adapted later."""
+
+    norms: tuple[Norm, Norm]
+    head_norms: tuple[Norm | None, Norm | None]
+    activation: str
+    width: int
+    scale: float
+    rotates: bool
+
+
+def use_fast_layers(model: PreTrainedModel) -> int:
+    """Give the model's decoder layers such forwards where they agree; how many got one."""
+    layers = [module for module in model.modules() if _looks_right(module)]
+    if not layers or model.config._attn_implementation != attention.NAME or not serves(_trial(model, 1.0)):
+        return 0
+    scales: dict[int, float] = {}
+
+    def observe(module: nn.Module, options: dict[str, Any]) -> None:
+        known = options.keys() <= _OPTIONS and not options.get("dropout")
+        if known and isinstance(options.get("scaling"), float):
+            scales[id(getattr(module, "_module", module))] = options["scaling"]
+
+    with attention.observing(observe):
+        trials = recorded(model, layers)
+    inputs = [_trial(model, size) for size in (1.0, 0.03)]  # beside the small one the residual hardly counts
+    return sum(
+        _install(module, scales.get(id(module.get_submodule("self_attn"))), inputs, kwargs)
+        for module, args, kwargs, _ in trials
+        if len(args) == 1
+    )
+
+
+def set_keep(model: nn.Module, choices: Sequence[Keep]) -> bool:
+    """Say what each of the model's decoder layers keeps for the backward; False if they are not of this kind."""
+    layers = [module for module in model.modules() if isinstance(vars(module).get("forward"), MethodType)]
+    layers = [layer for layer in layers if _looks_right(layer)]
+    if len(layers) != len(choices):
+        return False
+    for layer, choice in zip(layers, choices, strict=True):
+        setattr(layer, _KEEP, choice)
+    return True
+
+
+def _looks_right(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    if children.keys() != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
+        return False
+    inside = children["self_attn"], children["mlp"]
+    heads, gated = (dict(each.named_children()).keys() for each in inside)
+    own = any(True for each in (module, *inside) for _ in each.parameters(recurse=False))
+    known = heads in ({*_PROJECTIONS}, {*_PROJECTIONS, "q_norm", "k_norm"}) and {*_GATED} <= gated <= {
+        *_GATED,
+        "act_fn",
+    }
+    return known and not own
+
+
+def _describe(module: Any, scale: float | None, rotates: bool) -> _Layer | None:
+    norms = norm_of(module.input_layernorm), norm_of(module.post_attention_layernorm)
+    names = ("q_norm", "k_norm")
+    heads = [norm_of(getattr(module.self_attn, name)) if hasattr(module.self_attn, name) else None for name in names]
+    activation = activation_of(module.mlp)
+    missing = hasattr(module.self_attn, "q_norm") and None in heads
+    if norms[0] is None or norms[1] is None or activation is None or scale is None or missing:
+        return None
+    return _Layer((norms[0], norms[1]), (heads[0], heads[1]), activation, module.self_attn.head_dim, scale, rotates)
+
+
+def _install(module: nn.Module, scale: float | None, inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
+    own = type(module).forward
+    with torch.no_grad():
+        expected = [own(module, x, **kwargs) for x in inputs]
+        for rotates in (True, False):
+            layer = _describe(module, scale, rotates)
+            if layer is None:
+                return False
+            found = [_run(module, layer, x, kwargs) for x in inputs]
+            if all(one is not None and agree(one, other) for one, other in zip(found, expected, strict=True)):
+                module.forward = MethodType(partial(_layer_forward, layer=layer), module)
+                return True
+    return False
+
+
+def _layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, layer: _Layer, **kwargs: Any) -> Any:
+    found = None if args else _run(self, layer, hidden_states, kwargs)
+    return type(self).forward(self, hidden_states, *args, **kwargs) if found is None else found
+
+
+def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The layer's result (B, T, C), or None where the call or the layer's state asks for more than the blocks do."""
+    inside, gated = module.self_attn, module.mlp
+    q, k, v, output = (getattr(inside, name) for name in _PROJECTIONS)
+    gate, up, down = (getattr(gated, name) for name in _GATED)
+    wanted = _attention_inputs(module, layer, h, kwargs)
+    if wanted is None or not all(map(can_join, (q, k, v, output, gate, up, down))):
+        return None
+    rotation, starts = wanted
+    keep = getattr(module, _KEEP, Keep.DEAR) if torch.is_grad_enabled() else Keep.NOTHING
+    heads = [member_of(each) for each in (q, k, v, output)]
+    first = AttentionBlock(layer.norms[0], *heads, layer.width, layer.scale, *layer.head_norms)  # pyright: ignore[reportCallIssue]
+    second = MlpBlock(layer.norms[1], *map(member_of, (gate, up, down)), layer.activation)  # pyright: ignore[reportCallIssue]
+    return mlp_block(attention_block(h, first, rotation, starts, keep), second, keep)
+
+
+def _attention_inputs(
+    module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None] | None:
+    """Rotation and first keys of a call, if it is one of the blocks' kind."""
+    mask, rotation = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+    starts = None if mask is None else attention.first_keys(mask)
+    parts = (module.self_attn, module.mlp, module.input_layernorm, module.post_attention_layernorm)
+    plain = (
+        serves(h)
+        and kwargs.get("past_key_values") is None
+        and not kwargs.get("use_cache")
+        and (mask is None or (starts is not None and starts.shape == h.shape[:2]))
+        and module.self_attn.config._attn_implementation == attention.NAME
+        and not (module.training and getattr(module.self_attn, "attention_dropout", 0.0))
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        and not any(norm.weight.requires_grad for norm in layer.norms)
+    )
+    if not plain or (layer.rotates and rotation is None):
+        return None
+    return (_contiguous(rotation) if layer.rotates else None), starts
+
+
+def _contiguous(rotation: Any) -> tuple[Tensor, Tensor]:
+    cos, sin = rotation
+    return cos.contiguous(), sin.contiguous()
+
+
+def _trial(model: PreTrainedModel, size: float) -> Tensor:
+    """Random hidden states (1, 4, C) of a size."""
+    width = model.config.get_text_config().hidden_size
+    generator = torch.Generator().manual_seed(width)
+    embedding = cast(Any, model.get_input_embeddings()).weight
+    return (torch.randn(1, TRIAL_TOKENS, width, generator=generator) * size).to(embedding.dtype)

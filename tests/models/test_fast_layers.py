@@ -1,0 +1,118 @@
+"""Decoder layers in two native calls: the families' numbers in bfloat16, and calls that go the class's own way."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import make_family
+from test_fast_forwards import IDS, POSITIONS, quantized
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from entrenar.lora.attach import attach_lora
+from entrenar.models import attention, fast_layers
+from entrenar.models.fast_forwards import use_fast_forwards
+from entrenar.models.fast_layers import set_keep
+from entrenar.ops.multiply import native_multiply
+from entrenar.ops.residual_blocks import Keep
+
+pytestmark = pytest.mark.skipif(not native_multiply(), reason="this CPU has no bfloat16 dot product")
+# Built as Llama is; granite scales its residuals, the others have other norms, projections or orders.
+ALIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
+
+
+def adapted(model: PreTrainedModel) -> PreTrainedModel:
+    """In nf4, with adapters that do something."""
+    quantized(model)
+    torch.manual_seed(0)
+    attach_lora(model, rank=4, alpha=8)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def pair(family: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel, int]:
+    """A fast model, the same one plain in float32, and how many layers of the fast one have the new forward."""
+    plain = make_family(family, torch.bfloat16, initializer_range=0.1, **changes).requires_grad_(False)
+    fast = copy.deepcopy(plain)
+    layers = use_fast_forwards(fast)["layers"]
+    return adapted(fast), adapted(plain.float()), layers
+
+
+def gradients(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradients of all factors as one vector."""
+    model.zero_grad()
+    found = model(input_ids=IDS, use_cache=False, **inputs).logits.float()
+    found.square().mean().backward()
+    return found.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all((one - other).norm() < 0.04 * other.norm() for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ALIKE)
+def test_the_familys_logits_and_gradients(family: str) -> None:
+    fast, plain, layers = pair(family)
+    assert layers == 2
+    for inputs in ({}, {"position_ids": POSITIONS}):
+        assert close(gradients(fast, **inputs), gradients(plain, **inputs))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "phi3", "cohere"])
+def test_others_stay_with_their_modules(family: str) -> None:
+    fast, plain, layers = pair(family)
+    assert layers == 0
+    assert close(gradients(fast), gradients(plain))
+
+
+@pytest.mark.parametrize(("multiplier", "layers"), [(0.9, 0), (1.0, 2)])
+def test_a_residual_that_is_scaled_is_noticed(multiplier: float, layers: int) -> None:
+    assert pair("granite", residual_multiplier=multiplier)[2] == layers
+
+
+def test_what_is_kept_changes_memory_not_numbers() -> None:
+    fast, _, _ = pair("llama")
+    results = []
+    for choices in ([Keep.ALL] * 2, [Keep.DEAR] * 2, [Keep.NOTHING, Keep.ALL]):
+        assert set_keep(fast, choices)
+        results.append(gradients(fast))
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+    assert not set_keep(fast, [Keep.ALL])
+
+
+def test_calls_that_ask_for_more_go_the_classs_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, plain, _ = pair("llama")
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("the block was used")
+
+    monkeypatch.setattr(fast_layers, "attention_block", refuse)
+    with pytest.raises(AssertionError):
+        fast(input_ids=IDS, use_cache=False)
+    assert fast.generate(input_ids=IDS, max_new_tokens=3, do_sample=False).shape == (2, 23)  # pyright: ignore[reportCallIssue]
+    layer: Any = fast.get_submodule("model.layers.0")
+    hook = layer.self_attn.register_forward_hook(lambda *_: None)
+    other: Any = fast.get_submodule("model.layers.1.mlp")
+    second = other.down_proj.register_forward_hook(lambda *_: None)
+    assert close(
+        (fast(input_ids=IDS, use_cache=False).logits.float(),), (plain(input_ids=IDS, use_cache=False).logits,)
+    )
+    hook.remove()
+    second.remove()
+    fast.set_attn_implementation("eager")
+    fast(input_ids=IDS, use_cache=False)
+    fast.set_attn_implementation(attention.NAME)
+
+
+def test_padding_on_the_left_is_masked() -> None:
+    fast, plain, _ = pair("llama")
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :6] = 0
+    found, expected = (
+        model(input_ids=IDS, attention_mask=mask, use_cache=False).logits.float() for model in (fast, plain)
+    )
+    assert close((found[mask.bool()],), (expected[mask.bool()],))
