@@ -73,6 +73,13 @@ def test_a_residual_that_is_scaled_is_noticed(multiplier: float, layers: int) ->
     assert pair("granite", residual_multiplier=multiplier)[2] == layers
 
 
+@pytest.mark.parametrize(("width", "layers"), [(16, 0), (48, 0), (64, 2)])
+def test_heads_of_a_width_the_kernels_do_not_take(width: int, layers: int) -> None:
+    fast, plain, found = pair("llama", head_dim=width)
+    assert found == layers
+    assert close(gradients(fast), gradients(plain))
+
+
 def test_what_is_kept_changes_memory_not_numbers() -> None:
     fast, _, _ = pair("llama")
     results = []

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from entrenar.models import attention
 from entrenar.models.agreement import TRIAL_TOKENS, agree, recorded
 from entrenar.models.recognised import activation_of, norm_of
+from entrenar.ops.attention import native_width
 from entrenar.ops.residual_blocks import AttentionBlock, Keep, MlpBlock, Norm, attention_block, mlp_block, serves
 from entrenar.quant.linear import can_join, member_of
 
@@ -80,7 +81,7 @@ def _looks_right(module: nn.Module) -> bool:
     inside = children["self_attn"], children["mlp"]
     heads, gated = (dict(each.named_children()).keys() for each in inside)
     own = any(True for each in (module, *inside) for _ in each.parameters(recurse=False))
-    known = heads in ({*_PROJECTIONS}, {*_PROJECTIONS, "q_norm", "k_norm"}) and {*_GATED} <= gated <= {
+    known = native_width(getattr(inside[0], "head_dim", 0)) and heads in ({*_PROJECTIONS}, {*_PROJECTIONS, "q_norm", "k_norm"}) and {*_GATED} <= gated <= {
         *_GATED,
         "act_fn",
     }

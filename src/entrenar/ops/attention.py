@@ -17,7 +17,7 @@ from entrenar.ops import native
 from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.multiply import native_multiply
 
-_STEP = 32  # a head's width must be whole steps of csrc/matmul
+_STEP, _WIDEST = 32, 1024  # a head's width must be whole steps of csrc/matmul, and not wider than its rows of zeros
 
 
 class _Heads(ctypes.Structure):
@@ -53,6 +53,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tens
         (B, T, H, D), contiguous.
     """
     return call("causal_attention", q, k, v, scale, starts)[0]
+
+
+def native_width(width: int) -> bool:
+    """Whether the native kernels take heads of this width."""
+    return width % _STEP == 0 and 0 < width <= _WIDEST
 
 
 def attention_mask(starts: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ def _lse_like(q: Tensor) -> Tensor:
 
 
 def _accepts(q: Tensor, *_rest: Any) -> bool:
-    return q.dtype == torch.bfloat16 and q.shape[-1] % _STEP == 0 and q.numel() > 0 and native_multiply()
+    return q.dtype == torch.bfloat16 and native_width(q.shape[-1]) and q.numel() > 0 and native_multiply()
 
 
 def _accepts_backward(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, lse: Tensor, *_rest: Any) -> bool:
