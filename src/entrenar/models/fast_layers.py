@@ -81,10 +81,9 @@ def _looks_right(module: nn.Module) -> bool:
     inside = children["self_attn"], children["mlp"]
     heads, gated = (dict(each.named_children()).keys() for each in inside)
     own = any(True for each in (module, *inside) for _ in each.parameters(recurse=False))
-    known = native_width(getattr(inside[0], "head_dim", 0)) and heads in ({*_PROJECTIONS}, {*_PROJECTIONS, "q_norm", "k_norm"}) and {*_GATED} <= gated <= {
-        *_GATED,
-        "act_fn",
-    }
+    known = heads in ({*_PROJECTIONS}, {*_PROJECTIONS, "q_norm", "k_norm"})
+    known = known and {*_GATED} <= gated <= {*_GATED, "act_fn"}
+    known = known and native_width(getattr(inside[0], "head_dim", 0))
     return known and not own
 
 
