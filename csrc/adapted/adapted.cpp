@@ -209,9 +209,7 @@ int check_gradients(const GroupView& view) {
 }  // namespace
 
 int adapted_forward(const GroupView& view, int threads) {
-    const MatmulKernel* kernel = matmul_kernel();
-    if (kernel == nullptr) return kBadPath;
-    Group group{view, *kernel, {}, 0, threads};
+    Group group{view, matmul_kernel(), {}, 0, threads};
     if (const int error = read_group(true, &group)) return error;
     if (view.residual != nullptr) {
         if (view.count != 1) return kBadArgument;
@@ -222,9 +220,7 @@ int adapted_forward(const GroupView& view, int threads) {
 }
 
 int adapted_backward(const GroupView& view, int threads) {
-    const MatmulKernel* kernel = matmul_kernel();
-    if (kernel == nullptr) return kBadPath;
-    Group group{view, *kernel, {}, 0, threads};
+    Group group{view, matmul_kernel(), {}, 0, threads};
     if (const int error = read_group(false, &group)) return error;
     if (const int error = check_gradients(view)) return error;
     return backward(group);

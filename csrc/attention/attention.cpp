@@ -48,9 +48,12 @@ std::vector<int64_t> first_keys(const AttentionView& view, int64_t row) {
     return first;
 }
 
-bool attention_kernels(AttentionKernels* kernels) {
-    *kernels = {matmul_kernel(), ENTRENAR_ON_X86(&attention_avx512bf16)};
-    return kernels->products != nullptr && kernels->rows != nullptr;
+AttentionKernels attention_kernels() {
+#if defined(__x86_64__)
+    if (has_avx512_bf16()) return {matmul_kernel(), attention_avx512bf16};
+#endif
+    static constexpr Paths<AttentionRows> kPaths{&attention_generic, ENTRENAR_ON_X86(&attention_avx2), nullptr, nullptr};
+    return {matmul_kernel(), pick(kPaths)};
 }
 
 int check_attention(const AttentionView& view) {

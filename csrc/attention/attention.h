@@ -59,13 +59,13 @@ struct AttentionRows {
     void (*store_transposed)(const float* c, int64_t pitch, int64_t count, int64_t width, uint16_t* out, int64_t stride);
 };
 
-extern const AttentionRows attention_avx512bf16;
+extern const AttentionRows attention_generic, attention_avx2, attention_avx512bf16;
 
-// The table and the products of the path in use; false where the CPU has no bfloat16 products.
+// The products and the table of the path in use.
 struct AttentionKernels {
-    const MatmulKernel* products;
-    const AttentionRows* rows;
+    const MatmulKernel& products;
+    const AttentionRows& rows;
 };
-bool attention_kernels(AttentionKernels* kernels);
+AttentionKernels attention_kernels();
 
 }  // namespace entrenar

@@ -237,14 +237,12 @@ int backward(const AttentionBlockView& view, int threads) {
 
 ENTRENAR_API int entrenar_attention_block(const entrenar::AttentionBlockView* view, int threads) {
     using namespace entrenar;
-    if (matmul_kernel() == nullptr) return kBadPath;
     if (const int error = check(*view, false)) return error;
     return view->batch * view->tokens > 0 ? forward(*view, threads) : kOk;
 }
 
 ENTRENAR_API int entrenar_attention_block_backward(const entrenar::AttentionBlockView* view, int threads) {
     using namespace entrenar;
-    if (matmul_kernel() == nullptr) return kBadPath;
     if (const int error = check(*view, true)) return error;
     return view->batch * view->tokens > 0 ? backward(*view, threads) : kOk;
 }

@@ -123,14 +123,12 @@ int backward(const MlpBlockView& view, int threads) {
 
 ENTRENAR_API int entrenar_mlp_block(const entrenar::MlpBlockView* view, int threads) {
     using namespace entrenar;
-    if (matmul_kernel() == nullptr) return kBadPath;
     if (const int error = check(*view, false)) return error;
     return view->tokens > 0 ? forward(*view, threads) : kOk;
 }
 
 ENTRENAR_API int entrenar_mlp_block_backward(const entrenar::MlpBlockView* view, int threads) {
     using namespace entrenar;
-    if (matmul_kernel() == nullptr) return kBadPath;
     if (const int error = check(*view, true)) return error;
     return backward(*view, threads);
 }

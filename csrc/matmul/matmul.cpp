@@ -11,12 +11,13 @@
 
 namespace entrenar {
 
-const MatmulKernel* matmul_kernel() {
+const MatmulKernel& matmul_kernel() {
 #if defined(__x86_64__)
-    if (has_amx()) return &matmul_amx;
-    if (has_avx512_bf16()) return &matmul_avx512bf16;
+    if (has_amx()) return matmul_amx;
+    if (has_avx512_bf16()) return matmul_avx512bf16;
 #endif
-    return nullptr;
+    static constexpr Paths<MatmulKernel> kPaths{&matmul_generic, ENTRENAR_ON_X86(&matmul_avx2), nullptr, nullptr};
+    return pick(kPaths);
 }
 
 }  // namespace entrenar
@@ -29,16 +30,11 @@ struct TermView {
     entrenar::SourceView source;
 };
 
-// 1 if this CPU and path multiply bfloat16 natively, so that entrenar_multiply serves.
-ENTRENAR_API int entrenar_has_multiply() { return entrenar::matmul_kernel() != nullptr; }
-
 // out (rows, columns) of `out_dtype` (float32 or bfloat16) = alpha · Σ A·op(B) + bias; bias bfloat16 or null.
 ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const void* bias, int64_t bias_bytes, void* out,
                                    int64_t out_bytes, int64_t rows, int64_t columns, float alpha, int out_dtype,
                                    int threads) {
     using namespace entrenar;
-    const MatmulKernel* kernel = matmul_kernel();
-    if (kernel == nullptr) return kBadPath;
     if (out_dtype != kFloat32 && out_dtype != kBfloat16) return kBadDtype;
     int64_t elements = 0;
     if (!multiply(rows, columns, &elements)) return kBadSize;
@@ -61,5 +57,5 @@ ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const v
         if (const int error = read_source(view.source, &source)) return error;
         sum.terms.push_back({static_cast<const uint16_t*>(view.a), view.a_stride, view.inner, view.transposed != 0, &source});
     }
-    return multiply_sum(*kernel, sum, threads);
+    return multiply_sum(matmul_kernel(), sum, threads);
 }

@@ -73,7 +73,7 @@ def codebook_weight(
 
 def native_multiply() -> bool:
     """Whether `multiply` serves on this CPU and path."""
-    return native.available() and native.has_multiply()
+    return native.available()
 
 
 @dataclass(frozen=True)
