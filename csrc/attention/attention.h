@@ -32,7 +32,10 @@ struct AttentionView {
 // The first key of every token of one row.
 std::vector<int64_t> first_keys(const AttentionView& view, int64_t row);
 
-// Error unless sizes, buffers and starts are in order.
+// Error unless sizes and starts are in order.
+int check_attention_sizes(const AttentionView& view);
+
+// The same, and the buffers of q, k and v.
 int check_attention(const AttentionView& view);
 
 // Of one query row so far: the largest score and the sum of exponentials relative to it.

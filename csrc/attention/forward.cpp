@@ -78,7 +78,7 @@ ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* o
     using namespace entrenar;
     const AttentionKernels kernels = attention_kernels();
     if (const int error = check_attention(*view)) return error;
-    const int64_t rows = view->batch * view->tokens * view->heads;  // bounded by q's buffer
+    const int64_t rows = view->batch * view->tokens * view->heads;
     if (const int error = check_buffer(out, out_bytes, rows * view->width, 2)) return error;
     if (const int error = check_buffer(lse, lse_bytes, rows, 4)) return error;
     const Outputs outputs{static_cast<uint16_t*>(out), static_cast<float*>(lse)};

@@ -1,8 +1,6 @@
 // Which kernel serves, and the entry point for a sum of products.
 #include "matmul/matmul.h"
 
-#include <algorithm>
-
 #include "common/dispatch.h"
 #include "common/errors.h"
 #include "common/floats.h"
@@ -37,12 +35,13 @@ ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const v
     using namespace entrenar;
     if (out_dtype != kFloat32 && out_dtype != kBfloat16) return kBadDtype;
     int64_t elements = 0;
-    if (!multiply(rows, columns, &elements)) return kBadSize;
+    if (count < 0 || !multiply(rows, columns, &elements)) return kBadSize;
+    if (terms == nullptr && count > 0) return kNullPointer;
     if (const int error = check_buffer(out, out_bytes, elements, dtype_bytes(out_dtype))) return error;
     if (bias != nullptr) {
         if (const int error = check_buffer(bias, bias_bytes, columns, 2)) return error;
     }
-    std::vector<Source> sources(static_cast<size_t>(std::max<int64_t>(count, 0)));
+    std::vector<Source> sources(static_cast<size_t>(count));
     Sum sum{rows, columns, {}, {out, columns, out_dtype, false, rows, {}}, alpha, static_cast<const uint16_t*>(bias), nullptr};
     for (int64_t i = 0; i < count; ++i) {
         const TermView& view = terms[i];
