@@ -21,6 +21,8 @@ namespace entrenar {
 
 namespace {
 
+constexpr int64_t kMostMembers = 1 << 16;  // more is a mistake, and would not fit memory
+
 struct Member {
     const MemberView* view;
     Source weight, a, b;  // b times the scale
@@ -58,7 +60,7 @@ int read_member(const MemberView& view, int64_t inner, Member* member) {
 int read_group(bool reads_x, Group* group) {
     const GroupView& view = group->view;
     int64_t elements = 0;
-    if (view.count < 0 || !multiply(view.tokens, view.inner, &elements)) return kBadSize;
+    if (view.count < 0 || view.count > kMostMembers || !multiply(view.tokens, view.inner, &elements)) return kBadSize;
     if (view.members == nullptr && view.count > 0) return kNullPointer;
     group->members.resize(static_cast<size_t>(view.count));
     for (int64_t i = 0; i < view.count; ++i) {

@@ -20,6 +20,12 @@ const MatmulKernel& matmul_kernel() {
 
 }  // namespace entrenar
 
+namespace {
+
+constexpr int64_t kMostTerms = 1 << 16;  // more is a mistake, and would not fit memory
+
+}  // namespace
+
 // One product of the sum, as ops/multiply.py passes it: A (rows, inner) bfloat16, rows `a_stride` elements apart.
 struct TermView {
     const void* a;
@@ -35,7 +41,7 @@ ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const v
     using namespace entrenar;
     if (out_dtype != kFloat32 && out_dtype != kBfloat16) return kBadDtype;
     int64_t elements = 0;
-    if (count < 0 || !multiply(rows, columns, &elements)) return kBadSize;
+    if (count < 0 || count > kMostTerms || !multiply(rows, columns, &elements)) return kBadSize;
     if (terms == nullptr && count > 0) return kNullPointer;
     if (const int error = check_buffer(out, out_bytes, elements, dtype_bytes(out_dtype))) return error;
     if (bias != nullptr) {

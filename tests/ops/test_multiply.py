@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from guards import assert_guard, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -68,6 +69,31 @@ def test_a_sum_that_takes_several_panels_passes_and_chunks(
     found = multiply(terms, torch.empty(rows, columns, dtype=out_dtype), alpha=2.0, bias=bias)
     value, size = exact([(a, matrix.t()), (u, (b * 0.5).bfloat16().t())])
     assert_close(found, 2 * value + bias.double(), 2 * size + bias.double().abs())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_results_are_rounded_to_the_nearest_even_and_nan_stays_nan(transposed: bool) -> None:
+    largest, inf = torch.finfo(torch.bfloat16).max, torch.inf
+    pairs = [(1, 2**-8), (1, 3 * 2**-8), (-1, -(2**-8)), (1, 2**-8 + 2**-15), (3, -3)]
+    pairs += [(largest, largest), (largest, 2.0**119), (inf, -inf), (inf, 1), (torch.nan, 1)]
+    b = torch.tensor(pairs).t().repeat(1, 5)[:, :49]  # whole vectors and a rest
+    expected = b.sum(0).bfloat16().expand(3, -1)
+    for matrix in (b.bfloat16(), b.sum(0, keepdim=True)):  # rounded as a result, and where float32 is decoded
+        a, weight = (
+            torch.ones(3, len(matrix)).bfloat16(),
+            dense_weight((matrix.t() if transposed else matrix).contiguous()),
+        )
+        found = multiply([Term(a, weight, transposed)], torch.empty(3, 49, dtype=torch.bfloat16))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_written_around_the_result(dtype: torch.dtype) -> None:
+    for columns in (1, 45, 64):
+        weight, _ = four_bit(columns, 70)
+        out, raw = guarded(7 * columns, dtype)
+        multiply([Term(random(7, 70), weight, True)], out.view(7, columns), bias=random(columns))
+        assert_guard(raw)
 
 
 def test_rows_apart_and_a_weight_smaller_than_asked_for() -> None:
