@@ -1,5 +1,5 @@
-// The row-wise parts of attention over float vectors, for CPUs without bfloat16 instructions: written once, compiled per
-// path.
+// The row-wise parts of attention over float vectors, for CPUs without bfloat16 instructions: written once, compiled
+// per path.
 #pragma once
 
 #include "attention/attention.h"
@@ -8,13 +8,15 @@
 namespace entrenar {
 namespace {
 
-const Ints kEveryLane = Ints{} - 1;
+inline Ints every_lane() { return Ints{} - 1; }
 
 // Lanes whose column, counted from `column`, lies in [first, last).
 inline Ints inside(int64_t column, int64_t first, int64_t last) {
     Ints lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = i;
-    const auto bound = [column](int64_t at) { return static_cast<int32_t>(larger<int64_t>(smaller<int64_t>(at - column, kLanes), 0)); };
+    const auto bound = [column](int64_t at) {
+        return static_cast<int32_t>(larger<int64_t>(smaller<int64_t>(at - column, kLanes), 0));
+    };
     return (lane >= bound(first)) & (lane < bound(last));
 }
 
@@ -33,7 +35,7 @@ inline void over_range(int64_t first, int64_t last, const Body& body) {
         body(c, inside(c, first, last));
         c += kLanes;
     }
-    for (; c < whole; c += kLanes) body(c, kEveryLane);
+    for (; c < whole; c += kLanes) body(c, every_lane());
     if (c < last) body(c, inside(c, first, last));
 }
 

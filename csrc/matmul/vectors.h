@@ -72,7 +72,9 @@ void block(const Run* runs, int64_t count, int64_t rows, int64_t strips, int64_t
             const int64_t steps = smaller(kChunk / kStep, runs[i].steps - step);
             widen_rows(runs[i].a + step * kStep * 2, runs[i].a_stride, rows, steps * kStep, widened);
             const uint16_t* b = runs[i].b + offset + step * kStepElements;
-            const auto strip_at = [=](int64_t strip) { return b + strip / 2 * group_elements + strip % 2 * (kStepElements / 2); };
+            const auto strip_at = [=](int64_t strip) {
+                return b + strip / 2 * group_elements + strip % 2 * (kStepElements / 2);
+            };
             for (int64_t strip = 0; strip < strips; ++strip) {
                 const uint16_t* next = strip + 1 < strips ? strip_at(strip + 1) : b + steps * kStepElements;
                 chosen(widened, strip_at(strip), next, steps, c + strip * kStrip, pitch);
@@ -85,7 +87,7 @@ void nothing() {}
 
 typedef uint32_t Four __attribute__((vector_size(16)));
 
-// A 4 × 4 matrix of dwords, rows `stride` dwords apart, → its transpose.
+// A 4 × 4 matrix of dwords → its transpose; strides of their rows in bfloat16.
 inline void transpose4(const uint16_t* from, int64_t stride, uint16_t* to, int64_t to_stride) {
     const Four a = load<Four>(from), b = load<Four>(from + stride), c = load<Four>(from + 2 * stride),
                d = load<Four>(from + 3 * stride);
