@@ -14,12 +14,12 @@ _NO_SIZES = (-1, 2**62, 2**63 - 1)
 # How many members there are is not to be seen; a block may be larger than its weight.
 _SPOILED_SIZES = {"count": _NO_SIZES, "block_size": (-1, 65)}
 
-Field = tuple[str, ctypes.Structure, str]  # where it is, the structure that holds it, its name there
+Field = tuple[str, ctypes.Structure, str, object]  # where it is, the structure that holds it, its name there, its type
 
 
 def fields(view: ctypes.Structure, at: str = "") -> Iterator[Field]:
     """All fields of a view that are numbers or addresses, those of the structures in it included."""
-    for name, *_ in view._fields_:
+    for name, kind, *_ in view._fields_:
         if name == "unused" or (isinstance(view, MemberView) and view.rank == 0 and name in "ab"):
             continue
         value = getattr(view, name)
@@ -29,7 +29,7 @@ def fields(view: ctypes.Structure, at: str = "") -> Iterator[Field]:
             for index, one in enumerate(value):
                 yield from fields(one, f"{at}{name}[{index}].")
         elif not (isinstance(view, Source) and name in _UNUSED[view.kind]):
-            yield f"{at}{name}", view, name
+            yield f"{at}{name}", view, name, kind
 
 
 def _address_of(view: ctypes.Structure, name: str) -> str | None:
@@ -40,8 +40,8 @@ def _address_of(view: ctypes.Structure, name: str) -> str | None:
 
 def _spoiled(field: Field, optional: Callable[[str], bool]) -> tuple[int | None, ...]:
     """Values of one field that no call may accept."""
-    at, view, name = field
-    kind, value = dict(view._fields_)[name], getattr(view, name)
+    at, view, name, kind = field
+    value = getattr(view, name)
     address = _address_of(view, name)
     if kind is ctypes.c_void_p:
         return () if value is None or optional(at) else (None,)
@@ -54,16 +54,18 @@ def _spoiled(field: Field, optional: Callable[[str], bool]) -> tuple[int | None,
 
 def contents(found: list[Field]) -> list[bytes]:
     """What is in all the buffers."""
-    pairs = [(getattr(view, _address_of(view, name) or ""), getattr(view, name)) for _, view, name in found
-             if _address_of(view, name)]  # fmt: skip
-    return [ctypes.string_at(address, size) for address, size in pairs if address is not None]
+    return [
+        ctypes.string_at(address, getattr(view, name))
+        for _, view, name, _ in found
+        if (holder := _address_of(view, name)) and (address := getattr(view, holder)) is not None
+    ]
 
 
 def assert_refuses(call: Callable[[], object], found: list[Field], optional: Callable[[str], bool]) -> int:
     """Call with each field spoiled in turn, then put right again; how many calls that were."""
     before, calls = contents(found), 0
     for field in found:
-        at, view, name = field
+        at, view, name, _ = field
         right = getattr(view, name)
         for wrong in _spoiled(field, optional):
             setattr(view, name, wrong)
