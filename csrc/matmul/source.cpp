@@ -19,9 +19,8 @@ void decode_dense(const SourceView& view, int64_t row, int64_t column, int64_t c
         std::memcpy(out, static_cast<const char*>(view.data) + first * 2, static_cast<size_t>(count) * 2);
         return;
     }
-    const MatmulKernel* kernel = matmul_kernel();
-    if (view.dtype == kFloat32 && kernel != nullptr) {
-        kernel->store_bf16(static_cast<const float*>(view.data) + first, view.scale, nullptr, nullptr, count, out);
+    if (view.dtype == kFloat32) {
+        matmul_kernel().store_bf16(static_cast<const float*>(view.data) + first, view.scale, nullptr, nullptr, count, out);
         return;
     }
     for (int64_t i = 0; i < count; ++i) {
