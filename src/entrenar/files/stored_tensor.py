@@ -116,6 +116,12 @@ class StoredTensor:
         self._fill(0, raw)
         return self.decode(raw).view(self.shape)
 
+    def first_bytes(self, count: int) -> bytes:
+        """Its first `count` bytes in the file, or as many as it has."""
+        raw = torch.empty(min(count, self.size), dtype=torch.uint8)
+        self._fill(0, raw)
+        return raw.numpy().tobytes()
+
     def bytes_of(self, elements: int) -> int:
         """Bytes that so many elements take in the file."""
         return elements * self.size // max(self.numel, 1)
