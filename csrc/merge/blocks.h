@@ -104,16 +104,35 @@ void histogram(const Operand& x, const Operand& base, int64_t count, int64_t pre
     });
 }
 
+// Plain pointers and values: through a lambda's references a byte that is stored might be any of them.
+inline int32_t count_equal(const int32_t* bits, int64_t length, int32_t limit) {
+    int32_t equal = 0;
+    for (int64_t i = 0; i < length; ++i) equal += bits[i] == limit;
+    return equal;
+}
+
+inline void at_least(const int32_t* __restrict bits, int64_t length, int64_t least, uint8_t* __restrict top) {
+    if (least > 0x7FFFFFFF) {
+        std::fill(top, top + length, uint8_t{0});
+        return;
+    }
+    const auto limit = static_cast<int32_t>(least);
+    for (int64_t i = 0; i < length; ++i) top[i] = bits[i] >= limit;
+}
+
+inline void clear_where(const uint8_t* __restrict top, int64_t length, uint8_t* __restrict mask) {
+    for (int64_t i = 0; i < length; ++i) mask[i] &= static_cast<uint8_t>(1 - top[i]);
+}
+
 int64_t keep_top(const Operand& x, const Operand& base, int64_t count, uint32_t threshold, int64_t ties, bool outside,
                  uint8_t* mask) {
     const auto limit = static_cast<int32_t>(threshold);
     int64_t used = 0;
     for_magnitudes(x, base, count, [&](int64_t at, int64_t length, const int32_t* bits) {
         uint8_t top[kBlock];
-        int32_t equal = 0;
-        for (int64_t i = 0; i < length; ++i) equal += bits[i] == limit;
+        const int32_t equal = count_equal(bits, length, limit);
         const bool all = used + equal <= ties;
-        for (int64_t i = 0; i < length; ++i) top[i] = (bits[i] > limit) | ((bits[i] == limit) & all);
+        at_least(bits, length, static_cast<int64_t>(limit) + (all ? 0 : 1), top);
         if (!all) {
             int64_t left = std::max<int64_t>(ties - used, 0);
             for (int64_t i = 0; i < length && left > 0; ++i) {
@@ -121,8 +140,10 @@ int64_t keep_top(const Operand& x, const Operand& base, int64_t count, uint32_t 
             }
         }
         used += equal;
-        for (int64_t i = 0; i < length; ++i) {
-            mask[at + i] = outside ? mask[at + i] & static_cast<uint8_t>(1 - top[i]) : top[i];
+        if (outside) {
+            clear_where(top, length, mask + at);
+        } else {
+            std::memcpy(mask + at, top, static_cast<size_t>(length));
         }
     });
     return std::min(used, ties);

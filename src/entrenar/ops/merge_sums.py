@@ -79,7 +79,7 @@ def _task_sum_reference(
     real = sum_dtype(out)
     start = torch.zeros(out.shape, dtype=real) if base is None else base.to(real)
     deltas = [tensor.to(real) - start for tensor in tensors]
-    deltas = [delta if m is None else torch.where(m != 0, delta, 0) for delta, m in zip(deltas, masks, strict=True)]
+    deltas = [delta if mask is None else delta * mask for delta, mask in zip(deltas, masks, strict=True)]
     total, divisor, sign = torch.zeros_like(start), torch.zeros_like(start), None
     if vote.votes is not None:
         elected = torch.zeros_like(start)
@@ -91,10 +91,10 @@ def _task_sum_reference(
         if vote.votes is None or sign is None:
             total += value
             continue
-        kept = (_real(vote.votes[index], real) * delta * sign > 0) | delta.isnan()
-        total += torch.where(kept, value, 0)
+        kept = (_real(vote.votes[index], real) * delta * sign > 0).to(real)  # a factor: a NaN is never hidden
+        total += value * kept
         if vote.divisors is not None:
-            divisor += torch.where(kept, _real(vote.divisors[index], real), 0)
+            divisor += _real(vote.divisors[index], real) * kept
     if vote.divisors is not None:
         total /= torch.where(divisor == 0, 1, divisor)
     out.copy_(start + _real(vote.scale, real) * total)

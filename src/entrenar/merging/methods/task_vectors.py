@@ -10,9 +10,10 @@ one, an element's sign is that of Σd (plus for 0), only d of that sign count, a
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -111,9 +112,14 @@ class _RankedSample:
     low: float
     high: float
     columns: int
+    known: dict[int, Any] = field(default_factory=dict)  # masks in bits by where they start: ranks cost a sort
 
     def fill(self, piece: Piece, x: Tensor, mask: Tensor) -> None:
+        if piece.start in self.known:
+            mask.copy_(torch.from_numpy(numpy.unpackbits(self.known.pop(piece.start), count=mask.numel())))
+            return
         keep_by_rank(x, piece.base, self.columns, self.low, self.high, self.key, piece.start, mask)
+        self.known[piece.start] = numpy.packbits(mask.numpy())
 
 
 def _top(inner: Threshold, outer: Threshold | None) -> _Top:
