@@ -1,7 +1,5 @@
 """Three models near each other, on disk; read only."""
 
-from pathlib import Path
-
 import pytest
 from models_on_disk import tensors, write_model
 

@@ -1,7 +1,6 @@
 """The merge methods in float64 NumPy, written from the papers: slow, with sorts, one tensor at a time."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +106,9 @@ def model_stock(models: list[Array], base: Array) -> Array:
     deltas = [(model - base).ravel() for model in models]
     n = len(deltas)
     cosines = [
-        deltas[i] @ deltas[j] / (np.linalg.norm(deltas[i]) * np.linalg.norm(deltas[j])) for i in range(n) for j in range(i)
+        deltas[i] @ deltas[j] / (np.linalg.norm(deltas[i]) * np.linalg.norm(deltas[j]))
+        for i in range(n)
+        for j in range(i)
     ]
     c = float(np.mean(cosines))
     t = n * c / (1 + (n - 1) * c)
@@ -146,6 +147,6 @@ def arcee_fusion(model: Array, base: Array) -> Array:
     p, q = softmax(model), softmax(base)
     scores = np.abs(model - base) * (p * np.log(p / q)).sum(axis=-1, keepdims=True)
     ordered = np.sort(scores.ravel())
-    first, third = np.quantile(ordered, [0.25, 0.75])
-    limit = ordered[(ordered.size - 1) // 2] + 1.5 * (third - first)
+    first, median, third = np.quantile(ordered, [0.25, 0.5, 0.75], method="lower")
+    limit = median + 1.5 * (third - first)
     return base + (model - base) * (scores >= limit)

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import oracle
 from entrenar.core.errors import InputError
 from entrenar.merging.in_memory import merge_tensors
 from entrenar.merging.registry import METHODS
@@ -25,7 +25,9 @@ def deltas(models: list[oracle.Array], base: oracle.Array) -> list[oracle.Array]
     return [model - base for model in models]
 
 
-def on(sparse: Callable[..., oracle.Array], finish: Callable[..., oracle.Array], *arguments: Any, **options: Any) -> Oracle:
+def on(
+    sparse: Callable[..., oracle.Array], finish: Callable[..., oracle.Array], *arguments: Any, **options: Any
+) -> Oracle:
     """An oracle of the task-vector family: thin out every δ, then finish."""
     return lambda models, base: finish(base, [sparse(d, *arguments) for d in deltas(models, base)], W, **options)
 
@@ -36,10 +38,13 @@ CASES: list[tuple[str, int, bool, dict[str, Any], Oracle]] = [
     ("linear", 3, False, {"weight": W, "normalize": False}, lambda m, _: oracle.linear(m, W, normalize=False)),
     ("passthrough", 1, False, {"scale": 1.5}, lambda m, _: 1.5 * m[0]),
     ("task_arithmetic", 3, True, {"weight": W, "lambda": 0.8}, on(oracle.trimmed, oracle.summed, 1.0, lam=0.8)),
-    ("task_arithmetic", 3, True, {"weight": W, "normalize": True}, on(oracle.trimmed, oracle.summed, 1.0, normalize=True)),
+    ("task_arithmetic", 3, True, {"weight": W, "normalize": True},
+     on(oracle.trimmed, oracle.summed, 1.0, normalize=True)),
     ("ties", 3, True, {"weight": W, "density": 0.4}, on(oracle.trimmed, oracle.elected, 0.4)),
-    ("ties", 3, True, {"weight": W, "density": 0.4, "ties": "paper"}, on(oracle.trimmed, oracle.elected, 0.4, ties="paper")),
-    ("ties", 3, True, {"weight": W, "density": 0.4, "ties": "peft"}, on(oracle.trimmed, oracle.elected, 0.4, ties="peft")),
+    ("ties", 3, True, {"weight": W, "density": 0.4, "ties": "paper"},
+     on(oracle.trimmed, oracle.elected, 0.4, ties="paper")),
+    ("ties", 3, True, {"weight": W, "density": 0.4, "ties": "peft"},
+     on(oracle.trimmed, oracle.elected, 0.4, ties="peft")),
     ("ties", 3, True, {"weight": W, "normalize": False}, on(oracle.trimmed, oracle.elected, 1.0, normalize=False)),
     ("breadcrumbs", 3, True, {"weight": W, "density": 0.5, "gamma": 0.1}, on(oracle.band, oracle.summed, 0.5, 0.1)),
     ("breadcrumbs_ties", 3, True, {"weight": W, "density": 0.97, "gamma": 0.1},
@@ -69,7 +74,9 @@ every_case = pytest.mark.parametrize(
 )
 
 
-def inputs(count: int, dtype: torch.dtype = torch.float32, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> list[Tensor]:
+def inputs(
+    count: int, dtype: torch.dtype = torch.float32, seed: int = 0, shape: tuple[int, ...] = SHAPE
+) -> list[Tensor]:
     """The base, then models near it."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator)
@@ -225,7 +232,13 @@ def test_models_may_be_dicts_of_tensors() -> None:
         ("ties", 1, True, {"density": 1.5}, "'density' is 1.5 but must be at least 0 and at most 1"),
         ("ties", 1, True, {"ties": "papr"}, "must be one of mergekit, paper, peft"),
         ("ties", 1, False, {}, "ties needs a base_model"),
-        ("slerp", 2, True, {"t": 0.5}, "slerp takes at least 1 models|slerp takes 1 models besides the base, here are 2"),
+        (
+            "slerp",
+            2,
+            True,
+            {"t": 0.5},
+            "slerp takes at least 1 models|slerp takes 1 models besides the base, here are 2",
+        ),
         ("slerp", 1, True, {}, "slerp needs the parameter 't'"),
         ("model_stock", 1, True, {}, "at least 2 models besides the base"),
         ("della", 1, True, {"density": 0.9, "epsilon": 0.2}, r"density 0.9 ± epsilon 0.2 leaves \(0, 1\)"),
@@ -233,9 +246,7 @@ def test_models_may_be_dicts_of_tensors() -> None:
         ("linear", 2, False, {"weight": [1.0]}, "weight has 1 values for 2 models"),
     ],
 )
-def test_mistakes_are_told(
-    method: str, count: int, has_base: bool, parameters: dict[str, Any], sentence: str
-) -> None:
+def test_mistakes_are_told(method: str, count: int, has_base: bool, parameters: dict[str, Any], sentence: str) -> None:
     base, *models = inputs(count)
     with pytest.raises(InputError, match=sentence):
         merged(method, models, base if has_base else None, **parameters)

@@ -81,7 +81,7 @@ def test_layers_are_known_by_their_names(name: str, expected: object) -> None:
 
 
 def test_what_is_not_a_model_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no model.safetensors"):
+    with pytest.raises(InputError, match=r"holds no model.safetensors"):
         open_model(str(tmp_path))
     path = Path(write_model(tmp_path / "quantized", tensors(1)))
     (path / "config.json").write_text('{"quantization_config": {}}')

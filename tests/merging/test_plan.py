@@ -72,7 +72,11 @@ def test_where_one_model_has_a_head_of_its_own_the_others_lend_their_embedding(t
 
 @pytest.mark.parametrize(
     ("changes", "dtype"),
-    [({}, torch.float32), ({"dtype": "bfloat16"}, torch.bfloat16), ({"dtype": "float32", "out_dtype": "float16"}, torch.float16)],
+    [
+        ({}, torch.float32),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "float32", "out_dtype": "float16"}, torch.float16),
+    ],
 )
 def test_the_results_dtype(tmp_path: Path, trio: dict[str, str], changes: dict[str, str], dtype: torch.dtype) -> None:
     half = write_model(tmp_path / "half", tensors(4, dtype=torch.bfloat16))
@@ -87,7 +91,10 @@ def test_the_results_dtype(tmp_path: Path, trio: dict[str, str], changes: dict[s
         ({"merge_method": "tie"}, r"unknown merge_method 'tie' \(did you mean 'ties'\?\)"),
         ({"base_model": None}, "ties needs a base_model"),
         ({"parameters": {"densty": 1}}, "does not read the parameter 'densty'"),
-        ({"parameters": {"density": [{"filter": "mpl", "value": 1}]}}, "the filter 'mpl' of 'density' decides for no tensor"),
+        (
+            {"parameters": {"density": [{"filter": "mpl", "value": 1}]}},
+            "the filter 'mpl' of 'density' decides for no tensor",
+        ),
         ({"models": []}, "the list is empty"),
         ({"tokenizer_source": "bse"}, "tokenizer_source needs|tokenizer_source is 'bse'"),
     ],
@@ -114,10 +121,10 @@ def test_models_that_do_not_fit_are_told(tmp_path: Path, trio: dict[str, str]) -
         return plan_of(**both(trio, models=[{"model": path, "parameters": {"weight": 1}}], **changes))
 
     deeper = write_model(tmp_path / "deeper", tensors(1, layers=4))
-    with pytest.raises(InputError, match="different numbers of layers .*use slices"):
+    with pytest.raises(InputError, match=r"different numbers of layers .*use slices"):
         against(deeper)
     wider = write_model(tmp_path / "wider", tensors(1, vocabulary=22))
-    with pytest.raises(InputError, match="embed_tokens.weight has different shapes .*set tokenizer_source"):
+    with pytest.raises(InputError, match=r"embed_tokens.weight has different shapes .*set tokenizer_source"):
         against(wider)
     values = tensors(1)
     del values["model.layers.1.mlp.down_proj.weight"]
@@ -130,7 +137,7 @@ def test_pickles_are_refused_with_the_way_out(tmp_path: Path, trio: dict[str, st
     directory.mkdir()
     (directory / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     (directory / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="weights in pickles .*save the model as safetensors first"):
+    with pytest.raises(InputError, match=r"weights in pickles .*save the model as safetensors first"):
         plan_of(**both(trio, base_model=str(directory)))
 
 
@@ -144,7 +151,10 @@ def test_a_truncated_shard_is_an_error(tmp_path: Path, trio: dict[str, str]) -> 
 
 def test_mistakes_in_the_yaml_come_with_their_lines(tmp_path: Path) -> None:
     path = write_config(
-        tmp_path / "m.yaml", merge_method="linear", models=[{"model": "a", "paramters": {}}, {"modl": "b"}], dtpe="float32"
+        tmp_path / "m.yaml",
+        merge_method="linear",
+        models=[{"model": "a", "paramters": {}}, {"modl": "b"}],
+        dtpe="float32",
     )
     with pytest.raises(InputError) as caught:
         read_merge_config(path)

@@ -12,7 +12,8 @@ Q, MLP = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj
 @pytest.mark.parametrize(
     ("setting", "position", "expected"),
     [
-        (0.5, 0.9, 0.5), ([0, 1], 0.25, 0.25), ([0, 1, 5], 0.5, 1), ([0, 1, 5], 0.75, 3), ([0, 1, 5], 1, 5), ([7], 0.3, 7),
+        (0.5, 0.9, 0.5), ([0, 1], 0.25, 0.25), ([0, 1, 5], 0.5, 1), ([0, 1, 5], 0.75, 3), ([0, 1, 5], 1, 5),
+        ([7], 0.3, 7),
         ([{"value": [0, 10]}], 0.3, 3),
     ],
 )  # fmt: skip
@@ -21,7 +22,9 @@ def test_a_gradient_is_read_between_its_entries(setting: object, position: float
 
 
 def test_the_first_filter_that_matches_counts() -> None:
-    level = Level("here", {"t": [{"filter": "self_attn", "value": 1}, {"filter": "mlp", "value": [2, 4]}, {"value": 3}]})
+    level = Level(
+        "here", {"t": [{"filter": "self_attn", "value": 1}, {"filter": "mlp", "value": [2, 4]}, {"value": 3}]}
+    )
     assert [level.find("t", name, 1.0) for name in (Q, MLP, "model.norm.weight")] == [1, 4, 3]
     level.check_filters()
 
@@ -34,7 +37,10 @@ def test_a_filter_that_decides_for_nothing_is_an_error() -> None:
 
 
 def test_the_nearest_level_counts_and_a_filter_without_match_asks_the_next() -> None:
-    far, near = Level("far", {"weight": 1.0, "density": 0.5}), Level("near", {"weight": [{"filter": "mlp", "value": 2}]})
+    far, near = (
+        Level("far", {"weight": 1.0, "density": 0.5}),
+        Level("near", {"weight": [{"filter": "mlp", "value": 2}]}),
+    )
     options = [options_for(METHODS["ties"], name, 0.0, [far], [[near, far]]) for name in (MLP, Q)]
     assert [option["weight"] for option in options] == [(2.0,), (1.0,)]
     assert options[0]["density"] == (0.5,)
@@ -43,7 +49,13 @@ def test_the_nearest_level_counts_and_a_filter_without_match_asks_the_next() -> 
 
 def test_what_is_required_must_be_given() -> None:
     with pytest.raises(InputError, match=r"ties needs the parameter 'weight' for model 2 \(models.1.parameters\)"):
-        options_for(METHODS["ties"], Q, 0, [], [[Level("models.0.parameters", {"weight": 1})], [Level("models.1.parameters", {})]])
+        options_for(
+            METHODS["ties"],
+            Q,
+            0,
+            [],
+            [[Level("models.0.parameters", {"weight": 1})], [Level("models.1.parameters", {})]],
+        )
 
 
 @pytest.mark.parametrize(

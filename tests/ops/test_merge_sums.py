@@ -62,7 +62,9 @@ def test_weighted_sums_are_rounded_once(kernel_path: str, dtype: torch.dtype, co
 
 def test_a_nan_is_never_hidden(kernel_path: str) -> None:
     out = torch.empty(2)
-    task_sum(torch.zeros(2), [torch.tensor([torch.nan, 1])], [torch.zeros(2, dtype=torch.uint8)], Vote(values=[1.0]), out)
+    task_sum(
+        torch.zeros(2), [torch.tensor([torch.nan, 1])], [torch.zeros(2, dtype=torch.uint8)], Vote(values=[1.0]), out
+    )
     assert out[0].isnan()
     assert out[1] == 0
 

@@ -45,7 +45,9 @@ def test_the_result_is_a_model_that_transformers_opens(tiny_model_dir: Path, nei
     norms = next(row for row in report.kinds if row.kind == "model.layers.*.input_layernorm.weight")
     assert norms.parents[0].norm_ratio is None
     matrices = next(row for row in report.kinds if row.kind == "model.layers.*.mlp.up_proj.weight")
-    assert matrices.parents[0].cosine == pytest.approx(0.93, abs=0.05)  # half of a normal's entries hold 93% of its length
+    assert matrices.parents[0].cosine == pytest.approx(
+        0.93, abs=0.05
+    )  # half of a normal's entries hold 93% of its length
     assert json.loads((output / REPORT_NAME).read_text())["of"] == "task vectors"
 
 

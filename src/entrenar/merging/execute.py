@@ -1,8 +1,9 @@
 """Carry out a plan: every thread takes whole tensors, piece by piece from the files into the files.
 
 A tensor is one thread's work from its statistics to its last piece, so no thread waits for another, the order of
-threads decides nothing, and what is held is a few pieces a thread. While tensors are merged the main thread flushes those
-that are done and notes them in the journal: a merge that was killed goes on with the others and ends with the same bytes.
+threads decides nothing, and what is held is a few pieces a thread. While tensors are merged the main thread flushes
+those that are done and notes them in the journal: a merge that was killed goes on with the others and ends with the
+same bytes.
 """
 
 import os

@@ -28,7 +28,9 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise EntrenarError(f"another process is writing {directory}: wait for it or choose another output") from None
+            raise EntrenarError(
+                f"another process is writing {directory}: wait for it or choose another output"
+            ) from None
 
     def read(self, digest: str) -> dict[str, Any]:
         """Name → what was noted about it, of a merge with this digest; empty for any other."""

@@ -153,8 +153,8 @@ def _refuse_pickles(directory: Path) -> None:
     pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
     if pickles and not any(directory.glob("*.safetensors")):
         raise InputError(
-            f"{directory} has its weights in pickles ({listing(pickles, 3)}), which can run code when they are read: save "
-            "the model as safetensors first (transformers: save_pretrained)"
+            f"{directory} has its weights in pickles ({listing(pickles, 3)}), which can run code when they are read: "
+            "save the model as safetensors first (transformers: save_pretrained)"
         )
 
 
@@ -213,7 +213,7 @@ _SAMPLE = 4096
 
 
 def _fingerprint(stored: dict[str, StoredTensor]) -> str:
-    """Of names, types, shapes and places, and of the first 4 kB of every tensor: cheap, and enough to tell models apart."""
+    """Of names, types, shapes, places and the first 4 kB of every tensor: cheap, and enough to tell models apart."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(stored.items()):
         digest.update(repr((name, str(tensor.dtype), tensor.shape, tensor.start, tensor.size)).encode())

@@ -1,4 +1,4 @@
-"""The files of a result that is being written: made at their final size, filled at their final offsets, in any order."""
+"""The files of a result that is being written: made at their final size, filled at their final offsets."""
 
 import errno
 import os
@@ -52,7 +52,7 @@ class OutputFiles:
         )
 
     def open(self) -> None:
-        """Make the files, all of their space included, or open those that are there; EntrenarError if the disk is full."""
+        """Make the files with all of their space, or open those that are there; EntrenarError if the disk is full."""
         for name, one in zip(self.names, self.layouts, strict=True):
             with _writing(self.directory / name):
                 file = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o644)

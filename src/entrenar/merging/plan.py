@@ -96,7 +96,7 @@ def make_plan(config: MergeConfig) -> MergePlan:
     models: dict[str, InputModel] = {}
     parts = list(_parts(config, method, models))
     first, last = parts[0].reference[0], parts[-1].reference[0]
-    reference = models[config.base_model] if config.base_model in models else first
+    reference = models.get(config.base_model or "", first)
     vocabulary = align(config.tokenizer_source, models, reference)
     is_tied = all(model.is_tied or HEAD not in model.tensors for part in parts for model, *_ in part.models)
     is_tied = is_tied and (reference.is_tied or HEAD not in reference.tensors)
@@ -157,7 +157,7 @@ def _part(
     for *_, level in sources:
         level.check(method)
     ranges = [(models[label], span or (0, models[label].layers), level) for label, span, level in sources]
-    _check_ranges(ranges, base_label and models[base_label], piece is None)
+    _check_ranges(ranges, models[base_label] if base_label else None, piece is None)
     where = "models" if piece is None else "slices"
     others = [entry for entry in ranges if entry[0].label != base_label]
     if base_label and any(level.values for model, _, level in ranges if model.label == base_label):
@@ -225,19 +225,19 @@ def _planned(
     )  # fmt: skip
 
 
-def _input(
-    model: InputModel, begin: int, kind: str, offset: int | None, vocabulary: Vocabulary | None
-) -> InputTensor:
+def _input(model: InputModel, begin: int, kind: str, offset: int | None, vocabulary: Vocabulary | None) -> InputTensor:
     name = kind if offset is None else kind.replace("*", str(begin + offset), 1)
     if name == HEAD and name not in model.tensors:  # tied in this model, but not in all
         name = next((n for n in model.tensors if split_layer(n) is None and "embed_tokens" in n), name)
     if name not in model.tensors:
         raise InputError(
-            f"{model.label} has no tensor {name}, which other models of the merge have: merge models of one architecture"
+            f"{model.label} has no tensor {name}, which other models of the merge have: merge models of one kind"
         )
     tensor = model.tensors[name]
     if tensor.dtype not in _MERGED:
-        raise InputError(f"{model.label}: {name} is {tensor.dtype}, which is not a weight: remove it from the checkpoint")
+        raise InputError(
+            f"{model.label}: {name} is {tensor.dtype}, which is not a weight: remove it from the checkpoint"
+        )
     is_vocabulary = offset is None and (name == HEAD or "embed_tokens" in name or "wte" in name)
     return vocabulary.aligned(model.label, name, tensor) if vocabulary and is_vocabulary else tensor
 

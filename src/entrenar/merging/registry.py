@@ -56,7 +56,7 @@ class Parameter:
 
     def check(self, name: str, value: Any, where: str) -> Any:
         """The value as the method takes it; InputError says what is allowed."""
-        number = self.kind is float and isinstance(value, int) and not isinstance(value, bool)
+        number = self.kind is float and isinstance(value, int) and not isinstance(value, bool)  # e.g. weight: 1
         if value is None and self.default is None:
             return None
         if not number and (not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool)):
@@ -64,20 +64,16 @@ class Parameter:
         if self.choices and value not in self.choices:
             raise InputError(f"{where}: parameter {name!r} is {value!r} but must be one of {', '.join(self.choices)}")
         if self.kind in (float, int) and not self._in_range(value):
-            bounds = " and ".join(
-                text
-                for text in (
-                    None if self.low is None else f"at least {self.low:g}",
-                    None if self.high is None else f"at most {self.high:g}",
-                )
-                if text
-            )
-            raise InputError(f"{where}: parameter {name!r} is {value!r} but must be {bounds or 'a finite number'}")
-        return float(value) if number else value
+            raise InputError(f"{where}: parameter {name!r} is {value!r} but must be {self._bounds()}")
+        return value + 0.0 if number else value
 
-    def _in_range(self, value: float) -> bool:
-        low, high = (float("-inf") if self.low is None else self.low), (float("inf") if self.high is None else self.high)
-        return low <= value <= high and value not in (float("inf"), float("-inf"))
+    def _in_range(self, value: Any) -> bool:
+        above = self.low is None or value >= self.low
+        return above and (self.high is None or value <= self.high) and abs(value) < float("inf")
+
+    def _bounds(self) -> str:
+        ends = (("at least", self.low), ("at most", self.high))
+        return " and ".join(f"{word} {end:g}" for word, end in ends if end is not None) or "a finite number"
 
 
 _KINDS = {float: "number", int: "whole number", bool: "true or false", str: "text"}
@@ -165,7 +161,8 @@ METHODS: dict[str, Method] = {
         Method("karcher", karcher, "ignored", {
             "max_iter": Parameter(int, 10, low=1), "tol": Parameter(float, 1e-5, low=0),
         }),
-        Method("model_stock", model_stock, "required", {"filter_wise": Parameter(bool, False)}, least=2, whole_rows=True),
+        Method("model_stock", model_stock, "required", {"filter_wise": Parameter(bool, False)},
+               least=2, whole_rows=True),
         Method("sce", sce, "required", {
             "select_topk": Parameter(float, 1.0, low=0, high=1), "int8_mask": Parameter(bool, False, is_inert=True),
         }),

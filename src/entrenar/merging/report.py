@@ -15,7 +15,7 @@ from entrenar.merging.plan import MergePlan
 
 @dataclass(frozen=True)
 class ParentRow:
-    """The result against one parent: cosine of the two, and the result's norm over the parent's; None where a norm is 0."""
+    """The result against one parent: cosine, and its norm over the parent's; None where a norm is 0."""
 
     parent: str
     cosine: float | None

@@ -25,7 +25,7 @@ class Level:
     def find(self, name: str, tensor: str, position: float) -> Any:
         """The parameter's value for a tensor, None if this level has none."""
         setting = self.values.get(name)
-        if not _is_filtered(setting):
+        if setting is None or not _is_filtered(setting):
             return _at(setting, position)
         for index, entry in enumerate(setting):
             wanted = entry.get("filter")
@@ -44,9 +44,13 @@ class Level:
                 raise InputError(f"{self.where}: parameter {name!r} is an empty list")
             for entry in setting:
                 if isinstance(entry, dict) and ("value" not in entry or set(entry) - {"filter", "value"}):
-                    raise InputError(f"{self.where}: an entry of {name!r} is {entry}: it has `value` and may have `filter`")
+                    raise InputError(
+                        f"{self.where}: an entry of {name!r} is {entry}: it has `value` and may have `filter`"
+                    )
             if len({isinstance(entry, dict) for entry in setting}) != 1:
-                raise InputError(f"{self.where}: {name!r} mixes plain values and entries with filters: use one or the other")
+                raise InputError(
+                    f"{self.where}: {name!r} mixes plain values and entries with filters: use one or the other"
+                )
 
     def check_filters(self) -> None:
         """InputError for a filter that matched no tensor; once every tensor has been looked at."""

@@ -2,8 +2,8 @@
 
 Magnitudes are compared as the bits of |δ| in float32. A threshold is found by counting: first the upper 15 bits, then,
 of the elements in the bin that holds it, the lower 16; no sort, whatever the size of the tensor. Random numbers are a
-function of (key, index) alone (two rounds of MurmurHash3's 32-bit finaliser, Appleby 2008): the same whatever the order,
-the pieces or the threads. Native kernels and the reference give the same bits. Letters: n elements of a piece.
+function of (key, index) alone (two rounds of MurmurHash3's 32-bit finaliser, Appleby 2008): the same whatever the
+order, the pieces or the threads. Native kernels and the reference give the same bits. Letters: n elements of a piece.
 """
 
 import torch
@@ -37,7 +37,7 @@ def count_magnitudes(
     counts: Tensor,  # (2, UPPER_BINS) or (2, LOWER_BINS) int64, added to; what counts is the sum of the two rows
     prefix: int | None = None,
 ) -> None:
-    """Count elements by the upper bits of their magnitude, or by the lower bits of those whose upper bits are `prefix`."""
+    """Count elements by the upper bits of their magnitude; with a prefix those that have it, by the lower bits."""
     if is_native(x, base):
         upper = -1 if prefix is None else prefix
         _histogram(x, dtype_code(x), base, dtype_code(base), x.numel(), upper, counts)

@@ -29,8 +29,8 @@ class MergeOutlook:
     """What a merge would do.
 
     Attributes:
-        tensors: with method and inputs. files, output_bytes: of the result. memory_bytes: of pieces, the libraries apart.
-        seconds: a guess.
+        tensors: with method and inputs. files, output_bytes: of the result. memory_bytes: of pieces, the libraries
+            apart. seconds: a guess.
     """
 
     method: str
@@ -142,7 +142,7 @@ def _digest(plan: MergePlan, files: OutputFiles, seed: int) -> str:
 def _readme(name: str, plan: MergePlan, text: str, metadata: dict[str, str]) -> str:
     inputs = "\n".join(f"- `{label}` (fingerprint {model.fingerprint})" for label, model in plan.models.items())
     return (
-        f"# {name}\n\nMerged by entrenar {entrenar.__version__} with the method `{plan.method.name}` from\n\n{inputs}\n\n"
+        f"# {name}\n\nMerged by entrenar {entrenar.__version__}, method `{plan.method.name}`, from\n\n{inputs}\n\n"
         f"```yaml\n{text.rstrip()}\n```\n\n`entrenar inspect` shows the same from the weights' metadata:\n"
         f"`{metadata['entrenar.merge']}`\n"
     )

@@ -1,10 +1,10 @@
 """Arcee Fusion: take over only the changes that matter.
 
 The importance of an element is |δ| times its row's Kullback-Leibler divergence between the softmaxes of model and base.
-Kept is what reaches median + 1.5 · (third quartile − first quartile) of the tensor's importances.
+Kept is what reaches median + 1.5 · (third quartile − first quartile) of the tensor's importances; each of the three is one
+of them, the lower where it lies between two.
 """
 
-import torch
 from torch import Tensor
 
 from entrenar.merging.stack import Combine, Options, Piece, Stack
@@ -27,22 +27,10 @@ def arcee_fusion(stack: Stack, options: Options) -> Combine:  # noqa: ARG001 - a
 
 def _limit(stack: Stack) -> float:
     n = stack.numel
-    ranks = [(n - 1) // 2, *_around(n, 0.25), *_around(n, 0.75)]  # ascending, from 0; the median is the lower one
-    counts = [[n - rank for rank in ranks]]
-    ((median, *quartiles),) = largest(
-        lambda: ([(_importance(piece, stack.columns), None)] for piece in stack.pieces()), counts
-    )
-    first, third = (
-        low.value + (high.value - low.value) * ((n - 1) * share % 1)
-        for low, high, share in zip(quartiles[::2], quartiles[1::2], (0.25, 0.75), strict=True)
-    )
-    return median.value + 1.5 * (third - first)
-
-
-def _around(n: int, share: float) -> tuple[int, int]:
-    """The two ranks between which the quantile lies."""
-    below = int((n - 1) * share)
-    return below, min(below + 1, n - 1)
+    ranks = (int((n - 1) * share) for share in (0.5, 0.25, 0.75))  # ascending, from 0
+    series = lambda: ([(_importance(piece, stack.columns), None)] for piece in stack.pieces())  # noqa: E731
+    ((median, first, third),) = largest(series, [[n - rank for rank in ranks]])
+    return median.value + 1.5 * (third.value - first.value)
 
 
 def _importance(piece: Piece, columns: int) -> Tensor:

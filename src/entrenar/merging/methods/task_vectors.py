@@ -178,7 +178,7 @@ def _by_rank(stack: Stack, options: Options) -> list[Keep | None]:
             keeps.append(None)
             continue
         low, high = density - epsilon, density + epsilon
-        if not (0 < low and high < 1):
+        if not (low > 0 and high < 1):
             raise InputError(
                 f"della: density {density} ± epsilon {epsilon} leaves (0, 1) at {stack.name}: make epsilon smaller"
             )
