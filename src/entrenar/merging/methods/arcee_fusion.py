@@ -1,8 +1,8 @@
 """Arcee Fusion: take over only the changes that matter.
 
 The importance of an element is |δ| times its row's Kullback-Leibler divergence between the softmaxes of model and base.
-Kept is what reaches median + 1.5 · (third quartile − first quartile) of the tensor's importances; each of the three is one
-of them, the lower where it lies between two.
+Kept is what reaches median + 1.5 · (third quartile − first quartile) of the tensor's importances. Median and quartiles
+are entries, the lower one where they fall between two.
 """
 
 from torch import Tensor
