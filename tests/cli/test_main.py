@@ -154,8 +154,6 @@ def test_merging_by_command(tiny_model_dir: Path, tmp_path: Path) -> None:
     merged = entrenar("merge", path, tmp_path / "out")
     assert merged.returncode == 0, merged.stderr
     assert "is equal to the base: it adds nothing" in merged.stdout
-    inspected = entrenar("inspect", tmp_path / "out")
-    assert "entrenar.merge_config" in inspected.stdout
     path.write_text(yaml.safe_dump(values | {"merge_methd": 1}))
     assert_refused(entrenar("merge", path, tmp_path / "b"), r"unknown key 'merge_methd': did you mean 'merge_method'\?")
 
