@@ -65,7 +65,7 @@ class Parameter:
             raise InputError(f"{where}: parameter {name!r} is {value!r} but must be one of {', '.join(self.choices)}")
         if self.kind in (float, int) and not self._in_range(value):
             raise InputError(f"{where}: parameter {name!r} is {value!r} but must be {self._bounds()}")
-        return value + 0.0 if number else value
+        return float(value) if number and value is not None else value
 
     def _in_range(self, value: Any) -> bool:
         above = self.low is None or value >= self.low
