@@ -53,7 +53,8 @@ def make_models(layers: int) -> Path:
     from entrenar.files.lazy_tensor import LazyTensor
     from entrenar.files.safetensors import write_checkpoint
 
-    config = LlamaConfig(**{**LLAMA_1B.to_dict(), "num_hidden_layers": layers})
+    changes = {"num_hidden_layers": layers, "architectures": ["LlamaForCausalLM"]}  # mergekit asks for the latter
+    config = LlamaConfig(**{**LLAMA_1B.to_dict(), **changes})
     root = Path(os.environ.get("TMPDIR", "/tmp")) / "entrenar-benchmarks" / f"merge-{layers}"
     if (root / "complete").is_file():
         return root
