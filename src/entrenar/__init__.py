@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from entrenar.recipes.evaluate import evaluate
     from entrenar.recipes.export import export
     from entrenar.recipes.inspect import inspect
+    from entrenar.recipes.merge import merge
     from entrenar.recipes.train import TrainResult, train
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _HOMES = {
     "inspect": "recipes.inspect",
     "load": "models.load",
     "load_adapter": "lora.adapter_io",
+    "merge": "recipes.merge",
     "quantize": "quant.tensor",
     "quantize_4bit": "quant.tensor",
     "save_adapter": "lora.adapter_io",
@@ -66,6 +68,7 @@ __all__ = [
     "inspect",
     "load",
     "load_adapter",
+    "merge",
     "quantize",
     "quantize_4bit",
     "save_adapter",

@@ -49,7 +49,7 @@ def open_source(path: str) -> ModelSource:
     """
     if path.endswith(".gguf"):
         return _open_gguf(Path(path))
-    directory = Path(path) if Path(path).is_dir() else _download(path)
+    directory = local_directory(path)
     with _reading(directory):
         # False, not unset: unset, transformers asks on the terminal whether to run the directory's own code.
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -57,6 +57,11 @@ def open_source(path: str) -> ModelSource:
         has_generation = (directory / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(directory) if has_generation else None
     return ModelSource(directory, config, tokenizer, SafetensorsCheckpoint(directory), generation)
+
+
+def local_directory(path: str) -> Path:
+    """A model's directory: `path` itself, or the snapshot of that hub id; InputError if it is neither."""
+    return Path(path) if Path(path).is_dir() else _download(path)
 
 
 @contextmanager

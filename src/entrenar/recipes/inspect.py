@@ -45,8 +45,9 @@ def inspect(path: str | Path) -> Inspection:
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         return _adapter(path)
     if path.is_dir() or path.suffix == ".safetensors":
-        metadata = read_metadata(path) if path.is_file() else {}
-        return Inspection("safetensors", metadata, _safetensors_rows(SafetensorsCheckpoint(path)))
+        checkpoint = SafetensorsCheckpoint(path)
+        first = next((info.file.path for info in checkpoint.tensors.values()), None)
+        return Inspection("safetensors", read_metadata(first) if first else {}, _safetensors_rows(checkpoint))
     raise InputError(f"{path} is not a .gguf or .safetensors file, a model directory or an adapter directory")
 
 
