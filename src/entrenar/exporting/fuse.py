@@ -6,10 +6,12 @@ For a 16-bit result the dequantized base + Δ is the model that was trained, so 
 from collections.abc import Callable, Iterator
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.lora.low_rank import AdapterLayer
+from entrenar.quant.embedding import QuantizedEmbedding
 from entrenar.quant.linear import QuantizedLinear
 
 
@@ -21,8 +23,12 @@ def fused_tensors(model: nn.Module) -> list[LazyTensor]:
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor]:
     fused = _fused_weight(module)
     if fused is not None:
+        parts = {id(part) for part in module.parameters() if part.dtype == torch.uint8}
+        if parts and parts <= seen:  # a head over the embedding's storage
+            return
+        seen |= parts
         yield LazyTensor(f"{prefix}weight", *fused)
-        bias = getattr(module, "base", module).bias
+        bias = getattr(getattr(module, "base", module), "bias", None)
         if bias is not None:
             yield _plain(f"{prefix}bias", cast(Tensor, bias))
         return
@@ -40,6 +46,8 @@ def _fused_weight(module: nn.Module) -> tuple[tuple[int, ...], Callable[[], Tens
         return (module.d_out, module.d_in), module.merge_to_f32
     if isinstance(module, QuantizedLinear):
         return (module.out_features, module.in_features), module.fused_weight
+    if isinstance(module, QuantizedEmbedding):
+        return (module.num_embeddings, module.embedding_dim), module.fused_weight
     return None
 
 

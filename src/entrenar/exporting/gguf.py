@@ -42,7 +42,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
     with atomic_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, llama_gguf.ARCHITECTURE)
         _add_model(writer, model, file_type)
-        _add_vocabulary(writer, vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0]))  # pyright: ignore
+        _add_vocabulary(writer, vocabulary(tokenizer, model.get_input_embeddings().num_embeddings))  # pyright: ignore
         _write(writer, tensors, weight_type)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
-from entrenar.files.gguf import GGUFFile
+from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.models import llama_gguf
@@ -39,6 +39,7 @@ class ModelSource:
     tokenizer: PreTrainedTokenizerBase
     weights: Weights
     generation: GenerationConfig | None = None
+    blocks: "GGUFWeights | None" = None  # the same weights as the file holds them, for a GGUF
 
 
 def open_source(path: str) -> ModelSource:
@@ -71,7 +72,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _open_gguf(path: Path) -> ModelSource:
-    file = GGUFFile(path)
+    file = GGUFModel(path)
     if llama_gguf.ROPE_FACTORS in file.tensors:
         raise InputError(
             f"{path} has Llama 3 rotary factors, which this version reads only from a Hugging Face directory"
@@ -85,13 +86,14 @@ def _open_gguf(path: Path) -> ModelSource:
     config.attention_bias = "blk.0.attn_q.bias" in file.tensors
     config.architectures = ["LlamaForCausalLM"]
     config._name_or_path = str(path)
-    return ModelSource(path, config, tokenizer, GGUFWeights(file, config))
+    weights = GGUFWeights(file, config)
+    return ModelSource(path, config, tokenizer, weights, blocks=weights)
 
 
 class GGUFWeights:
     """The tensors of a Llama-family GGUF under transformers' names and in its row order."""
 
-    def __init__(self, file: GGUFFile, config: PretrainedConfig) -> None:
+    def __init__(self, file: GGUFModel, config: PretrainedConfig) -> None:
         self._file = file
         self._config = config
         # A tensor the family does not have keeps its own name, and so is reported as unexpected.
@@ -103,7 +105,18 @@ class GGUFWeights:
 
     def stored(self, name: str) -> StoredTensor:
         """Where one tensor lies; decoded it is dequantized and in transformers' row order."""
-        found = self._file.stored(self._names[name])
+        return self._in_our_order(name, self._file.stored(self._names[name]))
+
+    def packed(self, name: str) -> StoredTensor:
+        """The same tensor's bytes as they stand, in transformers' row order: (..., bytes of a row) uint8."""
+        return self._in_our_order(name, self._file.packed(self._names[name]))
+
+    def type_of(self, name: str) -> str:
+        """The type those bytes are of: `q4_k`, `f16`, …"""
+        return self._file.tensors[self._names[name]].type.name.lower()
+
+    def _in_our_order(self, name: str, found: StoredTensor) -> StoredTensor:
+        """Rows of q and k reordered: whole rows, so that it does not matter what they are held as."""
         if not llama_gguf.is_rotary(name):
             return found
         columns = found.shape[1:]
