@@ -14,6 +14,6 @@ QuantizeOption = Annotated[
     str | None,
     typer.Option(
         "--quantize",
-        help="Base: nf4, fp4, int4, int8, none, keep (a .gguf's own blocks) [default: as the adapter says].",
+        help="Base: nf4, fp4, int4, int8, none, keep [default: as the adapter says, or keep for a .gguf].",
     ),
 ]

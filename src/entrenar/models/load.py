@@ -64,7 +64,7 @@ def load_source(
     kept = kept_types(model, source, dtype) if quantize == KEEP else {}
     if source.blocks:
         tensors |= {name: source.blocks.packed(name) for name in kept}
-    linear = _linear_weights(model, head) if quantize not in (UNQUANTIZED, KEEP) else set()
+    linear = linear_weights(model, head) if quantize not in (UNQUANTIZED, KEEP) else set()
 
     def sink(name: str) -> PieceQuantizer | _PieceJoiner:
         stored = tensors[name]
@@ -101,13 +101,11 @@ def kept_types(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) 
             f"quantize: keep holds a GGUF's own blocks, but {source.path} is not a .gguf file: choose nf4, another "
             "format or none"
         )
-    names = _linear_weights(model, None) | _embedding_weights(model)
+    names = linear_weights(model, None) | _embedding_weights(model)
     types = {name: source.blocks.type_of(name) for name in names & set(source.blocks.names())}
     strange = {name: type for name, type in types.items() if type not in KEPT_FORMATS}
     for name, type in strange.items():
-        raise InputError(
-            f"{source.path}: {name} is {type}, which this version does not read: {', '.join(KEPT_FORMATS)}"
-        )
+        raise InputError(f"{source.path}: {name} is {type}, which is not read: allowed are {', '.join(KEPT_FORMATS)}")
     return {name: type for name, type in types.items() if FLOAT_TYPES.get(type) != dtype}
 
 
@@ -146,7 +144,7 @@ def _contiguous_input(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
     return (arguments[0].contiguous(),)
 
 
-def _linear_weights(model: PreTrainedModel, head: nn.Module | None) -> set[str]:
+def linear_weights(model: PreTrainedModel, head: nn.Module | None) -> set[str]:
     """Names of the parameters that a number format may hold; not those of `head`."""
     modules = model.named_modules()
     return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear) and module is not head}
