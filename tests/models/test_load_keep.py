@@ -166,3 +166,23 @@ def test_loading_costs_the_file_and_little_more(smollm2: Path) -> None:
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     assert held == tensors
     assert anonymous_bytes() - before < tensors + 60_000_000
+
+
+def test_a_model_cut_at_any_of_200_places_is_an_input_error(make_gguf: MakeGGUF, tmp_path: Path) -> None:
+    content = make_gguf("Q8_0").read_bytes()
+    places = np.random.default_rng(0).integers(0, len(content) - 32, 200)  # the last bytes may be padding
+    cut = tmp_path / "cut.gguf"
+    for place in places:
+        cut.write_bytes(content[:place])
+        with pytest.raises(InputError, match=r"cut\.gguf"):
+            load(str(cut))
+
+
+def test_a_type_that_is_not_read_is_refused_before_anything_is_loaded(make_gguf: MakeGGUF) -> None:
+    path = make_gguf("F32")
+    content = path.read_bytes()
+    name = b"blk.0.attn_v.weight"
+    at = content.index(name) + len(name) + 4 + 16  # its type, behind two dimensions
+    path.write_bytes(content[:at] + (26).to_bytes(4, "little") + content[at + 4 :])  # I32, as large as F32
+    with pytest.raises(InputError, match=r"v_proj\.weight is i32, which is not read"):
+        load(str(path))

@@ -1,11 +1,14 @@
 """`entrenar export`: fuse and write for another tool."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
 from entrenar.cli.numbers import human_bytes
+
+if TYPE_CHECKING:
+    from entrenar.evaluation.fidelity import Fidelity
 
 
 def export(
@@ -27,10 +30,24 @@ def export(
     ] = None,
     quantize: QuantizeOption = None,
     ollama: Annotated[bool, typer.Option("--ollama", help="An Ollama Modelfile beside the GGUF adapter.")] = False,
+    verify: Annotated[
+        bool | None,
+        typer.Option(help="Run a GGUF against the live model: KL and perplexity [default: where there is an adapter]."),
+    ] = None,
+    verify_on: Annotated[str | None, typer.Option(help="Held-out text to verify on, a file.")] = None,
 ) -> None:
     """Fuse a model with its adapter and write it as a Hugging Face directory or a GGUF; or write the adapter alone."""
     from entrenar.recipes.export import export as run
 
-    path = run(model, output, adapter=adapter, to=to, type=type, quantize=quantize, ollama=ollama)
+    wanted = verify if verify is not None else to == "gguf" and (adapter is not None or verify_on is not None)
+    path = run(
+        model, output, adapter=adapter, to=to, type=type, quantize=quantize, ollama=ollama,
+        on_verified=_show if wanted else None, verify_on=verify_on,
+    )  # fmt: skip
     files = [path] if path.is_file() else sorted(path.iterdir())
     typer.echo(f"wrote {path}: {human_bytes(sum(file.stat().st_size for file in files))}")
+
+
+def _show(steps: "list[Fidelity]") -> None:
+    for step in steps:
+        typer.echo(f"  {step.step:<10} perplexity {step.perplexity:9.3f}   KL from live {step.kl:.2e}")

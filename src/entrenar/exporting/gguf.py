@@ -1,12 +1,11 @@
 """Write a fused model of the Llama family as GGUF in any type of gguf_types.py, tensor by tensor."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,30 +13,44 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError
 from entrenar.exporting.fuse import fused_tensors
-from entrenar.exporting.gguf_types import FILE_TYPES, FileType, Model, type_of
+from entrenar.exporting.gguf_types import FILE_TYPES, Model, type_of
 from entrenar.exporting.gguf_vocabulary import Vocabulary, vocabulary
+from entrenar.files.gguf_writer import GGUFTensor, Value, write_gguf_file
 from entrenar.files.lazy_tensor import LazyTensor, Packed
 from entrenar.models import llama_gguf
 from entrenar.ops.gguf_blocks import quantize_gguf
 from entrenar.ops.linear_gguf import FLOAT_TYPES
 
+Metadata = dict[str, Value | bytes]
+# What keys begin with that are about a file, and not about the model in it.
+_OF_ONE_FILE = ("general.file_type", "general.quantization_version", "general.alignment", "split.", "quantize.imatrix.")
+
 
 def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, type: str = "f16") -> None:
     """Write a live model as `path`; see `write_gguf`."""
-    write_gguf(fused_tensors(model), model.config, tokenizer, path, type)
+    write_gguf(fused_tensors(model), model.config, metadata(model.config, tokenizer), path, type)
 
 
-def write_gguf(
-    fused: list[LazyTensor], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, path: Path, type: str
-) -> None:
+def metadata(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Metadata:
+    """The keys of a GGUF for a model and its tokenizer; InputError for a tokenizer that is not written."""
+    llama_gguf.check_exportable(config)
+    return _model_keys(config) | _vocabulary_keys(vocabulary(tokenizer, cast(Any, config).vocab_size))
+
+
+def copied_metadata(raw: Mapping[str, bytes]) -> Metadata:
+    """The keys of a GGUF that is made of another one, which has the entries `raw`."""
+    return {key: entry for key, entry in raw.items() if not key.startswith(_OF_ONE_FILE)}
+
+
+def write_gguf(fused: list[LazyTensor], config: PretrainedConfig, keys: Metadata, path: Path, type: str) -> None:
     """Write `path`, which must not exist, tensor by tensor; norms and biases stay float32.
 
     Args:
-        fused: the model's tensors under their transformers names.
+        fused: the model's tensors under their transformers names. keys: see above.
         type: one of gguf_types.py's, llama.cpp's mixtures; see there for what falls back to another.
 
     Raises:
-        InputError: a model or tokenizer that this version does not write as GGUF.
+        InputError: a model that this version does not write as GGUF.
     """
     refuse_existing(path)
     llama_gguf.check_exportable(config)
@@ -46,13 +59,14 @@ def write_gguf(
     if factors is not None:
         tensors.append(LazyTensor(llama_gguf.ROPE_FACTORS, tuple(factors.shape), lambda: factors))
     file_type, shape = FILE_TYPES[type], _choice(config, tensors)
-    types = {tensor.name: type_of(tensor.name, tensor.shape, file_type, shape) for tensor in tensors}
-    rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
+    typed = [(tensor, type_of(tensor.name, tensor.shape, file_type, shape)) for tensor in tensors]
+    made = {"general.file_type": int(file_type.number), "general.quantization_version": gguf.GGML_QUANT_VERSION}
     with atomic_file(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, llama_gguf.ARCHITECTURE)
-        _add_model(writer, config, file_type)
-        _add_vocabulary(writer, vocabulary(tokenizer, rows))
-        _write(writer, tensors, types)
+        write_gguf_file(
+            temporary,
+            {**keys, **made},
+            [GGUFTensor(tensor.name, tensor.shape, kind, partial(_encode, tensor, kind)) for tensor, kind in typed],
+        )
 
 
 def _choice(config: PretrainedConfig, tensors: list[LazyTensor]) -> Model:
@@ -73,44 +87,25 @@ def _renamed(tensor: LazyTensor, config: PretrainedConfig) -> LazyTensor:
     return LazyTensor(name, tensor.shape, ordered(tensor.make), packed)
 
 
-def _add_model(writer: gguf.GGUFWriter, config: PretrainedConfig, file_type: FileType) -> None:
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(config.name_or_path or "model").stem)
-    for key, value in llama_gguf.metadata_from_config(config).items():
-        add: Any = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{llama_gguf.ARCHITECTURE}.{key}", value)
-    writer.add_file_type(file_type.number)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+def _model_keys(config: PretrainedConfig) -> Metadata:
+    own = llama_gguf.metadata_from_config(config)
+    return {
+        "general.architecture": llama_gguf.ARCHITECTURE,
+        "general.type": gguf.GGUFType.MODEL,
+        "general.name": Path(config.name_or_path or "model").stem,
+        **{f"{llama_gguf.ARCHITECTURE}.{key}": value for key, value in own.items()},
+    }
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
-    writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    if words.merges is not None:
-        writer.add_token_merges(words.merges)
-    if words.scores is not None:
-        writer.add_token_scores(words.scores)
-    for name, index in words.special_ids.items():
-        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
-    writer.add_add_bos_token(words.adds_bos)
-    writer.add_add_space_prefix(words.adds_space_prefix)
-    if words.chat_template:
-        writer.add_chat_template(words.chat_template)
-
-
-def _write(writer: gguf.GGUFWriter, tensors: list[LazyTensor], types: dict[str, str]) -> None:
-    for tensor in tensors:
-        kind = gguf.GGMLQuantizationType[types[tensor.name].upper()]
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(_encode(tensor, types[tensor.name]).numpy())
-    writer.close()
+def _vocabulary_keys(words: Vocabulary) -> Metadata:
+    keys: dict[str, Value | None] = {
+        "model": words.model, "pre": words.pre, "tokens": words.tokens, "token_type": words.types,
+        "merges": words.merges, "scores": words.scores, "add_bos_token": words.adds_bos,
+        "add_space_prefix": words.adds_space_prefix,
+        **{f"{name}_token_id": index for name, index in words.special_ids.items()},
+    }  # fmt: skip
+    found: Metadata = {f"tokenizer.ggml.{name}": value for name, value in keys.items() if value is not None}
+    return found | ({"tokenizer.chat_template": words.chat_template} if words.chat_template else {})
 
 
 def _encode(tensor: LazyTensor, type: str) -> Tensor:

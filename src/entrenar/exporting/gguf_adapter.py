@@ -4,6 +4,7 @@
 the file and each tensor's own rank, so that a layer whose scale is another has the quotient in its B.
 """
 
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError, listing
+from entrenar.files.gguf_writer import GGUFTensor, write_gguf_file
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.low_rank import AdapterLayer
@@ -39,19 +41,21 @@ def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
     layers = dict(adapted_layers(model))
     first = next(iter(layers.values()))
     alpha = first.scale * first.rank
+    keys = {
+        "general.architecture": llama_gguf.ARCHITECTURE, "general.type": gguf.GGUFType.ADAPTER,
+        "general.name": Path(adapter).name, gguf.Keys.Adapter.TYPE: "lora", gguf.Keys.Adapter.LORA_ALPHA: float(alpha),
+    }  # fmt: skip
+    tensors = [
+        GGUFTensor(f"{_gguf_name(name, model)}.lora_{suffix}", tuple(factor.shape), "f32", partial(_bytes, factor))
+        for name, layer in layers.items()
+        for suffix, factor in zip("ab", _factors(name, layer, alpha, source.config), strict=True)
+    ]
     with atomic_file(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, llama_gguf.ARCHITECTURE)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(Path(adapter).name)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        for name, layer in layers.items():
-            for suffix, factor in zip("ab", _factors(name, layer, alpha, source.config), strict=True):
-                writer.add_tensor(f"{_gguf_name(name, model)}.lora_{suffix}", factor.numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        write_gguf_file(temporary, keys, tensors)
+
+
+def _bytes(factor: Tensor) -> Tensor:
+    return factor.contiguous().view(torch.uint8)
 
 
 def modelfile(base: str, adapter: Path) -> str:

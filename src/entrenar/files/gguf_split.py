@@ -27,6 +27,7 @@ class GGUFModel:
         self.path = path
         self.parts = _open_parts(path)
         self.metadata: dict[str, Any] = self.parts[0].metadata
+        self.raw_metadata = self.parts[0].raw_metadata
         self._owner = {name: part for part in self.parts for name in part.tensors}
         self.tensors: dict[str, TensorInfo] = {name: part.tensors[name] for name, part in self._owner.items()}
         _check_tensors(self)

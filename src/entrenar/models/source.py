@@ -1,9 +1,10 @@
 """Where a model's config, tokenizer and weights come from: a Hugging Face directory or id, or a GGUF file."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -36,28 +37,42 @@ class ModelSource:
 
     path: Path
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    make_tokenizer: Callable[[], PreTrainedTokenizerBase]
     weights: Weights
     generation: GenerationConfig | None = None
     blocks: "GGUFWeights | None" = None  # the same weights as the file holds them, for a GGUF
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, its chat template included."""
+        with _reading(self.path):
+            return self.make_tokenizer()
 
-def open_source(path: str) -> ModelSource:
+
+def open_source(path: str, *, with_tokenizer: bool = True) -> ModelSource:
     """Open a model without reading its weights.
+
+    Args:
+        with_tokenizer: make the tokenizer now, which takes most of the time, and know that it is whole.
 
     Raises:
         InputError: nothing there, an architecture that is not known, or a broken file.
     """
-    if path.endswith(".gguf"):
-        return _open_gguf(Path(path))
+    source = _open_gguf(Path(path)) if path.endswith(".gguf") else _open_directory(path)
+    if with_tokenizer:
+        _ = source.tokenizer
+    return source
+
+
+def _open_directory(path: str) -> ModelSource:
     directory = Path(path) if Path(path).is_dir() else _download(path)
     with _reading(directory):
         # False, not unset: unset, transformers asks on the terminal whether to run the directory's own code.
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         has_generation = (directory / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(directory) if has_generation else None
-    return ModelSource(directory, config, tokenizer, SafetensorsCheckpoint(directory), generation)
+    make_tokenizer = partial(AutoTokenizer.from_pretrained, directory, trust_remote_code=False)
+    return ModelSource(directory, config, make_tokenizer, SafetensorsCheckpoint(directory), generation)
 
 
 @contextmanager
@@ -81,13 +96,13 @@ def _open_gguf(path: Path) -> ModelSource:
         raise InputError(f"{path} has no token_embd.weight: it is not a language model")
     rows, tied = file.tensors["token_embd.weight"].shape[0], "output.weight" not in file.tensors
     with _reading(path):
-        tokenizer = tokenizer_from_metadata(file.metadata, str(path))
         config = llama_gguf.config_from_metadata(file.metadata, str(path), rows, tied)
     config.attention_bias = "blk.0.attn_q.bias" in file.tensors
     config.architectures = ["LlamaForCausalLM"]
     config._name_or_path = str(path)
     weights = GGUFWeights(file, config)
-    return ModelSource(path, config, tokenizer, weights, blocks=weights)
+    make_tokenizer = partial(tokenizer_from_metadata, file.metadata, str(path))
+    return ModelSource(path, config, make_tokenizer, weights, blocks=weights)
 
 
 class GGUFWeights:
@@ -110,6 +125,11 @@ class GGUFWeights:
     def packed(self, name: str) -> StoredTensor:
         """The same tensor's bytes as they stand, in transformers' row order: (..., bytes of a row) uint8."""
         return self._in_our_order(name, self._file.packed(self._names[name]))
+
+    @property
+    def raw_metadata(self) -> dict[str, bytes]:
+        """The file's keys as they stand in it."""
+        return self._file.raw_metadata
 
     def type_of(self, name: str) -> str:
         """The type those bytes are of: `q4_k`, `f16`, …"""
