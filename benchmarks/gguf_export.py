@@ -53,7 +53,7 @@ def theirs(source: Path, target: Path, type: str) -> Work:
     params.ftype, params.nthread = FILE_TYPES[type].number, THREADS
 
     def run(_keep: object = silent) -> None:
-        assert llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(params)) == 0
+        assert llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.pointer(params)) == 0
 
     return run
 
@@ -90,7 +90,7 @@ def export_rows(type: str, size: str, rounds: int) -> list[Row]:
     with PeerProcess(ours) as one, PeerProcess(theirs) as other:
         runs = [side.prepare(source, target, type) for side, target in zip((one, other), targets, strict=True)]
         with one.peak_memory() as memory:
-            seconds = turns(*runs, rounds)
+            seconds = turns(runs[0], runs[1], rounds)
     errors = [error(target, source) for target in targets]
     row = partial(Row, shape=size, peer_name=PEER)
     return [

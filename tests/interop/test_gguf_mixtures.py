@@ -39,7 +39,7 @@ def theirs(source: Path, target: Path, number: int) -> GGUFFile:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = number
     params.nthread = 2
-    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.pointer(params)) == 0
     return GGUFFile(target)
 
 

@@ -12,6 +12,7 @@ from entrenar.ops import linear_codebook
 from entrenar.ops.adapted_linear import adapted_linears
 from entrenar.ops.adapted_native import Member
 from entrenar.ops.linear_gguf import (
+    FLOAT_TYPES,
     GGUF_TYPES,
     block_of,
     columns_of,
@@ -26,19 +27,14 @@ def packed_weight(type: str, rows: int, blocks: int) -> tuple[Tensor, Tensor]:
     """Random bytes with scales of a sensible size, and the float32 matrix that the gguf package reads from them."""
     elements, size = block_of(type)
     generator = np.random.default_rng(rows * 100 + blocks)
-    kind = gguf.GGMLQuantizationType[type.upper()]
     if elements == 1:
-        values = generator.standard_normal((rows, blocks * 32)).astype(np.float32)
-        raw = gguf.quants.quantize(values, kind).view(np.uint8).reshape(rows, -1)
-    else:
-        raw = generator.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
-        for first, last in _HALVES[type]:
-            raw[..., first:last] = np.float16(0.01).view(np.uint16).tobytes()[0], np.float16(0.01).tobytes()[1]
-        raw = raw.reshape(rows, -1)
-    expected = gguf.quants.dequantize(raw, kind) if elements > 1 else values.astype(np.float32)
-    if type in ("f16", "bf16"):
-        expected = gguf.quants.dequantize(raw.view(np.float16) if type == "f16" else raw, kind)
-    return torch.from_numpy(raw.copy()), torch.from_numpy(np.array(expected, dtype=np.float32))
+        values = torch.from_numpy(generator.standard_normal((rows, blocks * 32))).to(FLOAT_TYPES[type])
+        return values.view(torch.uint8), values.float()
+    raw = generator.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
+    for first, last in _HALVES[type]:
+        raw[..., first:last] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    raw = raw.reshape(rows, -1)
+    return torch.from_numpy(raw), torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type.upper()]))
 
 
 # Where the float16 scales (and minima) of a block stand.

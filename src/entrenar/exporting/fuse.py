@@ -5,12 +5,14 @@ adapter no model is needed: the tensors come straight from its files, one at a t
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from entrenar.files.lazy_tensor import LazyTensor, Packed
+from entrenar.files.stored_tensor import StoredTensor
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.models.load import build_on_meta, linear_weights
 from entrenar.models.match import match_tensors
@@ -41,14 +43,18 @@ def source_tensors(source: ModelSource, format: str | None) -> list[LazyTensor]:
 
     def lazy(name: str) -> LazyTensor:
         stored = tensors[name]
-        if name in linear and format:
-            return LazyTensor(name, stored.shape, lambda: quantize(stored.read(), format=format).dequantize())
+        if format and name in linear:
+            return LazyTensor(name, stored.shape, partial(_rounded, stored, format))
         packed = None
         if source.blocks and len(stored.shape) == 2:
             packed = Packed(source.blocks.type_of(name), source.blocks.packed(name).read)
         return LazyTensor(name, stored.shape, stored.read, packed)
 
     return [lazy(name) for name in tensors]
+
+
+def _rounded(stored: StoredTensor, format: str) -> Tensor:
+    return quantize(stored.read(), format=format).dequantize()
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor]:
