@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import export_gguf
@@ -54,3 +54,24 @@ def test_weights_that_are_not_finite_are_refused_where_blocks_cannot_hold_them(
     with pytest.raises(InputError, match=r"blk\.1\.ffn_up\.weight holds a NaN"):
         export(str(path), tmp_path / "m.gguf", to="gguf", type="q8_0")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_llama_3s_rotary_factors_travel_both_ways(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    rope: dict[str, object] = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, rope_parameters=rope, initializer_range=0.1,
+        max_position_embeddings=131072,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f32")
+    back, _ = load(str(tmp_path / "m.gguf"), dtype="float32")
+    assert back.config.rope_parameters == pytest.approx(rope)
+    ids = torch.randint(0, 200, (1, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(back(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    again = GGUFFile(export(str(tmp_path / "m.gguf"), tmp_path / "again.gguf", to="gguf", type="f32"))
+    assert torch.equal(again.read("rope_freqs.weight"), GGUFFile(tmp_path / "m.gguf").read("rope_freqs.weight"))

@@ -88,15 +88,13 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _open_gguf(path: Path) -> ModelSource:
     file = GGUFModel(path)
-    if llama_gguf.ROPE_FACTORS in file.tensors:
-        raise InputError(
-            f"{path} has Llama 3 rotary factors, which this version reads only from a Hugging Face directory"
-        )
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{path} has no token_embd.weight: it is not a language model")
     rows, tied = file.tensors["token_embd.weight"].shape[0], "output.weight" not in file.tensors
     with _reading(path):
         config = llama_gguf.config_from_metadata(file.metadata, str(path), rows, tied)
+    if llama_gguf.ROPE_FACTORS in file.tensors:
+        llama_gguf.set_rope_factors(config, file.stored(llama_gguf.ROPE_FACTORS).read(), str(path))
     config.attention_bias = "blk.0.attn_q.bias" in file.tensors
     config.architectures = ["LlamaForCausalLM"]
     config._name_or_path = str(path)
@@ -112,7 +110,8 @@ class GGUFWeights:
         self._file = file
         self._config = config
         # A tensor the family does not have keeps its own name, and so is reported as unexpected.
-        self._names = {llama_gguf.hf_name(name) or name: name for name in file.tensors}
+        weights = [name for name in file.tensors if name != llama_gguf.ROPE_FACTORS]
+        self._names = {llama_gguf.hf_name(name) or name: name for name in weights}
 
     def names(self) -> Iterable[str]:
         """Every tensor, by its transformers name."""
