@@ -43,8 +43,8 @@ class BaseFormat:
     """
 
     format: str
-    block_size: int = 64
-    double_quant: bool = False
+    block_size: int
+    double_quant: bool
 
 
 @dataclass(frozen=True, kw_only=True)

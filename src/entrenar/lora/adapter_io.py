@@ -85,12 +85,9 @@ def _base_format(model: nn.Module) -> BaseFormat | None:
     """The format of the first quantized base below an adapter; a model is quantized in one format, or kept as it is."""
     for _, layer in adapted_layers(model):
         weight = getattr(layer, "base_weight_quantized", None)
-        if weight is not None and weight.format in KEPT_FORMATS:
-            return BaseFormat(format="keep")
         if weight is not None:
-            return BaseFormat(
-                format=weight.format, block_size=weight.block_size, double_quant=weight.is_double_quantized
-            )
+            name = "keep" if weight.format in KEPT_FORMATS else weight.format
+            return BaseFormat(format=name, block_size=weight.block_size, double_quant=weight.is_double_quantized)
     return None
 
 
