@@ -8,8 +8,6 @@ import pytest
 from entrenar.core.config import load_config
 from entrenar.core.errors import InputError
 from entrenar.files.peft import read_base_format
-from entrenar.models.load import load
-from entrenar.recipes.check import check
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.evaluate import evaluate
 from entrenar.recipes.export import export
@@ -31,12 +29,6 @@ def test_a_gguf_is_kept_unless_the_config_says_otherwise(make_config: MakeConfig
     assert load_config(RunConfig, make_config()).model.quantize == "nf4"
     with pytest.raises(InputError, match=r"holds a \.gguf file's own blocks"):
         load_config(RunConfig, make_config(), {"model.quantize": "keep"})
-
-
-def test_check_counts_what_is_held_to_the_byte(make_config: MakeConfig, base: str) -> None:
-    model, _ = load(base, dtype="float32")
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    assert check(make_config(**{"model.path": base})).base_bytes == held
 
 
 def test_a_run_trains_on_the_blocks_and_its_adapter_remembers_them(
