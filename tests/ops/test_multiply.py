@@ -9,7 +9,8 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.multiply import Term, Weight, codebook_weight, dense_weight, multiply
+from entrenar.ops.gguf_blocks import dequantize_gguf, quantize_gguf
+from entrenar.ops.multiply import Term, Weight, codebook_weight, dense_weight, gguf_weight, multiply
 
 CODEBOOK = torch.linspace(-1, 1, 16)
 pytestmark = pytest.mark.usefixtures("native_path")
@@ -141,3 +142,22 @@ def test_a_buffer_too_small_for_its_sizes_is_an_error() -> None:
     for terms, bias in (([Term(a, short, True)], None), ([Term(a, weight, True)], random(3))):
         with pytest.raises(InputError, match="too small"):
             multiply(terms, torch.empty(3, 4), bias=bias)
+
+
+@pytest.mark.parametrize("type", ["q4_0", "q5_1", "q8_0", "q4_k", "q6_k"])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_blocks_of_a_gguf_are_decoded_inside_the_product(type: str, transposed: bool) -> None:
+    rows, columns = 70, 768
+    packed = quantize_gguf(torch.randn(rows, columns), type)
+    dense = dequantize_gguf(packed, type, columns, torch.bfloat16)
+    a = random(9, columns if transposed else rows)
+    b = dense.t() if transposed else dense
+    found = multiply([Term(a, gguf_weight(packed, type, (rows, columns)), transposed)], torch.empty(9, b.shape[1]))
+    assert_close(found, *exact([(a, b)]))
+
+
+def test_blocks_that_are_too_few_or_unknown_are_refused() -> None:
+    packed, a = quantize_gguf(torch.randn(4, 256), "q4_k"), random(2, 256)
+    for weight in (gguf_weight(packed, "q4_k", (5, 256)), gguf_weight(packed, "f64", (4, 256))):
+        with pytest.raises(InputError):
+            multiply([Term(a, weight, transposed=True)], torch.empty(2, weight.view.rows))

@@ -37,7 +37,10 @@ _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 @dataclass(frozen=True, kw_only=True)
 class BaseFormat:
-    """How the base was held while the adapter was trained; noted in the metadata of the adapter's file."""
+    """How the base was held while the adapter was trained; noted in the metadata of the adapter's file.
+
+    A format of the registry, or `keep`: a GGUF's own blocks, which may be of several types.
+    """
 
     format: str
     block_size: int

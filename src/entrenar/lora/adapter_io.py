@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, PeftAdapter, read_adapter, write_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora, match_targets, refuse_adapted
+from entrenar.quant.registry import KEPT_FORMATS
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -81,13 +82,12 @@ def set_factors(model: nn.Module, factors: Factors, source: str) -> None:
 
 
 def _base_format(model: nn.Module) -> BaseFormat | None:
-    """The format of the first quantized base below an adapter; a model is quantized in one format."""
+    """The format of the first quantized base below an adapter; a model is quantized in one format, or kept as it is."""
     for _, layer in adapted_layers(model):
         weight = getattr(layer, "base_weight_quantized", None)
         if weight is not None:
-            return BaseFormat(
-                format=weight.format, block_size=weight.block_size, double_quant=weight.is_double_quantized
-            )
+            name = "keep" if weight.format in KEPT_FORMATS else weight.format
+            return BaseFormat(format=name, block_size=weight.block_size, double_quant=weight.is_double_quantized)
     return None
 
 

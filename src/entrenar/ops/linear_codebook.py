@@ -94,7 +94,7 @@ def _forward_panels(
 ) -> None:
     """Y (B, O), a panel of rows of W at a time."""
     rows, columns = y.shape[1], tokens.shape[1]
-    step = _panel_step(rows, columns * y.element_size())
+    step = panel_step(rows, columns * y.element_size())
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = _decoded(held, block_size, (rows, columns), slice(start, stop), slice(0, columns), y.dtype)
@@ -133,14 +133,14 @@ def _backward_native(
 def _backward_panels(tokens: Tensor, held: tuple[Tensor | None, ...], block_size: int, dx: Tensor) -> None:
     """Dx (B, I), a panel of columns of W at a time."""
     rows, columns = tokens.shape[1], dx.shape[1]
-    step = _panel_step(columns, rows * dx.element_size())
+    step = panel_step(columns, rows * dx.element_size())
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         weight = _decoded(held, block_size, (rows, columns), slice(0, rows), slice(start, stop), dx.dtype)
         torch.mm(tokens, weight, out=dx[:, start:stop])
 
 
-def _panel_step(lines: int, line_bytes: int) -> int:
+def panel_step(lines: int, line_bytes: int) -> int:
     """How many of `lines` lines of a weight make a panel; the panels are about equally large."""
     fitting = max(PANEL_BYTES // max(line_bytes, 1), 1)
     panels = -(-lines // fitting)
@@ -158,7 +158,7 @@ def _decoded(
 ) -> Tensor:
     """A panel of the weight, in this thread's scratch: valid until the next one."""
     height, width = rows.stop - rows.start, columns.stop - columns.start
-    out = _scratch_for(height * width, dtype).view(height, width)
+    out = scratch_for(height * width, dtype).view(height, width)
     _panel(
         *held, out, shape[0] * shape[1], shape[1], rows.start, height, columns.start, width,
         block_size, native.DTYPES[dtype], native.threads(),
@@ -166,7 +166,7 @@ def _decoded(
     return out
 
 
-def _scratch_for(count: int, dtype: torch.dtype) -> Tensor:
+def scratch_for(count: int, dtype: torch.dtype) -> Tensor:
     """A flat tensor in this thread's scratch, which grows as needed and is never given back."""
     needed = count * dtype.itemsize
     if getattr(_scratch, "raw", None) is None or _scratch.raw.numel() < needed:

@@ -8,13 +8,14 @@ Letters: M rows of A and C, N columns of C, K the inner dimension of a term.
 import ctypes
 from dataclasses import dataclass
 
+import gguf
 import torch
 from torch import Tensor
 
 from entrenar.ops import native
 from entrenar.ops.scales import scale_buffers
 
-_DENSE, _CODEBOOK4 = 0, 1
+_DENSE, _CODEBOOK4, _GGUF = 0, 1, 3
 
 
 class Source(ctypes.Structure):
@@ -70,6 +71,13 @@ def codebook_weight(
     pairs = [pair for tensor in held for pair in native.buffer(tensor)]
     view = Source(_CODEBOOK4, 0, *shape, shape[1], 1.0, 0, block_size, *pairs)
     return Weight(view, held, tuple(tensor.data_ptr() for tensor in held if tensor is not None))
+
+
+def gguf_weight(packed: Tensor, type: str, shape: tuple[int, int]) -> Weight:
+    """Blocks of a GGUF type, as ops/gguf_blocks.py takes them."""
+    held = packed.contiguous()
+    kind = gguf.GGMLQuantizationType[type.upper()]
+    return Weight(Source(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,), (held.data_ptr(),))
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,26 @@ Memory = Annotated[Literal["auto", "min"] | int, BeforeValidator(_read_memory)]
 
 
 class ModelSection(Section):
-    """Which model, and how its base is held."""
+    """Which model, and how its base is held; `keep`, the default for a .gguf: in the file's own blocks."""
 
     path: str
-    quantize: Literal["nf4", "fp4", "int4", "int8", "none"] = "nf4"
+    quantize: Literal["nf4", "fp4", "int4", "int8", "none", "keep"] = "nf4"
     double_quant: bool = False
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_a_gguf(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "quantize" not in values and str(values.get("path", "")).endswith(".gguf"):
+            return {**values, "quantize": "keep"}
+        return values
+
+    @model_validator(mode="after")
+    def _keep_only_a_gguf(self) -> Self:
+        if self.quantize == "keep" and not self.path.endswith(".gguf"):
+            raise ValueError(f"quantize: keep holds a .gguf file's own blocks, and {self.path} is none: choose nf4")
+        return self
 
 
 class DataSection(Section):

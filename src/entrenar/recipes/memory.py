@@ -16,7 +16,8 @@ from entrenar.models.activations import decoder_layers, kept_per_token, ladder
 from entrenar.models.compute import resolve_dtype
 from entrenar.models.head import output_head, vocabulary_size
 from entrenar.models.linear_cross_entropy import LOGIT_BYTES
-from entrenar.models.load import UNQUANTIZED, build_on_meta, load_source
+from entrenar.models.load import KEEP, UNQUANTIZED, build_on_meta, kept_types, load_source
+from entrenar.models.match import is_tied
 from entrenar.models.source import ModelSource
 from entrenar.ops.linear_weight import DecodedWeight
 from entrenar.quant.linear import QuantizedLinear
@@ -138,7 +139,8 @@ def _scratch(model: PreTrainedModel) -> int:
 
 
 def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype) -> None:
-    base_bytes, budget = _base_bytes(build_on_meta(source, dtype), config.model), memory_budget(config.training)
+    base_bytes = _base_bytes(build_on_meta(source, dtype), source, config.model, dtype)
+    budget = memory_budget(config.training)
     if budget is not None and base_bytes > budget:
         raise InputError(
             f"the weights of {config.model.path} alone take {base_bytes:,} bytes as {config.model.quantize}, and "
@@ -146,18 +148,18 @@ def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype) ->
         )
 
 
-def _base_bytes(model: PreTrainedModel, section: ModelSection) -> int:
-    """Bytes of every base parameter once loaded: packed where quantized, in the compute dtype elsewhere."""
+def _base_bytes(model: PreTrainedModel, source: ModelSource, section: ModelSection, dtype: torch.dtype) -> int:
+    """Bytes of every base parameter once loaded: packed where quantized or kept, in the compute dtype elsewhere."""
     head, total = model.get_output_embeddings(), 0
-    for module in model.modules():
+    kept = kept_types(model, source, dtype) if section.quantize == KEEP else {}
+    for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{owner}.{name}".removeprefix(".")
             quantized = name == "weight" and isinstance(module, nn.Linear) and module is not head
-            if quantized and section.quantize != UNQUANTIZED:
+            if full_name in kept and source.blocks:
+                total += source.blocks.packed(full_name).size
+            elif quantized and section.quantize not in (UNQUANTIZED, KEEP):
                 total += packed_bytes(parameter.numel(), section.quantize, section.block_size, section.double_quant)
-            elif module is not head or not _is_tied(model):
+            elif module is not head or not is_tied(model):
                 total += parameter.numel() * parameter.element_size()
     return total
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    return bool(model.config.get_text_config().tie_word_embeddings)
