@@ -1,8 +1,9 @@
 """A QLoRA training step against transformers + peft + bitsandbytes: speed, memory, packing, and the products alone.
 
 Rank 16 on every linear layer, 2 × 512 tokens, every position supervised, AdamW and clipping included. The peer runs at
-its best settings: bf16 autocast, with or without checkpointing, whichever is faster. Each side has a process of its
-own, and they take turns.
+its best settings: bf16 autocast where the CPU has bf16, else float32; with or without checkpointing, whichever is
+faster. Each side has a process of its own, and they take turns. Our layers keep everything, but for the row that ends in
+`min`, where they keep their input alone and the peer checkpoints. Peaks include loading.
 
 python benchmarks/train_step.py [--json FILE] [--rounds N] [--only PART_OF_A_NAME]
 """
@@ -24,14 +25,16 @@ ROWS_AT_A_TIME, PADDED_BATCH = 32, 8  # of the packing row: the sides take turns
 Lengths = tuple[int, ...]
 
 
-def ours(model_path: Path, lengths: Lengths | None, quantize: str = "nf4") -> Work:
-    """Our step over the standard batch, or over rows of these lengths, packed."""
+def ours(model_path: Path, lengths: Lengths | None, quantize: str = "nf4", keep: str = "all") -> Work:
+    """Our step over the standard batch, or over rows of these lengths, packed; `keep`: what every layer keeps."""
     import torch
 
     import entrenar
     from entrenar.data.batches import micro_batches
     from entrenar.data.encode import Example
     from entrenar.lora.attach import attach_lora
+    from entrenar.models.activations import decoder_layers, set_keep
+    from entrenar.ops.residual_blocks import Keep
     from entrenar.optim.adamw import make_adamw
     from entrenar.training.step import update
 
@@ -48,6 +51,7 @@ def ours(model_path: Path, lengths: Lengths | None, quantize: str = "nf4") -> Wo
 
     batches = micro_batches([example(n) for n in lengths or (TOKENS,) * BATCH], BATCH, pad_id=0, pack_to=TOKENS)
     model.train()
+    set_keep(model, [Keep(keep)] * len(decoder_layers(model)))
     return lambda: update(model, optimizer, batches, 1e-4, 1.0)
 
 
@@ -61,10 +65,10 @@ def theirs(directory: Path, checkpointing: bool, lengths: Lengths | None) -> Wor
 
     logging.disable_progress_bar()
     torch.set_num_threads(THREADS)
-    packing = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )  # fmt: skip
-    base = AutoModelForCausalLM.from_pretrained(directory, quantization_config=packing, dtype=torch.bfloat16)
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = torch.bfloat16 if native else torch.float32
+    packing = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(directory, quantization_config=packing, dtype=dtype)
     adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, adapter).train()
     if checkpointing:
@@ -85,7 +89,7 @@ def theirs(directory: Path, checkpointing: bool, lengths: Lengths | None) -> Wor
     def step() -> None:
         optimizer.zero_grad()
         for inputs in batches:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=native):
                 loss = model(**inputs, use_cache=False).loss
             (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -95,9 +99,12 @@ def theirs(directory: Path, checkpointing: bool, lengths: Lengths | None) -> Wor
 
 
 def bare_products(directory: Path) -> Callable[[], float]:
-    """Seconds of torch's bf16 products of a step: forward and input gradient of every base weight and the head."""
+    """Seconds of torch's products of a step, in the dtype we compute in: forward and input gradient of every base
+    weight and the head."""
     import torch
     from transformers import AutoConfig
+
+    from entrenar.models.compute import native_dtype
 
     torch.set_num_threads(THREADS)
     config = AutoConfig.from_pretrained(directory)
@@ -109,7 +116,9 @@ def bare_products(directory: Path) -> Callable[[], float]:
 
     def products(rows: int, columns: int) -> Work:
         tokens = BATCH * TOKENS
-        x, weight, grad = (torch.randn(s).bfloat16() for s in ((tokens, columns), (rows, columns), (tokens, rows)))
+        x, weight, grad = (
+            torch.randn(s).to(native_dtype()) for s in ((tokens, columns), (rows, columns), (tokens, rows))
+        )
         y, dx = torch.empty_like(grad), torch.empty_like(x)
 
         def run() -> None:
@@ -148,29 +157,43 @@ def take_turns(directory: Path, rounds: int) -> Turns:
         mine, theirs_plain, theirs_checkpointed = (
             stack.enter_context(PeerProcess(work)) for work in (ours, theirs, theirs)
         )
+        our_memory, plain_memory, checkpointed_memory = (
+            stack.enter_context(each.peak_memory()) for each in (mine, theirs_plain, theirs_checkpointed)
+        )
         candidates = [
-            (theirs_plain, theirs_plain.prepare(directory, False, None)),
-            (theirs_checkpointed, theirs_checkpointed.prepare(directory, True, None)),
+            (plain_memory, theirs_plain.prepare(directory, False, None)),
+            (checkpointed_memory, theirs_checkpointed.prepare(directory, True, None)),
         ]
-        peer_process, peer = min(candidates, key=lambda each: each[1]())
+        peer_memory, peer = min(candidates, key=lambda each: each[1]())
         step, products = mine.prepare(directory, None), bare_products(directory)
         step()
         found: list[tuple[float, float, float]] = []
-        with mine.peak_memory() as our_memory, peer_process.peak_memory() as peer_memory:
-            for _ in range(rounds):
-                turn = []
-                for side in (step, peer, products):
-                    time.sleep(PAUSE)
-                    turn.append(side())
-                found.append((turn[0], turn[1], turn[2]))
+        for _ in range(rounds):
+            turn = []
+            for side in (step, peer, products):
+                time.sleep(PAUSE)
+                turn.append(side())
+            found.append((turn[0], turn[1], turn[2]))
         medians = [statistics.median(turn[side] for turn in found) for side in range(3)]
     return Turns(medians[0], medians[1], medians[2], our_memory.peak, peer_memory.peak)
 
 
+def least_memory(directory: Path) -> tuple[int, int]:
+    """Peaks of two steps: ours with as little kept as can be, the peer's with checkpointing."""
+    with (
+        PeerProcess(ours) as mine, PeerProcess(theirs) as peer,
+        mine.peak_memory() as our_memory, peer.peak_memory() as peer_memory,
+    ):  # fmt: skip
+        for step in (mine.prepare(directory, None, "nf4", "nothing"), peer.prepare(directory, True, None)):
+            step()
+            step()
+    return our_memory.peak, peer_memory.peak
+
+
 def step_rows(name: str, rounds: int, limits: dict[str, float]) -> Iterator[Row]:
     """Speed, share of the products, and memory of one model's step."""
-    shape, tokens = f"{BATCH}x{TOKENS}", BATCH * TOKENS
-    turns = take_turns(make_model(name), rounds)
+    shape, tokens, directory = f"{BATCH}x{TOKENS}", BATCH * TOKENS, make_model(name)
+    turns = take_turns(directory, rounds)
     yield Row(
         metric=f"step_{name}_tokens_per_s", shape=shape, unit="tok/s", ours=tokens / turns.ours,
         peer=tokens / turns.peer, peer_name=PEER, ratio=turns.peer / turns.ours, limit=limits["speed"],
@@ -178,13 +201,17 @@ def step_rows(name: str, rounds: int, limits: dict[str, float]) -> Iterator[Row]
     share = turns.products / turns.ours
     yield Row(
         metric=f"step_{name}_gemm_share", shape=shape, unit="share", ours=share, peer=1.0,
-        peer_name="torch's bf16 products alone", ratio=share, limit=limits["share"],
+        peer_name="torch's products alone", ratio=share, limit=limits["share"],
     )  # fmt: skip
     if "memory" in limits:
-        yield Row(
-            metric=f"step_{name}_peak_anon_bytes", shape=shape, unit="bytes", ours=turns.our_peak, peer=turns.peer_peak,
-            peer_name=PEER, ratio=turns.peer_peak / turns.our_peak, limit=limits["memory"],
-        )  # fmt: skip
+        least = least_memory(directory)
+        for suffix, peaks, limit in (
+            ("", (turns.our_peak, turns.peer_peak), limits["memory"]), ("_min", least, limits["least"]),
+        ):  # fmt: skip
+            yield Row(
+                metric=f"step_{name}_peak_anon_bytes{suffix}", shape=shape, unit="bytes", ours=peaks[0], peer=peaks[1],
+                peer_name=PEER, ratio=peaks[1] / peaks[0], limit=limit,
+            )  # fmt: skip
 
 
 def packed_row() -> Row:
@@ -205,7 +232,7 @@ def packed_row() -> Row:
 
 MODELS: dict[str, tuple[int, dict[str, float]]] = {
     "135m": (9, {"speed": 2.2, "share": 0.6}),
-    "1b": (5, {"speed": 1.5, "share": 0.75, "memory": 3.0}),
+    "1b": (5, {"speed": 1.5, "share": 0.75, "memory": 3.0, "least": 5.0}),
 }
 
 
