@@ -2,7 +2,7 @@
 
 Rank 16 on every linear layer, 2 × 512 tokens, every position supervised, AdamW and clipping included. The peer runs at
 its best settings: bf16 autocast where the CPU has bf16, else float32; with or without checkpointing, whichever is
-faster. Each side has a process of its own, and they take turns. Our layers keep everything, but for the row that ends in
+faster. Each side has a process of its own, and they take turns. Our layers keep everything, but in the row that ends in
 `min`, where they keep their input alone and the peer checkpoints. Peaks include loading.
 
 python benchmarks/train_step.py [--json FILE] [--rounds N] [--only PART_OF_A_NAME]
