@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from entrenar.lora.low_rank import MemoryStats
     from entrenar.lora.qlora_layer import QLoRALayer
     from entrenar.models.load import load
+    from entrenar.models.original import original_weights
     from entrenar.quant.linear import QuantizedLinear
     from entrenar.quant.tensor import QuantizedTensor, dequantize_4bit, quantize, quantize_4bit
     from entrenar.recipes.check import check
@@ -42,6 +43,7 @@ _HOMES = {
     "inspect": "recipes.inspect",
     "load": "models.load",
     "load_adapter": "lora.adapter_io",
+    "original_weights": "models.original",
     "quantize": "quant.tensor",
     "quantize_4bit": "quant.tensor",
     "save_adapter": "lora.adapter_io",
@@ -66,6 +68,7 @@ __all__ = [
     "inspect",
     "load",
     "load_adapter",
+    "original_weights",
     "quantize",
     "quantize_4bit",
     "save_adapter",

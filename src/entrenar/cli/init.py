@@ -31,9 +31,15 @@ lora:
   alpha: 32                    # scale = alpha / rank
   dropout: 0.0
   targets: all-linear          # or a list of names (q_proj, v_proj), or a regular expression
+  rslora: false                # scale = alpha / sqrt(rank)
+  dora: false                  # train the length of each row of the adapted weights as well
+  init: default                # default | gaussian | pissa | pissa_niter_4 | loftq_5
+  # rank_pattern: {down_proj: 32}      # other ranks and alphas by name
+  # modules_to_save: [embed_tokens]    # trained whole beside the adapter
 
 optimizer:
   lr: 2e-4
+  lora_plus_ratio: 1.0         # learning rate of B as a multiple of lr (LoRA+: 16)
   schedule: cosine             # cosine | linear | constant
   warmup_steps: 5
   weight_decay: 0.0

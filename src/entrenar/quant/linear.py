@@ -90,8 +90,10 @@ class _Joinable(Protocol):
 def can_join(layer: nn.Module) -> bool:
     """Whether a layer is frozen and has nothing but its member to compute: no dropout at work, no hook to be called."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    bias = layer._parameters.get("bias")
+    trained = bias is not None and bias.requires_grad
     known = hasattr(layer, "member") or (type(layer) is nn.Linear and not layer.weight.requires_grad)
-    return known and not getattr(layer, "is_dropping", False) and not any(hooks)
+    return known and not trained and not getattr(layer, "runs_alone", False) and not any(hooks)
 
 
 def member_of(layer: nn.Module) -> Member:

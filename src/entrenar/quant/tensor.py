@@ -8,7 +8,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops.blocks import block_count
-from entrenar.quant.registry import check_block_size, get_format
+from entrenar.quant.registry import BLOCK_SIZES, check_block_size, get_format
 from entrenar.quant.scales import GROUP, Parts, as_float
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,6 +91,15 @@ def quantize(
     parts = row.quantize(weight.detach().reshape(-1), block_size, double_quant)
     _check_finite(parts, name)
     return QuantizedTensor(format, tuple(weight.shape), weight.dtype, block_size, parts)
+
+
+def requantize(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
+    """A float weight in the format, and as if it had the dtype, of another one of its shape."""
+    whole_rows = like.format == "int8" and like.block_size not in BLOCK_SIZES
+    return quantize(
+        weight.to(like.dtype), format=like.format, block_size=None if whole_rows else like.block_size,
+        double_quant=like.is_double_quantized,
+    )  # fmt: skip
 
 
 class PieceQuantizer:

@@ -14,7 +14,7 @@ from entrenar.data.batches import batch_rows
 from entrenar.data.dataset import PreparedData
 from entrenar.data.encode import Example
 from entrenar.data.packing import computed_tokens, layout
-from entrenar.lora.attach import adapted_layers, attach_lora
+from entrenar.lora.attach import attach, trained_parameters
 from entrenar.models.compute import resolve_dtype
 from entrenar.models.load import UNQUANTIZED, build_on_meta
 from entrenar.models.source import open_source
@@ -73,20 +73,20 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     data = prepare_data(config, source.tokenizer)
     model = build_on_meta(source, resolve_dtype(config.model.dtype))
     base_bytes = _base_bytes(model, config)
-    attach_lora(model, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
-    factors = [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
-    adapter_bytes = sum(factor.numel() * factor.element_size() for factor in factors)
+    adapted = attach(model, config.lora.spec())
+    trained = [parameter for _, parameter in trained_parameters(model)]
+    adapter_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     plan, lengths = make_plan(config, data), [len(example) for example in data.train.examples]
     return CheckReport(
         config=config,
         data=data,
         total_steps=plan.total_steps,
-        adapted_layers=len(factors) // 2,
-        trainable_parameters=sum(factor.numel() for factor in factors),
+        adapted_layers=len(adapted),
+        trainable_parameters=sum(parameter.numel() for parameter in trained),
         base_bytes=base_bytes,
         adapter_bytes=adapter_bytes,
         # AdamW: two float32 moments an element, one float32 step counter a tensor.
-        optimizer_bytes=2 * adapter_bytes + 4 * len(factors),
+        optimizer_bytes=2 * adapter_bytes + 4 * len(trained),
         lengths=lengths,
         use=_token_use(plan, lengths),
         samples=[_pieces(example, source.tokenizer) for example in data.train.examples[:samples]],

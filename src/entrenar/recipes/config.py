@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from entrenar.core.config import Section
+from entrenar.lora.spec import LoraSpec
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -39,18 +40,30 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    """The adapter."""
+    """The adapter; see lora/spec.py."""
 
     rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[float, Field(ge=0)] = 32.0
     dropout: Fraction = 0.0
     targets: str | list[str] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    init: str = "default"
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] = Field(default_factory=list)
+
+    def spec(self) -> LoraSpec:
+        """The same for lora/attach.py."""
+        return LoraSpec(**dict(self))
 
 
 class OptimizerSection(Section):
-    """AdamW and its schedule."""
+    """AdamW and its schedule; `lora_plus_ratio`: learning rate of B as a multiple of `lr` (LoRA+)."""
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
+    lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

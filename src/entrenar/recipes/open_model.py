@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from entrenar.files.peft import read_base_format
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.models.load import UNQUANTIZED, load
+from entrenar.models.original import original_weights
 
 
 def open_model(
@@ -26,5 +27,5 @@ def open_model(
             model, base.format, double_quant=base.double_quant, block_size=base.block_size, dtype=dtype
         )
     if adapter:
-        load_adapter(loaded, adapter)
+        load_adapter(loaded, adapter, original=original_weights(model))
     return loaded, tokenizer

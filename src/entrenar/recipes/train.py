@@ -16,12 +16,14 @@ from entrenar.core.memory import PeakMemory
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.adapter_io import save_adapter
-from entrenar.lora.attach import adapted_layers, attach_lora
+from entrenar.lora.attach import attach, trained_parameters
 from entrenar.models.compute import resolve_dtype
 from entrenar.models.isolation import isolates_documents
 from entrenar.models.load import load_source
+from entrenar.models.original import weights_of
 from entrenar.models.source import ModelSource, open_source
 from entrenar.optim.adamw import make_adamw
+from entrenar.optim.groups import lora_plus_groups
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.run_directory import RunDirectory, open_run_directory
 from entrenar.training.checkpoint import load_checkpoint
@@ -103,10 +105,10 @@ def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) 
         say(f"no packing: {type(model).__name__} mixes documents that share a row, so each gets a row of its own")
         plan = replace(plan, pack_to=0)
     torch.manual_seed(config.training.seed)
-    attach_lora(model, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets)
-    parameters = [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
+    attach(model, config.lora.spec(), weights_of(source))
     options = config.optimizer
-    optimizer = make_adamw(parameters, options.lr, (options.beta1, options.beta2), options.eps, options.weight_decay)
+    groups = lora_plus_groups(trained_parameters(model), options.lora_plus_ratio)
+    optimizer = make_adamw(groups, options.lr, (options.beta1, options.beta2), options.eps, options.weight_decay)
     state = State(data.fingerprint)
     if directory.checkpoint:
         state = load_checkpoint(directory.checkpoint, model, optimizer, data.fingerprint)

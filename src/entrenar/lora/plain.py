@@ -1,0 +1,44 @@
+"""An adapter whose initialisation changed the base, as plain LoRA over the original: (W − B₀·A₀) + s·B·A = W + Δ.
+
+Δ = s·B·A − B₀·A₀ has twice the rank (PiSSA, Meng et al. 2024, appendix C). Over a quantized base the format's rounding
+of W − B₀·A₀ stays behind: the original has none of it.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from entrenar.core.errors import InputError
+from entrenar.files.peft import AdapterTensors, PeftAdapter
+from entrenar.lora.spec import LoraSpec
+
+
+def as_plain(adapter: PeftAdapter) -> PeftAdapter:
+    """The adapter itself if nothing was taken out of its base, else one of scale 1 and twice the rank.
+
+    Raises:
+        InputError: DoRA, whose rows' lengths do not let themselves be taken apart.
+    """
+    if not adapter.taken:
+        return adapter
+    if adapter.dora:
+        raise InputError("a DoRA adapter that was started with a change of the base cannot be written as plain LoRA")
+    spec = LoraSpec(
+        rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora, rank_pattern=adapter.rank_pattern,
+        alpha_pattern=adapter.alpha_pattern,
+    )  # fmt: skip
+    scales = {name: spec.for_layer(name).scale for name in adapter.taken}
+    layers = dict(adapter.tensors.layers)
+    for name, taken in adapter.taken.items():
+        a, b = layers[name]["lora_A.weight"], layers[name]["lora_B.weight"]
+        layers[name] = {
+            "lora_A.weight": torch.cat([a, taken["lora_A.weight"]]),
+            "lora_B.weight": torch.cat([b * scales[name], -taken["lora_B.weight"]], dim=1),
+        }
+    ranks = {name: len(parts["lora_A.weight"]) for name, parts in layers.items() if name in scales}
+    rank = max(ranks.values())
+    pattern = {name: own for name, own in ranks.items() if own != rank}
+    return replace(
+        adapter, rank=rank, alpha=float(rank), rank_pattern=pattern, alpha_pattern={n: float(r) for n, r in pattern.items()},
+        rslora=False, init=True, tensors=AdapterTensors(layers, adapter.tensors.saved), taken={},
+    )  # fmt: skip
