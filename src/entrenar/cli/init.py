@@ -15,6 +15,7 @@ model:
   path: path/to/model          # Hugging Face directory or id, or a .gguf file
   quantize: nf4                # nf4 | fp4 | int4 | int8 | none
   double_quant: false          # hold the block scales in 8 bits: 4.13 instead of 4.5 bits a weight
+  search: false                # nf4, fp4: choose each block's scale for the least error; slower to load, no other cost
   block_size: 64               # weights that share a scale: a power of two from 16 to 4096
   dtype: auto                  # auto: bfloat16 where the CPU has it natively, else float32
 

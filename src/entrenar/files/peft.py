@@ -7,7 +7,6 @@ only warns; here every key must be understood, and every field of the config.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata, wri
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# What an initialisation took out of the base's weights (lora/initial.py), under the same keys; peft does not look at it.
+# What an initialisation took out of the base's weights (lora/initial.py), under the same keys; peft has no use for it.
 TAKEN_NAME = "entrenar_taken.safetensors"
 _BASE_KEY = "entrenar.base_format"
 _PREFIX = "base_model.model."
@@ -66,6 +65,7 @@ class BaseFormat:
     format: str
     block_size: int
     double_quant: bool
+    search: bool = False
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def attach(model: nn.Module, spec: LoraSpec, original: Original | None = None) -
 
 
 def make_layers(model: nn.Module, spec: LoraSpec, names: Sequence[str], start: Starter) -> dict[str, nn.Module]:
-    """Module path → what takes its place: adapted layers, and copies that are trained whole. The model stays as it is."""
+    """Module path → what takes its place: adapted layers, copies that are trained whole. The model stays as it is."""
     layers: dict[str, nn.Module] = {
         name: adapt(name, model.get_submodule(name), spec, start).train(model.training) for name in names
     }
@@ -97,7 +97,7 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
-    """Name and layer of every adapted layer, in the model's order; a layer that another one is made over is no other."""
+    """Name and layer of every adapted layer, in the model's order; one that another is made over does not count."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer) and not name.startswith(inside):

@@ -1,4 +1,4 @@
-"""EmbeddingLoRALayer: a low-rank adapter over an embedding (LoRA, Hu et al. 2021; A at zero and B normal, as in peft)."""
+"""EmbeddingLoRALayer: a low-rank adapter over an embedding (LoRA, Hu et al. 2021; A zero and B normal, as in peft)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from entrenar.lora.low_rank import AdapterLayer, delta, init_factors
 class EmbeddingLoRALayer(AdapterLayer):
     """embedding(ids) + scale·B·A[:, ids], times what the embedding itself multiplies by (Gemma).
 
-    A (rank, d_in) and B (d_out, rank), with d_in the vocabulary and d_out the width; the base's weight is (d_in, d_out).
+    A (rank, d_in), B (d_out, rank): d_in is the vocabulary, d_out the width, and the base's weight (d_in, d_out).
     """
 
     is_transposed = True

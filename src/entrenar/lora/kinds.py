@@ -17,7 +17,7 @@ from entrenar.quant.linear import QuantizedLinear
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of modules; `is_linear`: "all-linear" means it too, and DoRA and the starts of lora/initial.py take it."""
+    """A class of modules; `is_linear`: "all-linear" means it too."""
 
     module: type[nn.Module]
     adapt: Callable[[Any, LayerSpec], AdapterLayer]

@@ -46,7 +46,7 @@ class AdapterLayer(nn.Module):
     d_in: int
     d_out: int
     is_transposed = False
-    # An initialisation that changed the base (lora/initial.py), and what it took out: A₀ (rank, d_in), B₀ (d_out, rank).
+    # An initialisation that changed the base (lora/initial.py), and what it took: A₀ (rank, d_in), B₀ (d_out, rank).
     start: str = "default"
     taken: tuple[Tensor, Tensor] | None = None
     lora_a: nn.Parameter

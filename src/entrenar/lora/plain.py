@@ -39,6 +39,7 @@ def as_plain(adapter: PeftAdapter) -> PeftAdapter:
     rank = max(ranks.values())
     pattern = {name: own for name, own in ranks.items() if own != rank}
     return replace(
-        adapter, rank=rank, alpha=float(rank), rank_pattern=pattern, alpha_pattern={n: float(r) for n, r in pattern.items()},
-        rslora=False, init=True, tensors=AdapterTensors(layers, adapter.tensors.saved), taken={},
+        adapter, rank=rank, alpha=float(rank), rank_pattern=pattern, rslora=False, init=True, taken={},
+        alpha_pattern={name: float(own) for name, own in pattern.items()},
+        tensors=AdapterTensors(layers, adapter.tensors.saved),
     )  # fmt: skip

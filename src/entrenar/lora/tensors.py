@@ -59,7 +59,8 @@ def _whole(module: nn.Module) -> dict[str, nn.Parameter]:
     if is_saved(module):
         return dict(module.named_parameters())
     named = module.named_parameters(recurse=isinstance(module, AdapterLayer))
-    return {"bias": p for leaf, p in named if p.requires_grad and leaf.rpartition(".")[2] == "bias"}
+    biases = [p for leaf, p in named if p.requires_grad and leaf.rpartition(".")[2] == "bias"]
+    return {"bias": biases[0]} if biases else {}
 
 
 def _copy(targets: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], source: str, what: str) -> None:

@@ -29,6 +29,7 @@ def load(
     *,
     double_quant: bool = False,
     block_size: int = 64,
+    search: bool = False,
     dtype: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer, the linear layers (not the output head) quantized as they are read.
@@ -36,21 +37,23 @@ def load(
     Args:
         path: a Hugging Face directory or id (safetensors), or a .gguf file.
         quantize: a number format (`nf4`, `fp4`, `int4`, `int8`) or "none".
+        search: choose each block's scale for the least error (nf4, fp4).
         dtype: of all that stays unquantized and of the computation; "auto" is bfloat16 where native, else float32.
 
     Raises:
         InputError: a source, architecture or format that is not known; missing, unexpected or misshapen tensors.
     """
     source = open_source(path)
-    return load_source(source, quantize, double_quant, block_size, resolve_dtype(dtype)), source.tokenizer
+    model = load_source(source, quantize, double_quant, block_size, resolve_dtype(dtype), search=search)
+    return model, source.tokenizer
 
 
 def load_source(
-    source: ModelSource, quantize: str, double_quant: bool, block_size: int, dtype: torch.dtype
+    source: ModelSource, quantize: str, double_quant: bool, block_size: int, dtype: torch.dtype, *, search: bool = False
 ) -> PreTrainedModel:
     """Build and fill the model of an open source; see `load`."""
     if quantize != UNQUANTIZED:
-        get_format(quantize)
+        get_format(quantize).encoder(search)
         check_block_size(block_size)
     model = build_on_meta(source, dtype)
     tensors = match_tensors(model, source)
@@ -65,7 +68,8 @@ def load_source(
             return _PieceJoiner(stored.shape, dtype)
         return PieceQuantizer(
             stored.shape, stored.dtype,
-            format=quantize, block_size=block_size, double_quant=double_quant, name=f"{source.path}: {name}",
+            format=quantize, block_size=block_size, double_quant=double_quant, search=search,
+            name=f"{source.path}: {name}",
         )  # fmt: skip
 
     with closing(stream(list(tensors.values()), map(sink, tensors))) as filled:

@@ -32,7 +32,7 @@ class QuantizedLinear(nn.Module):
             raise InputError(f"a linear layer's weight has 2 dimensions, this one has shape {tuple(weight.shape)}")
         self.out_features, self.in_features = weight.shape
         self._layout = (weight.format, weight.shape, weight.dtype, weight.block_size)
-        self._part_names = tuple(weight.parts)
+        self._part_names, self._searched = tuple(weight.parts), weight.searched
         for name, part in weight.parts.items():
             self.register_parameter(f"weight_{name}", nn.Parameter(part, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -42,7 +42,7 @@ class QuantizedLinear(nn.Module):
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as it is held; its parts are the layer's own parameters."""
         parts = {name: self.get_parameter(f"weight_{name}").data for name in self._part_names}
-        return QuantizedTensor(*self._layout, parts)
+        return QuantizedTensor(*self._layout, parts, self._searched)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., d_in) → (..., d_out)."""

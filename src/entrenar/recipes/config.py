@@ -1,6 +1,6 @@
 """The config of a training run. Every key has a type, a bound and a default; `entrenar init` writes it commented."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,13 +13,35 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSection(Section):
-    """Which model, and how its base is held."""
+    """Which model, and how its base is held; `quantize` may also be a mapping of the four keys that say how:
+    `{format: nf4, search: true}`."""
 
     path: str
     quantize: Literal["nf4", "fp4", "int4", "int8", "none"] = "nf4"
     double_quant: bool = False
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    search: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_quantize(cls, values: Any) -> Any:
+        """`quantize` as a mapping → the keys beside it."""
+        if not isinstance(values, dict) or not isinstance(values.get("quantize"), dict):
+            return values
+        given = dict(values["quantize"])
+        allowed = ("format", "double_quant", "block_size", "search")
+        wrong = [key for key in given if key not in allowed or key in values]
+        if wrong or "format" not in given:
+            raise ValueError(f"quantize takes {', '.join(allowed)}, each once and the format always: got {list(given)}")
+        named = given.pop("format")
+        return {**values, **given, "quantize": named}
+
+    @model_validator(mode="after")
+    def _search_needs_a_codebook(self) -> Self:
+        if self.search and self.quantize not in ("nf4", "fp4"):
+            raise ValueError(f"search is for nf4 and fp4, not for {self.quantize}: leave it out")
+        return self
 
 
 class DataSection(Section):

@@ -98,7 +98,7 @@ def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) 
     say(describe(data, config.data.train))
     model = load_source(
         source, config.model.quantize, config.model.double_quant, config.model.block_size,
-        resolve_dtype(config.model.dtype),
+        resolve_dtype(config.model.dtype), search=config.model.search,
     )  # fmt: skip
     plan = make_plan(config, data)
     if plan.pack_to and not isolates_documents(model):
