@@ -22,7 +22,7 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
     fused = _fused_weight(module)
     if fused is not None:
         yield LazyTensor(f"{prefix}weight", *fused)
-        bias = getattr(module, "base", module).bias
+        bias = module.base_bias() if isinstance(module, AdapterLayer) else module.bias
         if bias is not None:
             yield _plain(f"{prefix}bias", cast(Tensor, bias))
         return
@@ -37,6 +37,8 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
 def _fused_weight(module: nn.Module) -> tuple[tuple[int, ...], Callable[[], Tensor]] | None:
     """Shape and maker of the weight of an adapted or quantized layer; None for any other module."""
     if isinstance(module, AdapterLayer):
+        if module.is_transposed:
+            return (module.d_in, module.d_out), lambda: module.merge_to_f32().t()
         return (module.d_out, module.d_in), module.merge_to_f32
     if isinstance(module, QuantizedLinear):
         return (module.out_features, module.in_features), module.fused_weight

@@ -133,9 +133,9 @@ def write_checkpoint(directory: Path, tensors: Sequence[LazyTensor], dtype: torc
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` (or one tensor) with their index.
 
     Args:
-        tensors: made and written one at a time, converted to `dtype` (float32, float16 or bfloat16).
+        tensors: made and written one at a time, converted to `dtype` (float32, float16 or bfloat16) or to their own.
     """
-    shards = _shards(tensors, max_shard_bytes // dtype.itemsize)
+    shards = _shards(tensors, dtype, max_shard_bytes)
     if len(shards) == 1:
         write_file(directory / "model.safetensors", shards[0], dtype)
         return
@@ -144,20 +144,20 @@ def write_checkpoint(directory: Path, tensors: Sequence[LazyTensor], dtype: torc
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(directory / name, shard, dtype)
         weight_map |= {tensor.name: name for tensor in shard}
-    total = sum(tensor.numel for tensor in tensors) * dtype.itemsize
+    total = sum(tensor.bytes_as(dtype) for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _shards(tensors: Sequence[LazyTensor], max_elements: int) -> list[list[LazyTensor]]:
+def _shards(tensors: Sequence[LazyTensor], dtype: torch.dtype, max_bytes: int) -> list[list[LazyTensor]]:
     shards: list[list[LazyTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if shards[-1] and size + tensor.numel > max_elements:
+        if shards[-1] and size + tensor.bytes_as(dtype) > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
-        size += tensor.numel
+        size += tensor.bytes_as(dtype)
     return shards
 
 
@@ -168,9 +168,9 @@ def write_file(
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for tensor in tensors:
-        end = offset + tensor.numel * dtype.itemsize
+        end = offset + tensor.bytes_as(dtype)
         header[tensor.name] = {
-            "dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
+            "dtype": _DTYPE_NAMES[tensor.dtype or dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
         }  # fmt: skip
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -178,5 +178,5 @@ def write_file(
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            data = tensor.make().to(dtype).contiguous()
+            data = tensor.make().to(tensor.dtype or dtype).contiguous()
             file.write(data.view(-1).view(torch.uint8).numpy().data)

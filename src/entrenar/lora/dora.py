@@ -70,6 +70,10 @@ class DoRALayer(AdapterLayer):
         """A, B and the rows' lengths."""
         return self.plain.file_tensors() | {"lora_magnitude_vector": self.lora_magnitude}
 
+    def base_bias(self) -> Tensor | None:
+        """The bias (d_out,)."""
+        return self.plain.base_bias()
+
     def base_to_f32(self) -> Tensor:
         """The base's weight, (d_out, d_in) float32."""
         return self.plain.base_to_f32()

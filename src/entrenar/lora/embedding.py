@@ -23,7 +23,7 @@ class EmbeddingLoRALayer(AdapterLayer):
         self.base = base
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The base's weight: what transformers asks of an embedding."""
         return self.base.weight
 
@@ -38,6 +38,10 @@ class EmbeddingLoRALayer(AdapterLayer):
     def file_tensors(self) -> dict[str, nn.Parameter]:
         """A and B."""
         return {"lora_embedding_A": self.lora_a, "lora_embedding_B": self.lora_b}
+
+    def base_bias(self) -> Tensor | None:
+        """An embedding has none."""
+        return None
 
     def base_to_f32(self) -> Tensor:
         """The base's weight as (d_out, d_in) float32."""

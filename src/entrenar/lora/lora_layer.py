@@ -80,6 +80,10 @@ class LoRALayer(AdapterLayer):
         """W₀ + scale·B·A, (d_out, d_in) float32, whether merged or not."""
         return self.base_to_f32() + delta(self)
 
+    def base_bias(self) -> Tensor | None:
+        """The bias (d_out,)."""
+        return self.bias
+
     def base_to_f32(self) -> Tensor:
         """W₀, (d_out, d_in) float32, whether merged or not."""
         return (self.base_weight.data if self._unmerged is None else self._unmerged).float()

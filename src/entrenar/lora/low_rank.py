@@ -66,6 +66,10 @@ class AdapterLayer(nn.Module):
         """The layer, dropout aside, as ops/adapted_linear.py takes it."""
         raise NotImplementedError
 
+    def base_bias(self) -> Tensor | None:
+        """The bias (d_out,) of the module it stands for."""
+        raise NotImplementedError
+
     def file_tensors(self) -> dict[str, nn.Parameter]:
         """What is saved of the layer, under the ends of PEFT's keys."""
         return {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}

@@ -99,6 +99,10 @@ class QLoRALayer(AdapterLayer):
         """dequantize(W) + scale·B·A, (d_out, d_in) float32."""
         return self.base_to_f32() + delta(self)
 
+    def base_bias(self) -> Tensor | None:
+        """The bias (d_out,)."""
+        return self.base.bias
+
     def base_to_f32(self) -> Tensor:
         """dequantize(W), (d_out, d_in) float32."""
         return self.base.fused_weight()

@@ -60,7 +60,10 @@ def load_source(
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(f"{source.path}: {type(model).__name__} has no output head, so it is not a language model")
-    linear = _linear_weights(model, head) if quantize != UNQUANTIZED else set()
+    packed = _packed_names(source, quantize)
+    linear = linear_weights(model, head) if quantize != UNQUANTIZED and not packed else set()
+    for name in packed:
+        del tensors[name]
 
     def sink(name: str) -> PieceQuantizer | _PieceJoiner:
         stored = tensors[name]
@@ -75,12 +78,29 @@ def load_source(
     with closing(stream(list(tensors.values()), map(sink, tensors))) as filled:
         for name, held in zip(tensors, filled, strict=True):
             _place(model, name, held.finish())
+    for name in packed if source.packed else ():
+        _place(model, name, source.packed.quantized(name))
     model.tie_weights()
     _compute_buffers(model)
     head.register_forward_pre_hook(_contiguous_input)
     model.requires_grad_(False).eval()
     use_fast_forwards(model)
     return model
+
+
+def _packed_names(source: ModelSource, quantize: str) -> list[str]:
+    """Weights that the files hold quantized, which are taken over as they are.
+
+    Raises:
+        InputError: they are in another format than `quantize`: they are not quantized twice.
+    """
+    packed = source.packed.packed() if source.packed else {}
+    others = sorted({format for format, _ in packed.values()} - {quantize})
+    if others and quantize != UNQUANTIZED:
+        raise InputError(
+            f"{source.path} is quantized as {listing(others)} already: set quantize to that or to none to hold it so"
+        )
+    return list(packed)
 
 
 def build_on_meta(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
@@ -117,7 +137,7 @@ def _contiguous_input(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
     return (arguments[0].contiguous(),)
 
 
-def _linear_weights(model: PreTrainedModel, head: nn.Module) -> set[str]:
+def linear_weights(model: PreTrainedModel, head: nn.Module) -> set[str]:
     """Names of the parameters that a number format may hold."""
     modules = model.named_modules()
     return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear) and module is not head}

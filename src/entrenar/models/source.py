@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
+from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
 from entrenar.files.gguf import GGUFFile
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
@@ -40,6 +41,11 @@ class ModelSource:
     weights: Weights
     generation: GenerationConfig | None = None
 
+    @property
+    def packed(self) -> BitsandbytesWeights | None:
+        """The same weights as bitsandbytes quantized them; None for any other checkpoint."""
+        return self.weights if isinstance(self.weights, BitsandbytesWeights) else None
+
 
 def open_source(path: str) -> ModelSource:
     """Open a model without reading its weights.
@@ -56,7 +62,13 @@ def open_source(path: str) -> ModelSource:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         has_generation = (directory / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(directory) if has_generation else None
-    return ModelSource(directory, config, tokenizer, SafetensorsCheckpoint(directory), generation)
+    checkpoint = SafetensorsCheckpoint(directory)
+    if not is_bitsandbytes(checkpoint.names()):
+        return ModelSource(directory, config, tokenizer, checkpoint, generation)
+    weights = BitsandbytesWeights(checkpoint)
+    if hasattr(config, "quantization_config"):  # what transformers would load them with
+        del config.quantization_config
+    return ModelSource(directory, config, tokenizer, weights, generation)
 
 
 @contextmanager

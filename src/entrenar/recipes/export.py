@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-import torch
-
 from entrenar.core.atomic import refuse_existing
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import export_gguf
-from entrenar.exporting.huggingface import export_huggingface
+from entrenar.exporting.safetensors_output import TYPES
+from entrenar.recipes.export_safetensors import export_safetensors
 from entrenar.recipes.open_model import open_model
 
-_SAFETENSORS_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_TYPES = {"safetensors": ("bf16", "f32", "f16"), "gguf": ("f16", "f32", "bf16", "q8_0")}
+_TYPES = {"safetensors": TYPES, "gguf": ("f16", "f32", "bf16", "q8_0")}
 
 
 def export(
@@ -22,10 +20,14 @@ def export(
     to: str = "safetensors",
     type: str | None = None,
     quantize: str | None = None,
+    base: str | None = None,
+    lossy: bool = False,
+    text: str | None = None,
 ) -> Path:
     """Write `model`, fused with `adapter`, as a new file or directory.
 
     Args:
+        base, lossy, text: of safetensors, see `export_safetensors`.
         to: "safetensors" (a Hugging Face directory) or "gguf" (one file). type: of the weights; the first listed in
             the error for a wrong one is the default. quantize: see `open_model`.
 
@@ -39,10 +41,14 @@ def export(
     if type not in _TYPES[to]:
         raise InputError(f"{to} has no type {type!r} here: choose {', '.join(_TYPES[to])}")
     refuse_existing(output)
+    if to == "safetensors":
+        export_safetensors(
+            model, output, adapter=adapter, type=type, quantize=quantize, base=base, lossy=lossy, text=text
+        )
+        return output
+    if base or lossy or text:
+        raise InputError(f"base, lossy and text are for safetensors, not for {to}: leave them out")
     # The base is fused in float32 arithmetic; unquantized tensors are read as they are.
     loaded, tokenizer = open_model(model, adapter, quantize, dtype="float32")
-    if to == "gguf":
-        export_gguf(loaded, tokenizer, output, type)  # pyright: ignore[reportArgumentType] - checked above
-    else:
-        export_huggingface(loaded, tokenizer, output, _SAFETENSORS_TYPES[type])
+    export_gguf(loaded, tokenizer, output, type)  # pyright: ignore[reportArgumentType] - checked above
     return output
