@@ -31,7 +31,9 @@ from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import quantize, quantize_4bit
 
 SIDE = 2048
-LAYERS = [f"model.layers.{n}.{part}" for n in (0, 14, 29) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+LAYERS = [
+    f"model.layers.{n}.{part}" for n in (0, 14, 29) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+]
 
 
 def less(metric: str, shape: str, unit: str, ours: float, peer: float, peer_name: str, limit: float) -> Row:

@@ -1,15 +1,17 @@
 """bitsandbytes' checkpoints: what transformers writes is read here without a change, and the reverse."""
 
 from pathlib import Path
+from typing import Any
 
+import bitsandbytes.functional as functional
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from entrenar.core.errors import InputError
-from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.lora.adapter_io import save_adapter
+from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.load import load
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.recipes.export import export
@@ -72,10 +74,8 @@ def test_our_nf4_is_loaded_by_them_to_the_same_bytes(tiny_model_dir: Path, tmp_p
     layers = {n: m for n, m in ours.named_modules() if isinstance(m, QuantizedLinear)}
     assert len(layers) == 14
     for name, layer in layers.items():
-        weight = peer.get_submodule(name).weight
+        weight: Any = peer.get_submodule(name).weight
         assert torch.equal(weight.data.view(-1), stored[f"{name}.weight"].view(-1))
-        import bitsandbytes.functional as functional
-
         value = functional.dequantize_4bit(weight.data, weight.quant_state)
         assert torch.equal(value, layer.quantized_weight.dequantize(torch.bfloat16))
     torch.testing.assert_close(logits(peer), logits(ours), atol=0.1, rtol=0.1)

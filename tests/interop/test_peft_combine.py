@@ -33,9 +33,11 @@ def directories(tmp_path: Path) -> dict[str, Path]:
 
 
 def theirs(directories: dict[str, Path], method: str, **options: Any) -> dict[str, Tensor]:
-    model = PeftModel.from_pretrained(base(), directories["a"], adapter_name="a")
+    model: Any = PeftModel.from_pretrained(base(), directories["a"], adapter_name="a")  # pyright: ignore[reportArgumentType]
     model.load_adapter(directories["b"], adapter_name="b")
-    model.base_model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "c", combination_type=method, **options)
+    model.base_model.add_weighted_adapter(
+        list(WEIGHTS), list(WEIGHTS.values()), "c", combination_type=method, **options
+    )
     modules: dict[str, Any] = dict(model.base_model.model.named_modules())
     return {name: modules[name].get_delta_weight("c") for name in ("0", "2")}
 

@@ -30,7 +30,9 @@ def decoded(pair: tuple[Tensor, Tensor], count: int, block_size: int) -> Tensor:
     size=st.sampled_from([1.0, 1e-3, 100.0]),
 )
 @settings(max_examples=40, deadline=None)
-def test_every_path_gives_the_same_bytes(count: int, block_size: int, dtype: torch.dtype, seed: int, size: float) -> None:
+def test_every_path_gives_the_same_bytes(
+    count: int, block_size: int, dtype: torch.dtype, seed: int, size: float
+) -> None:
     flat = (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
     found = []
     for path in native.supported_paths():
@@ -55,7 +57,8 @@ def test_no_block_gets_worse_than_the_usual_way_by_more_than_rounding(count: int
 def test_normal_numbers_lose_a_fifth_of_their_error() -> None:
     flat = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
     searched, usual = (
-        (decoded(way(flat, NF4, 64), len(flat), 64) - flat).square().mean() for way in (search_codebook, quantize_codebook)
+        (decoded(way(flat, NF4, 64), len(flat), 64) - flat).square().mean()
+        for way in (search_codebook, quantize_codebook)
     )
     assert searched / usual < 0.83
 

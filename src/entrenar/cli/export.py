@@ -14,7 +14,8 @@ def export(
     adapter: AdapterOption = None,
     to: Annotated[str, typer.Option(help="safetensors (a Hugging Face directory) or gguf (one file).")] = "safetensors",
     type: Annotated[
-        str | None, typer.Option(help="safetensors: bf16, f32, f16, nf4; gguf: f16, f32, bf16, q8_0 [default: the first].")
+        str | None,
+        typer.Option(help="safetensors: bf16, f32, f16, nf4; gguf: f16, f32, bf16, q8_0 [default: the first]."),
     ] = None,
     quantize: QuantizeOption = None,
     base: Annotated[
@@ -30,9 +31,7 @@ def export(
     from entrenar.exporting.fidelity import fidelity_table
     from entrenar.recipes.export import export as run
 
-    path = run(
-        model, output, adapter=adapter, to=to, type=type, quantize=quantize, base=base, lossy=lossy, text=text
-    )
+    path = run(model, output, adapter=adapter, to=to, type=type, quantize=quantize, base=base, lossy=lossy, text=text)
     for line in fidelity_table(path):
         typer.echo(line)
     files = [path] if path.is_file() else sorted(path.iterdir())

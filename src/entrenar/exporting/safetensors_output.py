@@ -50,7 +50,8 @@ class _Writer:
         fused, layout = self.model.fused(name), FOUR_BIT[self.type]
         made = quantize(
             fused.weight.to(torch.bfloat16) if fused.before is None else fused.weight,
-            format=layout.format, block_size=layout.block_size, double_quant=layout.double_quant, search=True, name=name,
+            format=layout.format, block_size=layout.block_size, double_quant=layout.double_quant, search=True,
+            name=name,
         )  # fmt: skip
         self.measured.append(measure(name, fused, made.dequantize()))
         return made

@@ -1,8 +1,8 @@
 """bitsandbytes' checkpoints: 4-bit weights (nf4, fp4, plain or double quantized) and LLM.int8, both ways.
 
-A 4-bit weight `W` (out, in) is `W` U8 (numel / 2, 1) with `W.absmax`, `W.quant_map` (16,), with double quantization also
-`W.nested_absmax` and `W.nested_quant_map` (256,), and `W.quant_state.bitsandbytes__<format>`, a JSON text as U8. An int8
-weight is `W` I8 (out, in) with `SCB` F32 (out,) beside it: W = q · SCB / 127. Nothing is quantized again.
+A 4-bit weight `W` (out, in) is `W` U8 (numel / 2, 1) with `W.absmax`, `W.quant_map` (16,), with double quantization
+also `W.nested_absmax` and `W.nested_quant_map` (256,), and `W.quant_state.bitsandbytes__<format>`, a JSON text as U8.
+An int8 weight is `W` I8 (out, in) with `SCB` F32 (out,) beside it: W = q · SCB / 127. Nothing is quantized again.
 """
 
 import json
@@ -84,7 +84,9 @@ class BitsandbytesWeights:
             raise InputError(f"{self._where(name)} is {format} with a codebook of its own: only nf4 and fp4 are read")
         parts = {"codes": read(name).view(-1)}
         if "nested_blocksize" in state:
-            if state["nested_blocksize"] != GROUP or not torch.equal(read(f"{name}.nested_quant_map"), dynamic_map(_CPU)):
+            if state["nested_blocksize"] != GROUP or not torch.equal(
+                read(f"{name}.nested_quant_map"), dynamic_map(_CPU)
+            ):
                 raise InputError(f"{self._where(name)} has scales of another layout: blocks of {GROUP} are read")
             parts["scales"] = read(f"{name}.absmax")
             parts["nested_scales"] = as_bytes(read(f"{name}.nested_absmax"))
@@ -141,7 +143,7 @@ def four_bit_tensors(
         *plain,
         lazy(f"{name}.absmax", (blocks,), torch.uint8, lambda q: q.parts["scales"]),
         lazy(f"{name}.nested_absmax", groups, torch.float32, lambda q: as_float(q.parts["nested_scales"])),
-        lazy(f"{name}.nested_quant_map", (256,), torch.float32, lambda q: dynamic_map(_CPU)),
+        lazy(f"{name}.nested_quant_map", (256,), torch.float32, lambda _: dynamic_map(_CPU)),
         state,
     ]
 

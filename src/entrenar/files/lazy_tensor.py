@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Name, shape and a function that makes the data; `dtype`: what it is written as, None: as the others of its file."""
+    """Name, shape and a function that makes the data; `dtype`: what it is written as, None: as others in its file."""
 
     name: str
     shape: tuple[int, ...]

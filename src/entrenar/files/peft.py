@@ -212,8 +212,8 @@ def _read_taken(directory: Path, init: bool | str) -> LayerTensors:
         return read_tensors(directory / TAKEN_NAME).layers
     if isinstance(init, str) and init.startswith("loftq"):
         raise InputError(
-            f"{directory} was started with loftq, which changed the base's weights, and holds no {TAKEN_NAME} that says "
-            "how: save it from peft as plain LoRA over a base that was saved with it"
+            f"{directory} was started with loftq, which changed the base's weights, and holds no {TAKEN_NAME} that "
+            "says how: save it from peft as plain LoRA over a base that was saved with it"
         )
     return {}
 
@@ -263,8 +263,8 @@ def _check_kinds(directory: Path, tensors: AdapterTensors, *, dora: bool) -> Non
     for layer, parts in tensors.layers.items():
         if "lora_A.weight" in parts and ("lora_magnitude_vector" in parts) is not dora:
             raise InputError(
-                f"{directory} has use_dora = {dora}, but {layer} has {'a' if not dora else 'no'} lora_magnitude_vector: "
-                "save the adapter again"
+                f"{directory} has use_dora = {dora}, but {layer} has {'no' if dora else 'a'} "
+                "lora_magnitude_vector: save the adapter again"
             )
 
 

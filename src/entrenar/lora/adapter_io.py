@@ -132,7 +132,9 @@ def _base_format(layers: Mapping[str, AdapterLayer]) -> BaseFormat | None:
         weight = getattr(getattr(layer, "plain", layer), "base_weight_quantized", None)
         if weight is not None:
             return BaseFormat(
-                format=weight.format, block_size=weight.block_size, double_quant=weight.is_double_quantized,
+                format=weight.format,
+                block_size=weight.block_size,
+                double_quant=weight.is_double_quantized,
                 search=weight.searched,
             )
     return None

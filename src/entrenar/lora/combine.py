@@ -1,8 +1,8 @@
 """Several adapters into one, layer by layer; one function and one registry row for each way.
 
-`cat` and `linear` work on the factors: cat is exact and its rank is the sum of all; linear is peft's, the sum of A's and
-of B's, which has cross terms. The others work on the products Δ = scale·B·A: a weighted sum (svd), TIES (Yadav et al.
-2023, section 3) or DARE (Yu et al. 2024, equation 5), and then the best factors of the rank that is asked for.
+`cat` and `linear` work on the factors: cat is exact and its rank is the sum of all; linear is peft's, the sum of A's
+and of B's, which has cross terms. The others work on the products Δ = scale·B·A: a weighted sum (svd), TIES (Yadav et
+al. 2023, section 3) or DARE (Yu et al. 2024, equation 5), and then the best factors of the rank that is asked for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +58,9 @@ def combine(
     generator = torch.Generator().manual_seed(seed)
     layers, lost, total = {}, 0.0, 0.0
     for layer in dict.fromkeys(layer for adapter in chosen.values() for layer in adapter.factors):
-        pairs = [(_scaled(adapter, layer), weights[name]) for name, adapter in chosen.items() if layer in adapter.factors]
+        pairs = [
+            (_scaled(adapter, layer), weights[name]) for name, adapter in chosen.items() if layer in adapter.factors
+        ]
         wanted = rank or max(len(a) for (a, _), _ in pairs)
         layers[layer], error, size = _combine_layer(layer, pairs, method, wanted, density, generator)
         lost, total = lost + error, total + size

@@ -24,8 +24,8 @@ Starter = Callable[[str, LoRALayer | QLoRALayer], None]
 # What a base does to a weight: (d_out, d_in) float32 → the same as the base will hold it.
 Rounding = Callable[[Tensor], Tensor]
 Pair = tuple[Tensor, Tensor]
-# (W (d_out, d_in) float32, rank, rounding, n) → factors (A (rank, d_in), B (d_out, rank)), and the pair whose product is
-# taken out of the base: W ≈ rounding(W − B₀·A₀) + B·A.
+# (W (d_out, d_in) float32, rank, rounding, n) → factors (A (rank, d_in), B (d_out, rank)), and the pair whose product
+# is taken out of the base: W ≈ rounding(W − B₀·A₀) + B·A.
 Start = Callable[[Tensor, int, Rounding, int], tuple[Pair, Pair]]
 
 

@@ -78,8 +78,9 @@ def load_source(
     with closing(stream(list(tensors.values()), map(sink, tensors))) as filled:
         for name, held in zip(tensors, filled, strict=True):
             _place(model, name, held.finish())
-    for name in packed if source.packed else ():
-        _place(model, name, source.packed.quantized(name))
+    if source.packed is not None:
+        for name in packed:
+            _place(model, name, source.packed.quantized(name))
     model.tie_weights()
     _compute_buffers(model)
     head.register_forward_pre_hook(_contiguous_input)

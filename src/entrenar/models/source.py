@@ -67,7 +67,7 @@ def open_source(path: str) -> ModelSource:
         return ModelSource(directory, config, tokenizer, checkpoint, generation)
     weights = BitsandbytesWeights(checkpoint)
     if hasattr(config, "quantization_config"):  # what transformers would load them with
-        del config.quantization_config
+        delattr(config, "quantization_config")
     return ModelSource(directory, config, tokenizer, weights, generation)
 
 

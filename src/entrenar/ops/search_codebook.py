@@ -1,7 +1,7 @@
 """4-bit block quantization with a codebook of 16 values, each block's scale chosen for the least squared error.
 
-For codes c the best scale is Σxc / Σcc, and the block's squared error is then Σxx − (Σxc)² / Σcc; for a scale s the best
-codes are the nearest entries of x / s. Candidates are shares of the block's largest magnitude with either sign (a
+For codes c the best scale is Σxc / Σcc, and the block's squared error is then Σxx − (Σxc)² / Σcc; for a scale s the
+best codes are the nearest entries of x / s. Candidates are shares of the block's largest magnitude with either sign (a
 negative scale turns the codebook around, and NF4 has an entry more above 0 than below); the best one's least-squares
 scale is kept, and improved once more. The decoder does not change: value = codebook[code] · scale.
 """

@@ -159,12 +159,10 @@ def quantize_4bit(
     search: bool = False,
     name: str = "weight",
 ) -> QuantizedTensor:
-    """Quantize to `int4`, `nf4` or `fp4`; see `quantize`. nf4 and fp4 without `search` equal bitsandbytes to the byte."""
+    """Quantize to `int4`, `nf4` or `fp4`; see `quantize`. nf4 and fp4 without `search` are bitsandbytes' bytes."""
     if get_format(format).bits != 4:
         raise InputError(f"{format} is not a 4-bit format: quantize_4bit takes int4, nf4 or fp4")
-    return quantize(
-        weight, format=format, block_size=block_size, double_quant=double_quant, search=search, name=name
-    )
+    return quantize(weight, format=format, block_size=block_size, double_quant=double_quant, search=search, name=name)
 
 
 def dequantize_4bit(quantized: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -59,12 +59,16 @@ def extract_adapter(
             left_out.append(name)
             continue
         if rank > min(delta.shape):
-            raise InputError(f"rank {rank} does not fit {adapted[name]} of shape {tuple(delta.shape)}: choose a smaller one")
+            raise InputError(
+                f"rank {rank} does not fit {adapted[name]} of shape {tuple(delta.shape)}: choose a smaller one"
+            )
         a, b = principal(delta, rank, _ITERATIONS)
         missed = (delta - b @ a).square().sum().item()
         layers[adapted[name]], errors[adapted[name]] = (a, b), (missed / size) ** 0.5
         lost, total = lost + missed, total + size
     if not layers:
-        raise InputError(f"{tuned} does not differ from {base} in any layer of the targets: there is nothing to extract")
+        raise InputError(
+            f"{tuned} does not differ from {base} in any layer of the targets: there is nothing to extract"
+        )
     write_adapter(Path(output), adapter_of_pairs(layers))
     return Extraction(adapter=str(output), error=(lost / total) ** 0.5, errors=errors, left_out=left_out)

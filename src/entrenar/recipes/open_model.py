@@ -24,7 +24,12 @@ def open_model(
         loaded, tokenizer = load(model, quantize or UNQUANTIZED, dtype=dtype)
     else:
         loaded, tokenizer = load(
-            model, base.format, double_quant=base.double_quant, block_size=base.block_size, search=base.search, dtype=dtype
+            model,
+            base.format,
+            double_quant=base.double_quant,
+            block_size=base.block_size,
+            search=base.search,
+            dtype=dtype,
         )
     if adapter:
         load_adapter(loaded, adapter, original=original_weights(model))
