@@ -25,13 +25,15 @@ def test_sizes_are_those_of_the_loaded_model(
     make_config: MakeConfig, tiny_model_dir: Path, quantize: str, double_quant: bool
 ) -> None:
     report = check(make_config(**{"model.quantize": quantize, "model.double_quant": double_quant}))
+    held = report.memory.held
     model, _ = load(str(tiny_model_dir), quantize, double_quant=double_quant, dtype="float32")
-    assert report.base_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+    storages = {t.data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+    assert held.base == sum(storages.values())
     attach_lora(model, rank=4, alpha=8)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert report.trainable_parameters == sum(p.numel() for p in trained)
-    assert report.adapter_bytes == sum(p.numel() * p.element_size() for p in trained)
-    assert report.optimizer_bytes == sum(2 * p.numel() * 4 + 4 for p in trained)
+    assert held.adapter == held.gradients == sum(p.numel() * p.element_size() for p in trained)
+    assert held.optimizer == sum(2 * p.numel() * 4 + 4 for p in trained)
 
 
 def test_samples_show_the_answer_as_trained(make_config: MakeConfig, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

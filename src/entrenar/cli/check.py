@@ -27,10 +27,16 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
 
 
 def _print_sizes(console: "Console", report: "CheckReport") -> None:
-    console.print("sizes", style="bold")
-    sizes = {"base": report.base_bytes, "adapter": report.adapter_bytes, "optimizer": report.optimizer_bytes}
+    plan = report.memory
+    console.print("memory", style="bold")
+    sizes = {
+        "libraries": plan.held.libraries, "base": plan.held.base, "adapter": plan.held.adapter,
+        "gradients": plan.held.gradients, "optimizer": plan.held.optimizer, "activations": plan.activations,
+        "working": plan.working, "in all": plan.total,
+    }  # fmt: skip
     for name, size in sizes.items():
-        console.print(f"  {name:<10}{size:>16,} bytes  ({human_bytes(size)})")
+        console.print(f"  {name:<12}{size:>16,} bytes  ({human_bytes(size)})")
+    console.print(f"  {plan.sentence()}")
     console.print(f"  {report.trainable_parameters:,} trained parameters in {report.adapted_layers} layers")
     console.print(
         f"  {report.total_steps} steps" + (f", resuming {report.resumes_from}" if report.resumes_from else "")

@@ -50,7 +50,8 @@ training:
   epochs: 3
   # max_steps: 100
   batch_size: 16               # rows of the data in one update: global, never changes with memory
-  micro_batch: 8               # rows of up to max_length tokens at a time: changes memory and speed, not the result
+  micro_batch: auto            # rows of up to max_length tokens at a time: changes memory and speed, not the result
+  memory: auto                 # auto: what the machine has free | min | 6GB: recompute and split only as far as needed
   seed: 0
 
 eval:

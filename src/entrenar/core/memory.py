@@ -1,4 +1,5 @@
-"""Anonymous memory of this process: what it holds itself, without the pages of files it maps (Linux)."""
+"""Anonymous memory of this process: what it holds itself, without the pages of files it maps; and what it may take
+(Linux)."""
 
 import threading
 from pathlib import Path
@@ -7,11 +8,40 @@ from types import TracebackType
 
 def anonymous_bytes(process: int | None = None) -> int:
     """RssAnon of a process (None: this one) in bytes; 0 where the kernel does not report it."""
-    try:
-        lines = Path(f"/proc/{process or 'self'}/status").read_text().splitlines()
-    except OSError:
-        return 0
+    lines = _text(f"/proc/{process or 'self'}/status").splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def available_bytes() -> int | None:
+    """What this process can take before the machine or its control group is full; None where neither says."""
+    found = (_machine_available(), _group_available())
+    return min((count for count in found if count is not None), default=None)
+
+
+def _machine_available() -> int | None:
+    text = _text("/proc/meminfo")
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:")), None)
+
+
+def _group_available() -> int | None:
+    """Of the control group this process is seen in, version 2 or 1; pages of files count as free."""
+    for root, limit, usage, cached in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        most, used = _text(f"{root}/{limit}").strip(), _text(f"{root}/{usage}").strip()
+        if most.isdigit() and used.isdigit():  # `max`: no limit
+            rows = (line.split() for line in _text(f"{root}/memory.stat").splitlines())
+            files = next((int(row[1]) for row in rows if row[0] == cached), 0)
+            return max(int(most) - int(used) + files, 0)
+    return None
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 class PeakMemory:

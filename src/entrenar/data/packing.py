@@ -65,7 +65,16 @@ def layout(lengths: Sequence[int], micro_batch: int, pack_to: int) -> list[Micro
 
 def computed_tokens(micro_batches: Sequence[MicroBatch], lengths: Sequence[int]) -> int:
     """Tokens that the model computes, padding included: every row is as long as the longest beside it."""
-    return sum(len(rows) * max(_total(row, lengths) for row in rows) for rows in micro_batches)
+    return sum(_computed(rows, lengths) for rows in micro_batches)
+
+
+def widest(micro_batches: Sequence[MicroBatch], lengths: Sequence[int]) -> int:
+    """Tokens, padding included, of the micro-batch that has most of them."""
+    return max(_computed(rows, lengths) for rows in micro_batches)
+
+
+def _computed(rows: MicroBatch, lengths: Sequence[int]) -> int:
+    return len(rows) * max(_total(row, lengths) for row in rows)
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

@@ -5,7 +5,6 @@ counts is the structure, and then that the numbers agree; a call that asks for m
 dropout, hooks on the parts) goes the class's own way.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -63,15 +62,22 @@ def use_fast_layers(model: PreTrainedModel) -> int:
     )
 
 
-def set_keep(model: nn.Module, choices: Sequence[Keep]) -> bool:
-    """Say what each of the model's decoder layers keeps for the backward; False if they are not of this kind."""
-    layers = [module for module in model.modules() if isinstance(vars(module).get("forward"), MethodType)]
-    layers = [layer for layer in layers if _looks_right(layer)]
-    if len(layers) != len(choices):
-        return False
-    for layer, choice in zip(layers, choices, strict=True):
-        setattr(layer, _KEEP, choice)
-    return True
+def serve(model: nn.Module) -> bool:
+    """Whether the model's decoder layers run so in training, as they now are."""
+    layers = [module for module in model.modules() if _looks_right(module)]
+    return bool(layers) and all(
+        isinstance(vars(layer).get("forward"), MethodType) and all(map(can_join, _linears(layer))) for layer in layers
+    )
+
+
+def set_keep(layer: nn.Module, choice: Keep) -> None:
+    """Say what a layer's blocks keep for their backward; DEAR if nothing is said."""
+    setattr(layer, _KEEP, choice)
+
+
+def _linears(layer: Any) -> list[nn.Module]:
+    names = [(layer.self_attn, name) for name in _PROJECTIONS] + [(layer.mlp, name) for name in _GATED]
+    return [getattr(parent, name) for parent, name in names]
 
 
 def _looks_right(module: nn.Module) -> bool:
@@ -120,17 +126,15 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, layer: _L
 
 def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The layer's result (B, T, C), or None where the call or the layer's state asks for more than the blocks do."""
-    inside, gated = module.self_attn, module.mlp
-    q, k, v, output = (getattr(inside, name) for name in _PROJECTIONS)
-    gate, up, down = (getattr(gated, name) for name in _GATED)
+    linears = _linears(module)
     wanted = _attention_inputs(module, layer, h, kwargs)
-    if wanted is None or not all(map(can_join, (q, k, v, output, gate, up, down))):
+    if wanted is None or not all(map(can_join, linears)):
         return None
     rotation, starts = wanted
     keep = getattr(module, _KEEP, Keep.DEAR) if torch.is_grad_enabled() else Keep.NOTHING
-    heads = [member_of(each) for each in (q, k, v, output)]
-    first = AttentionBlock(layer.norms[0], *heads, layer.width, layer.scale, *layer.head_norms)  # pyright: ignore[reportCallIssue]
-    second = MlpBlock(layer.norms[1], *map(member_of, (gate, up, down)), layer.activation)  # pyright: ignore[reportCallIssue]
+    q, k, v, output, gate, up, down = map(member_of, linears)
+    first = AttentionBlock(layer.norms[0], q, k, v, output, layer.width, layer.scale, *layer.head_norms)
+    second = MlpBlock(layer.norms[1], gate, up, down, layer.activation)
     return mlp_block(attention_block(h, first, rotation, starts, keep), second, keep)
 
 

@@ -6,6 +6,7 @@ cross entropy"). Letters: N positions, n positions of a chunk, H hidden size, V 
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +58,25 @@ def linear_cross_entropy(
     if not (torch.is_grad_enabled() and (hidden.requires_grad or trained)):
         return _loss_alone(hidden, head, labels, rows, rule)
     if type(head) is nn.Linear and head.weight.dtype == hidden.dtype:
-        step = _linear_step(head, rule, hidden.new_empty(rows, head.out_features))
+        step = _linear_step(head, rule, _logit_scratch(hidden, rows, head.out_features))
     else:
         step = _autograd_step(head, rule, list(trained.values()))
     loss = _SummedLoss.apply(step, rows, tuple(trained), hidden, labels, *trained.values())
     assert isinstance(loss, Tensor)  # tells the type checker what apply() returns
     return loss
+
+
+_held = threading.local()
+
+
+def _logit_scratch(hidden: Tensor, rows: int, vocabulary: int) -> Tensor:
+    """(rows, V), the same memory from call to call: in a heap that smaller tensors have cut up, so large a block would
+    find room at the end only, and the process would hold it twice."""
+    found: Tensor | None = getattr(_held, "logits", None)
+    fits = found is not None and found.numel() >= rows * vocabulary
+    if found is None or not fits or found.dtype != hidden.dtype or found.device != hidden.device:
+        found = _held.logits = hidden.new_empty(max(rows * vocabulary, 1))
+    return found[: rows * vocabulary].view(rows, vocabulary)
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

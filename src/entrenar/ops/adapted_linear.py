@@ -66,7 +66,8 @@ class _AdaptedLinears(torch.autograd.Function):
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Any, ...]:
         count = 2 * len(grads)
-        factors, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: a checkpointed layer unpacks what was saved at each access
+        factors, inputs = saved[:count], saved[count:]
         pairs = zip(factors[::2], factors[1::2], strict=True)
         used = [
             Used(replace(member, a=a, b=b), _rows(grad), index)

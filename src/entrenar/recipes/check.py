@@ -1,27 +1,26 @@
-"""Check a config without training: what would be read, held and trained on."""
+"""Check a config without training: what would be read, held and trained on.
+
+The model is loaded as for training, since what its layers keep is seen in a pass over a few tokens.
+"""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch import nn
-from transformers import PreTrainedModel
 
 from entrenar.core.config import load_config
 from entrenar.data.batches import batch_rows
 from entrenar.data.dataset import PreparedData
 from entrenar.data.encode import Example
 from entrenar.data.packing import computed_tokens, layout
-from entrenar.lora.attach import attach, trained_parameters
-from entrenar.models.compute import resolve_dtype
-from entrenar.models.load import UNQUANTIZED, build_on_meta
+from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.models.source import open_source
-from entrenar.quant.tensor import packed_bytes
 from entrenar.recipes.config import RunConfig
+from entrenar.recipes.memory import load_adapted, plan_memory
 from entrenar.recipes.run_directory import open_run_directory
 from entrenar.recipes.train import make_plan, prepare_data
+from entrenar.training.memory_plan import MemoryPlan
 from entrenar.training.state import Plan
 
 Piece = tuple[str, bool]
@@ -45,16 +44,14 @@ class TokenUse:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """What `entrenar check` shows; sizes in bytes, exact to the byte."""
+    """What `entrenar check` shows."""
 
     config: RunConfig
     data: PreparedData
     total_steps: int
     adapted_layers: int
     trainable_parameters: int
-    base_bytes: int
-    adapter_bytes: int
-    optimizer_bytes: int
+    memory: MemoryPlan
     lengths: list[int]
     use: TokenUse
     samples: list[list[Piece]]
@@ -71,24 +68,20 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     directory = open_run_directory(config)
     source = open_source(config.model.path)
     data = prepare_data(config, source.tokenizer)
-    model = build_on_meta(source, resolve_dtype(config.model.dtype))
-    base_bytes = _base_bytes(model, config)
-    adapted = attach(model, config.lora.spec())
+    model, libraries = load_adapted(config, source)
+    plan = make_plan(config, data)
+    memory = plan_memory(config.training, model, data, plan, libraries=libraries)
     trained = [parameter for _, parameter in trained_parameters(model)]
-    adapter_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    plan, lengths = make_plan(config, data), [len(example) for example in data.train.examples]
+    lengths = [len(example) for example in data.train.examples]
     return CheckReport(
         config=config,
         data=data,
         total_steps=plan.total_steps,
-        adapted_layers=len(adapted),
+        adapted_layers=len(list(adapted_layers(model))),
         trainable_parameters=sum(parameter.numel() for parameter in trained),
-        base_bytes=base_bytes,
-        adapter_bytes=adapter_bytes,
-        # AdamW: two float32 moments an element, one float32 step counter a tensor.
-        optimizer_bytes=2 * adapter_bytes + 4 * len(trained),
+        memory=memory,
         lengths=lengths,
-        use=_token_use(plan, lengths),
+        use=_token_use(replace(plan, micro_batch=memory.micro_batch), lengths),
         samples=[_pieces(example, source.tokenizer) for example in data.train.examples[:samples]],
         resumes_from=str(directory.checkpoint) if directory.checkpoint else None,
     )
@@ -109,23 +102,6 @@ def _token_use(plan: Plan, lengths: list[int]) -> TokenUse:
         tokens += sum(batch)
         computed += computed_tokens(layout(batch, plan.micro_batch, plan.pack_to), batch)
     return TokenUse(count, tokens, computed - tokens)
-
-
-def _base_bytes(model: PreTrainedModel, config: RunConfig) -> int:
-    """Bytes of every base parameter once loaded: packed where quantized, in the compute dtype elsewhere."""
-    section, head, total = config.model, model.get_output_embeddings(), 0
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            quantized = name == "weight" and isinstance(module, nn.Linear) and module is not head
-            if quantized and section.quantize != UNQUANTIZED:
-                total += packed_bytes(parameter.numel(), section.quantize, section.block_size, section.double_quant)
-            elif module is not head or not _is_tied(model):
-                total += parameter.numel() * parameter.element_size()
-    return total
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    return bool(model.config.get_text_config().tie_word_embeddings)
 
 
 def _pieces(example: Example, tokenizer: Any) -> list[Piece]:

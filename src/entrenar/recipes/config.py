@@ -1,8 +1,9 @@
 """The config of a training run. Every key has a type, a bound and a default; `entrenar init` writes it commented."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from entrenar.core.config import Section
 from entrenar.lora.spec import LoraSpec
@@ -10,6 +11,22 @@ from entrenar.lora.spec import LoraSpec
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _read_memory(value: Any) -> Any:
+    """`6GB`, `1.5 GiB` or a plain number → bytes."""
+    if value in ("auto", "min"):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", value.strip().lower()) if isinstance(value, str) else None
+    count = round(float(match[1]) * _UNITS.get(match[2], 0)) if match else value
+    if type(count) is not int or count < 1:
+        raise ValueError("allowed are auto, min, or bytes such as 6000000000 or 6GB")
+    return count
+
+
+Memory = Annotated[Literal["auto", "min"] | int, BeforeValidator(_read_memory)]
 
 
 class ModelSection(Section):
@@ -96,16 +113,19 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    """How long, and in what portions; neither `micro_batch` nor packing changes the mathematics.
+    """How long, and in what portions; neither `micro_batch`, `memory` nor packing changes the mathematics.
 
     `batch_size` is global and counts rows of the data; `micro_batch` counts what is laid before the model at a time,
-    rows of up to `data.max_length` tokens: memory grows with their product.
+    rows of up to `data.max_length` tokens: memory grows with their product. `memory` is what the process may hold of
+    its own, in bytes or as `6GB`: auto takes what the machine has free, min as little as goes. To stay within it,
+    decoder layers compute again what they do not keep, and `micro_batch`, if auto, is smaller.
     """
 
     epochs: Positive = 3
     max_steps: Positive | None = None
     batch_size: Positive = 16
-    micro_batch: Positive = 8
+    micro_batch: Literal["auto"] | Positive = "auto"
+    memory: Memory = "auto"
     seed: Count = 0
 
 

@@ -54,8 +54,8 @@ def open_run_directory(config: RunConfig) -> RunDirectory:
 
 
 def _differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, in what makes the run's numbers; printing does not."""
-    left, right = (_flat(config.model_dump(exclude={"log"})) for config in (old, new))
+    """Dotted keys whose values differ, in what makes the run's numbers; printing and memory do not."""
+    left, right = (_flat(config.model_dump(exclude={"log": True, "training": {"memory"}})) for config in (old, new))
     return [key for key in right if left.get(key) != right[key]]
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.atomic import write_text
@@ -16,18 +15,18 @@ from entrenar.core.memory import PeakMemory
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.adapter_io import save_adapter
-from entrenar.lora.attach import attach, trained_parameters
-from entrenar.models.compute import resolve_dtype
+from entrenar.lora.attach import trained_parameters
+from entrenar.models.activations import set_keep
 from entrenar.models.isolation import isolates_documents
-from entrenar.models.load import load_source
-from entrenar.models.original import weights_of
 from entrenar.models.source import ModelSource, open_source
 from entrenar.optim.adamw import make_adamw
 from entrenar.optim.groups import lora_plus_groups
 from entrenar.recipes.config import RunConfig
+from entrenar.recipes.memory import load_adapted, plan_memory
 from entrenar.recipes.run_directory import RunDirectory, open_run_directory
 from entrenar.training.checkpoint import load_checkpoint
 from entrenar.training.loop import OnStep, Trainer
+from entrenar.training.memory_plan import MemoryPlan
 from entrenar.training.state import Plan, State
 
 RESULT_NAME = "result.json"
@@ -40,7 +39,8 @@ def _ignore(_: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run left; losses in nats per target token, memory: peak anonymous bytes of the process."""
+    """What a finished run left; losses in nats per target token, memory: peak anonymous bytes of the process, as
+    measured and as planned."""
 
     run_dir: str
     adapter: str
@@ -50,6 +50,7 @@ class TrainResult:
     eval_loss: float | None
     seconds: float
     peak_memory_bytes: int
+    planned_memory_bytes: int
     resumed_from_step: int
 
 
@@ -76,7 +77,8 @@ def train(
         return TrainResult(**json.loads((directory.path / RESULT_NAME).read_text(encoding="utf-8")))
     started = time.monotonic()
     with PeakMemory() as memory:
-        state, resumed = _run(settings, directory, on_step, say)
+        ran = _run(settings, directory, on_step, say)
+    state = ran.state
     result = TrainResult(
         run_dir=str(directory.path),
         adapter=str(directory.adapter),
@@ -86,26 +88,29 @@ def train(
         eval_loss=state.best_loss if settings.eval.patience else state.eval_loss,
         seconds=time.monotonic() - started,
         peak_memory_bytes=memory.peak,
-        resumed_from_step=resumed,
+        planned_memory_bytes=ran.memory.total,
+        resumed_from_step=ran.resumed,
     )
     write_text(directory.path / RESULT_NAME, json.dumps(asdict(result), indent=2) + "\n")
     return result
 
 
-def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) -> tuple[State, int]:
+@dataclass(frozen=True)
+class _Ran:
+    state: State
+    resumed: int
+    memory: MemoryPlan
+
+
+def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) -> _Ran:
     source = open_source(config.model.path)
     data = prepare_data(config, source.tokenizer)
     say(describe(data, config.data.train))
-    model = load_source(
-        source, config.model.quantize, config.model.double_quant, config.model.block_size,
-        resolve_dtype(config.model.dtype), search=config.model.search,
-    )  # fmt: skip
+    model, libraries = load_adapted(config, source)
     plan = make_plan(config, data)
     if plan.pack_to and not isolates_documents(model):
         say(f"no packing: {type(model).__name__} mixes documents that share a row, so each gets a row of its own")
         plan = replace(plan, pack_to=0)
-    torch.manual_seed(config.training.seed)
-    attach(model, config.lora.spec(), weights_of(source))
     options = config.optimizer
     groups = lora_plus_groups(trained_parameters(model), options.lora_plus_ratio)
     optimizer = make_adamw(groups, options.lr, (options.beta1, options.beta2), options.eps, options.weight_decay)
@@ -114,11 +119,16 @@ def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) 
         state = load_checkpoint(directory.checkpoint, model, optimizer, data.fingerprint)
         say(f"resuming from step {state.step}")
     resumed = state.step
+    memory = plan_memory(config.training, model, data, plan, libraries=libraries, chosen=state.micro_batch)
+    say(memory.sentence())
+    set_keep(model, memory.keep)
+    state.micro_batch = memory.micro_batch
+    plan = replace(plan, micro_batch=memory.micro_batch)
     directory.start(config)
     _write_rejected(directory, data)
     Trainer(model, optimizer, data, plan, state, directory.path, pad_id(source), on_step).run()
     save_adapter(model, directory.adapter)
-    return state, resumed
+    return _Ran(state, resumed, memory)
 
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
@@ -136,13 +146,15 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepa
 
 
 def make_plan(config: RunConfig, data: PreparedData) -> Plan:
-    """Turn epochs into steps."""
+    """Turn epochs into steps; a `micro_batch` that is auto is the whole batch until a memory plan says less."""
     training, per_epoch = config.training, batches_per_epoch(len(data.train), config.training.batch_size)
     total = min(training.epochs * per_epoch, training.max_steps or training.epochs * per_epoch)
     return Plan(
         total_steps=total,
         batch_size=training.batch_size,
-        micro_batch=min(training.micro_batch, training.batch_size),
+        micro_batch=training.batch_size
+        if training.micro_batch == "auto"
+        else min(training.micro_batch, training.batch_size),
         pack_to=config.data.max_length if config.data.packing else 0,
         seed=training.seed,
         lr=config.optimizer.lr,

@@ -33,10 +33,12 @@ class Plan:
 class State:
     """Counters of a run; with the adapter and the optimiser they are all that a resumed run needs.
 
-    `step`: updates made. `batch`: batches consumed, more than `step` when batches were skipped for a non-finite loss.
+    `micro_batch`: rows at a time, which decide the order of sums. `step`: updates made. `batch`: batches consumed, more
+    than `step` when batches were skipped for a non-finite loss.
     """
 
     fingerprint: str
+    micro_batch: int = 0
     step: int = 0
     batch: int = 0
     tokens: int = 0

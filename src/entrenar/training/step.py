@@ -38,6 +38,7 @@ def accumulate(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
         loss = target_loss(model, batch.ids, batch.positions, batch.targets) / count
         loss.backward()
         total += loss.item()
+        del loss  # and with it what the graph's nodes still hold, before the next forward
     return total
 
 
