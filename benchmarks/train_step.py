@@ -24,7 +24,7 @@ ROWS_AT_A_TIME, PADDED_BATCH = 32, 8  # of the packing row: the sides take turns
 Lengths = tuple[int, ...]
 
 
-def ours(directory: Path, lengths: Lengths | None) -> Work:
+def ours(model_path: Path, lengths: Lengths | None, quantize: str = "nf4") -> Work:
     """Our step over the standard batch, or over rows of these lengths, packed."""
     import torch
 
@@ -36,7 +36,7 @@ def ours(directory: Path, lengths: Lengths | None) -> Work:
     from entrenar.training.step import update
 
     torch.set_num_threads(THREADS)
-    model: Any = entrenar.load(str(directory), "nf4")[0]
+    model: Any = entrenar.load(str(model_path), quantize)[0]
     attach_lora(model, RANK, ALPHA)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_adamw(parameters, 1e-4, (0.9, 0.999), 1e-8, 0.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: no test may reach the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two workers; tiny models gain nothing from threads
@@ -17,6 +18,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.models.pre_tokenizers import PRE_TOKENIZERS
+from entrenar.ops import native
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -82,6 +84,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny-data") / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in _exchanges()), encoding="utf-8")
     return path
+
+
+@pytest.fixture(params=[path for path in native.supported_paths() if path != "reference"], scope="module")
+def native_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A test that asks for it runs once on each path of the native library that this machine has."""
+    with native.using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

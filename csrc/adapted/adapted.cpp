@@ -21,6 +21,8 @@ namespace entrenar {
 
 namespace {
 
+constexpr int64_t kMostMembers = 1 << 16;  // more is a mistake, and would not fit memory
+
 struct Member {
     const MemberView* view;
     Source weight, a, b;  // b times the scale
@@ -37,18 +39,16 @@ struct Group {
     int threads;
 };
 
-int read_member(const GroupView& group, const MemberView& view, Member* member) {
+// All of a member but its y.
+int read_member(const MemberView& view, int64_t inner, Member* member) {
     member->view = &view;
     if (const int error = read_source(view.weight, &member->weight)) return error;
-    if (view.weight.columns != group.inner || view.rank < 0 || view.rank > (1 << 20)) return kBadArgument;
-    int64_t elements = 0;
-    if (!multiply(group.tokens, view.weight.rows, &elements)) return kBadSize;
-    if (const int error = check_buffer(view.y, view.y_bytes, elements, 2)) return error;
+    if (view.weight.columns != inner || view.rank < 0 || view.rank > (1 << 20)) return kBadArgument;
     if (view.bias != nullptr) {
         if (const int error = check_buffer(view.bias, view.bias_bytes, view.weight.rows, 2)) return error;
     }
     if (view.rank == 0) return kOk;
-    const bool fits = view.a.rows == view.rank && view.a.columns == group.inner && view.b.rows == view.weight.rows &&
+    const bool fits = view.a.rows == view.rank && view.a.columns == inner && view.b.rows == view.weight.rows &&
                       view.b.columns == view.rank;
     if (!fits) return kBadArgument;
     if (const int error = read_source(view.a, &member->a)) return error;
@@ -60,11 +60,15 @@ int read_member(const GroupView& group, const MemberView& view, Member* member) 
 int read_group(bool reads_x, Group* group) {
     const GroupView& view = group->view;
     int64_t elements = 0;
-    if (view.count < 0 || !multiply(view.tokens, view.inner, &elements)) return kBadSize;
+    if (view.count < 0 || view.count > kMostMembers || !multiply(view.tokens, view.inner, &elements)) return kBadSize;
+    if (view.members == nullptr && view.count > 0) return kNullPointer;
     group->members.resize(static_cast<size_t>(view.count));
     for (int64_t i = 0; i < view.count; ++i) {
         Member& member = group->members[static_cast<size_t>(i)];
-        if (const int error = read_member(view, view.members[i], &member)) return error;
+        if (const int error = read_member(view.members[i], view.inner, &member)) return error;
+        int64_t results = 0;
+        if (!multiply(view.tokens, member.weight.view.rows, &results)) return kBadSize;
+        if (const int error = check_buffer(member.view->y, member.view->y_bytes, results, 2)) return error;
         member.offset = group->width;
         group->width += member.padded_rank();
     }
@@ -193,25 +197,25 @@ int backward(const Group& group) {
     return multiply_gradients_of_b(group, turned, padded);
 }
 
-int check_gradients(const GroupView& view) {
-    if (view.dx != nullptr) {
-        if (const int error = check_buffer(view.dx, view.dx_bytes, view.tokens * view.inner, 2)) return error;
-    }
-    for (int64_t i = 0; i < view.count; ++i) {
-        const MemberView& member = view.members[i];
-        if (member.rank == 0) continue;
-        if (const int error = check_buffer(member.da, member.da_bytes, member.rank * view.inner, 4)) return error;
-        if (const int error = check_buffer(member.db, member.db_bytes, member.weight.rows * member.rank, 4)) return error;
-    }
-    return kOk;
+// Of a member that was read.
+int check_gradients(const MemberView& member, int64_t inner) {
+    if (member.rank == 0) return kOk;
+    int64_t da = 0, db = 0;
+    if (!multiply(member.rank, inner, &da) || !multiply(member.weight.rows, member.rank, &db)) return kBadSize;
+    if (const int error = check_buffer(member.da, member.da_bytes, da, 4)) return error;
+    return check_buffer(member.db, member.db_bytes, db, 4);
 }
 
 }  // namespace
 
+int check_member(const MemberView& view, int64_t inner, bool backward) {
+    Member member;
+    if (const int error = read_member(view, inner, &member)) return error;
+    return backward ? check_gradients(view, inner) : kOk;
+}
+
 int adapted_forward(const GroupView& view, int threads) {
-    const MatmulKernel* kernel = matmul_kernel();
-    if (kernel == nullptr) return kBadPath;
-    Group group{view, *kernel, {}, 0, threads};
+    Group group{view, matmul_kernel(), {}, 0, threads};
     if (const int error = read_group(true, &group)) return error;
     if (view.residual != nullptr) {
         if (view.count != 1) return kBadArgument;
@@ -222,11 +226,15 @@ int adapted_forward(const GroupView& view, int threads) {
 }
 
 int adapted_backward(const GroupView& view, int threads) {
-    const MatmulKernel* kernel = matmul_kernel();
-    if (kernel == nullptr) return kBadPath;
-    Group group{view, *kernel, {}, 0, threads};
+    Group group{view, matmul_kernel(), {}, 0, threads};
     if (const int error = read_group(false, &group)) return error;
-    if (const int error = check_gradients(view)) return error;
+    if (view.dx != nullptr) {
+        const int64_t elements = view.tokens * view.inner;  // read_group saw that it does not overflow
+        if (const int error = check_buffer(view.dx, view.dx_bytes, elements, 2)) return error;
+    }
+    for (const Member& member : group.members) {
+        if (const int error = check_gradients(*member.view, view.inner)) return error;
+    }
     return backward(group);
 }
 

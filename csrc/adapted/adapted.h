@@ -36,6 +36,10 @@ struct GroupView {
     const MemberView* members;
 };
 
+// Error unless a member of a group over `inner` columns is in order, and in a backward its room for gradients. Its y is not
+// looked at: a caller made of several operations checks all their members before the first.
+int check_member(const MemberView& member, int64_t inner, bool backward);
+
 // y = x·Wᵀ + bias + (x·Aᵀ)·(scale·B)ᵀ of every member.
 int adapted_forward(const GroupView& view, int threads);
 

@@ -48,27 +48,33 @@ std::vector<int64_t> first_keys(const AttentionView& view, int64_t row) {
     return first;
 }
 
-bool attention_kernels(AttentionKernels* kernels) {
-    *kernels = {matmul_kernel(), ENTRENAR_ON_X86(&attention_avx512bf16)};
-    return kernels->products != nullptr && kernels->rows != nullptr;
+AttentionKernels attention_kernels() {
+#if defined(__x86_64__)
+    if (has_avx512_bf16()) return {matmul_kernel(), attention_avx512bf16};
+#endif
+    static constexpr Paths<AttentionRows> kPaths{&attention_generic, ENTRENAR_ON_X86(&attention_avx2), nullptr, nullptr};
+    return {matmul_kernel(), pick(kPaths)};
+}
+
+int check_attention_sizes(const AttentionView& view) {
+    int64_t bytes = 2;  // of q, which may be more than its buffer's where strides are 0
+    for (int64_t size : {view.batch, view.tokens, view.heads, view.width}) {
+        if (size <= 0 || !multiply(bytes, size, &bytes)) return kBadSize;
+    }
+    if (view.kv_heads <= 0) return kBadSize;
+    if (view.heads % view.kv_heads != 0 || view.width % kStep != 0) return kBadArgument;
+    if (view.tokens > (int64_t{1} << 24) || view.width > kMaxPlainWidth) return kBadArgument;
+    if (view.starts != nullptr) {
+        if (const int error = check_buffer(view.starts, view.starts_bytes, view.batch * view.tokens, 4)) return error;
+    }
+    return check_starts(view);
 }
 
 int check_attention(const AttentionView& view) {
-    const int64_t sizes[5] = {view.batch, view.tokens, view.heads, view.kv_heads, view.width};
-    for (int64_t size : sizes) {
-        if (size <= 0) return kBadSize;
-    }
-    if (view.heads % view.kv_heads != 0 || view.width % kStep != 0) return kBadArgument;
-    if (view.tokens > (int64_t{1} << 24) || view.width > 1024) return kBadArgument;
+    if (const int error = check_attention_sizes(view)) return error;
     if (const int error = check_heads(view.q, view.batch, view.tokens, view.heads, view.width)) return error;
     if (const int error = check_heads(view.k, view.batch, view.tokens, view.kv_heads, view.width)) return error;
-    if (const int error = check_heads(view.v, view.batch, view.tokens, view.kv_heads, view.width)) return error;
-    int64_t elements = 0;
-    if (!multiply(view.batch, view.tokens, &elements)) return kBadSize;
-    if (view.starts != nullptr) {
-        if (const int error = check_buffer(view.starts, view.starts_bytes, elements, 4)) return error;
-    }
-    return check_starts(view);
+    return check_heads(view.v, view.batch, view.tokens, view.kv_heads, view.width);
 }
 
 }  // namespace entrenar

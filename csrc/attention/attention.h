@@ -32,7 +32,10 @@ struct AttentionView {
 // The first key of every token of one row.
 std::vector<int64_t> first_keys(const AttentionView& view, int64_t row);
 
-// Error unless sizes, buffers and starts are in order.
+// Error unless sizes and starts are in order.
+int check_attention_sizes(const AttentionView& view);
+
+// The same, and the buffers of q, k and v.
 int check_attention(const AttentionView& view);
 
 // Of one query row so far: the largest score and the sum of exponentials relative to it.
@@ -59,13 +62,13 @@ struct AttentionRows {
     void (*store_transposed)(const float* c, int64_t pitch, int64_t count, int64_t width, uint16_t* out, int64_t stride);
 };
 
-extern const AttentionRows attention_avx512bf16;
+extern const AttentionRows attention_generic, attention_avx2, attention_avx512bf16;
 
-// The table and the products of the path in use; false where the CPU has no bfloat16 products.
+// The products and the table of the path in use.
 struct AttentionKernels {
-    const MatmulKernel* products;
-    const AttentionRows* rows;
+    const MatmulKernel& products;
+    const AttentionRows& rows;
 };
-bool attention_kernels(AttentionKernels* kernels);
+AttentionKernels attention_kernels();
 
 }  // namespace entrenar

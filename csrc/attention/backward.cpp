@@ -49,13 +49,13 @@ struct Room {
 
 void prepare_head(const AttentionView& view, const AttentionKernels& kernels, const Gradients& gradients, const Room& room, int64_t row, int64_t head) {
     const uint16_t *q = view.q.rows(row, head), *grad = gradients.grad.rows(row, head), *out = gradients.out.rows(row, head);
-    pack_rows_transposed(*kernels.products, q, view.q.token, view.tokens, view.width, room.q_columns);
-    pack_rows(*kernels.products, q, view.q.token, view.tokens, view.width, room.q_rows);
-    pack_rows_transposed(*kernels.products, grad, gradients.grad.token, view.tokens, view.width, room.grad_columns);
-    pack_rows(*kernels.products, grad, gradients.grad.token, view.tokens, view.width, room.grad_rows);
+    pack_rows_transposed(kernels.products, q, view.q.token, view.tokens, view.width, room.q_columns);
+    pack_rows(kernels.products, q, view.q.token, view.tokens, view.width, room.q_rows);
+    pack_rows_transposed(kernels.products, grad, gradients.grad.token, view.tokens, view.width, room.grad_columns);
+    pack_rows(kernels.products, grad, gradients.grad.token, view.tokens, view.width, room.grad_rows);
     for (int64_t token = 0; token < view.tokens; ++token) {
         room.lse[token] = gradients.lse[(row * view.heads + head) * view.tokens + token];
-        room.delta[token] = kernels.rows->dot(grad + token * gradients.grad.token, out + token * gradients.out.token, view.width);
+        room.delta[token] = kernels.rows.dot(grad + token * gradients.grad.token, out + token * gradients.out.token, view.width);
     }
     std::memset(room.dq, 0, static_cast<size_t>(room.padded * view.width) * 4);
 }
@@ -67,29 +67,29 @@ void run_block(const AttentionView& view, const AttentionKernels& kernels, const
     const int64_t width = view.width, columns = packed_group(width), rows = packed_group(view.tokens);
     const int64_t query_groups = divide_up(queries, kGroup), steps = width / kStep, groups = width / kGroup;
     const uint16_t *k = view.k.rows(row, kv) + key * view.k.token, *v = view.v.rows(row, kv) + key * view.v.token;
-    multiply_packed({kernels.products, k, view.k.token, keys, room.q_columns + query / kGroup * columns, columns, steps, query_groups},
+    multiply_packed({&kernels.products, k, view.k.token, keys, room.q_columns + query / kGroup * columns, columns, steps, query_groups},
                     room.scores, kBlock, false);
-    multiply_packed({kernels.products, v, view.v.token, keys, room.grad_columns + query / kGroup * columns, columns, steps, query_groups},
+    multiply_packed({&kernels.products, v, view.v.token, keys, room.grad_columns + query / kGroup * columns, columns, steps, query_groups},
                     room.dp, kBlock, false);
     for (int64_t r = 0; r < keys; ++r) {
         const int64_t low = std::clamp<int64_t>(key + r - query, 0, queries);
         const int64_t high = std::clamp<int64_t>(last[static_cast<size_t>(key + r)] + 1 - query, low, queries);
-        kernels.rows->gradient(room.scores + r * kBlock, room.dp + r * kBlock, room.lse + query, room.delta + query, low, high,
+        kernels.rows.gradient(room.scores + r * kBlock, room.dp + r * kBlock, room.lse + query, room.delta + query, low, high,
                                 query_groups * kGroup, view.scale, room.p + r * kBlock, room.ds + r * kBlock);
     }
     const int64_t at = query / kStep * kStepElements;
-    multiply_packed({kernels.products, room.p, kBlock, keys, room.grad_rows + at, rows, query_groups, groups}, room.dv + key * width,
+    multiply_packed({&kernels.products, room.p, kBlock, keys, room.grad_rows + at, rows, query_groups, groups}, room.dv + key * width,
                     width, true);
-    multiply_packed({kernels.products, room.ds, kBlock, keys, room.q_rows + at, rows, query_groups, groups}, room.dk + key * width,
+    multiply_packed({&kernels.products, room.ds, kBlock, keys, room.q_rows + at, rows, query_groups, groups}, room.dk + key * width,
                     width, true);
-    pack_rows(*kernels.products, room.ds, kBlock, keys, query_groups * kGroup, room.packed_ds);
-    multiply_packed({kernels.products, room.keys + key, room.padded, width, room.packed_ds, packed_group(keys), divide_up(keys, kStep),
+    pack_rows(kernels.products, room.ds, kBlock, keys, query_groups * kGroup, room.packed_ds);
+    multiply_packed({&kernels.products, room.keys + key, room.padded, width, room.packed_ds, packed_group(keys), divide_up(keys, kStep),
                      query_groups}, room.dq + query, room.padded, true);
 }
 
 void store_rows(const AttentionKernels& kernels, const float* from, int64_t width, int64_t tokens, uint16_t* to, int64_t stride) {
     for (int64_t token = 0; token < tokens; ++token) {
-        kernels.products->store_bf16(from + token * width, 1.0f, nullptr, nullptr, width, to + token * stride);
+        kernels.products.store_bf16(from + token * width, 1.0f, nullptr, nullptr, width, to + token * stride);
     }
 }
 
@@ -109,10 +109,10 @@ void run_pair(const AttentionView& view, const AttentionKernels& kernels, const 
     const int64_t group = view.heads / view.kv_heads, width = view.width;
     const std::vector<int64_t> last = last_queries(first_keys(view, row));
     // q_rows is free until the first head: room for the packed form that the transposition goes through.
-    transpose_rows(*kernels.products, view.k.rows(row, kv), view.k.token, view.tokens, width, room.padded, room.q_rows, room.keys);
+    transpose_rows(kernels.products, view.k.rows(row, kv), view.k.token, view.tokens, width, room.padded, room.q_rows, room.keys);
     std::memset(room.dk, 0, static_cast<size_t>(room.padded * width) * 4);
     std::memset(room.dv, 0, static_cast<size_t>(room.padded * width) * 4);
-    kernels.products->begin();
+    kernels.products.begin();
     for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
         prepare_head(view, kernels, gradients, room, row, head);
         for (int64_t key = 0; key < view.tokens; key += kBlock) {
@@ -121,10 +121,10 @@ void run_pair(const AttentionView& view, const AttentionKernels& kernels, const 
             for (int64_t query = key; query < end; query += kBlock) run_block(view, kernels, room, last, row, kv, key, query);
         }
         const int64_t stride = view.heads * width;
-        kernels.rows->store_transposed(room.dq, room.padded, view.tokens, width,
+        kernels.rows.store_transposed(room.dq, room.padded, view.tokens, width,
                                     gradients.dq + row * view.tokens * stride + head * width, stride);
     }
-    kernels.products->end();
+    kernels.products.end();
     const int64_t stride = view.kv_heads * width, at = row * view.tokens * stride + kv * width;
     store_rows(kernels, room.dk, width, view.tokens, gradients.dk + at, stride);
     store_rows(kernels, room.dv, width, view.tokens, gradients.dv + at, stride);
@@ -140,8 +140,7 @@ ENTRENAR_API int entrenar_attention_backward(const entrenar::AttentionView* view
                                              void* dq, int64_t dq_bytes, void* dk, int64_t dk_bytes, void* dv,
                                              int64_t dv_bytes, int threads) {
     using namespace entrenar;
-    AttentionKernels kernels;
-    if (!attention_kernels(&kernels)) return kBadPath;
+    const AttentionKernels kernels = attention_kernels();
     if (const int error = check_attention(*view)) return error;
     const int64_t tokens = view->batch * view->tokens, width = view->width;
     const int64_t queries = tokens * view->heads, keys = tokens * view->kv_heads;

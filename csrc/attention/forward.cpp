@@ -48,23 +48,23 @@ void run_queries(const AttentionView& view, const AttentionKernels& kernels, con
     const int64_t from = first[static_cast<size_t>(begin)] / kStep * kStep;
     for (int64_t key = from; key < end; key += kKeys) {
         const int64_t groups = divide_up(std::min(kKeys, end - key), kGroup);
-        const PackedProduct score{kernels.products, queries, view.q.token, rows,
+        const PackedProduct score{&kernels.products, queries, view.q.token, rows,
                                   room.keys + key / kGroup * packed_group(width), packed_group(width), width / kStep, groups};
         multiply_packed(score, room.scores, kKeys, false);
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t low = std::clamp<int64_t>(first[static_cast<size_t>(begin + r)] - key, 0, kKeys);
             const int64_t high = std::clamp<int64_t>(begin + r + 1 - key, low, kKeys);
-            kernels.rows->softmax(room.scores + r * kKeys, low, high, groups * kGroup, view.scale, &states[r],
+            kernels.rows.softmax(room.scores + r * kKeys, low, high, groups * kGroup, view.scale, &states[r],
                                    room.o + r * width, width, room.p + r * kKeys);
         }
-        const PackedProduct value{kernels.products, room.p, kKeys, rows, room.values + key / kStep * kStepElements,
+        const PackedProduct value{&kernels.products, room.p, kKeys, rows, room.values + key / kStep * kStepElements,
                                   packed_group(view.tokens), groups, width / kGroup};
         multiply_packed(value, room.o, width, key != from);
     }
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t token = begin + r;
         uint16_t* to = outputs.out + ((row * view.tokens + token) * view.heads + head) * width;
-        kernels.rows->finish(room.o + r * width, states[r].sum, width, to);
+        kernels.rows.finish(room.o + r * width, states[r].sum, width, to);
         outputs.lse[(row * view.heads + head) * view.tokens + token] = states[r].maximum + std::log(states[r].sum);
     }
 }
@@ -76,10 +76,9 @@ void run_queries(const AttentionView& view, const AttentionKernels& kernels, con
 ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* out, int64_t out_bytes, void* lse,
                                     int64_t lse_bytes, int threads) {
     using namespace entrenar;
-    AttentionKernels kernels;
-    if (!attention_kernels(&kernels)) return kBadPath;
+    const AttentionKernels kernels = attention_kernels();
     if (const int error = check_attention(*view)) return error;
-    const int64_t rows = view->batch * view->tokens * view->heads;  // bounded by q's buffer
+    const int64_t rows = view->batch * view->tokens * view->heads;
     if (const int error = check_buffer(out, out_bytes, rows * view->width, 2)) return error;
     if (const int error = check_buffer(lse, lse_bytes, rows, 4)) return error;
     const Outputs outputs{static_cast<uint16_t*>(out), static_cast<float*>(lse)};
@@ -92,17 +91,17 @@ ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* o
         char* scratch = thread_scratch(Room::bytes(*view));
         if (scratch == nullptr) return error.store(kNoMemory);
         const Room room(*view, scratch);
-        pack_rows_transposed(*kernels.products, view->k.rows(row, kv), view->k.token, view->tokens, view->width, room.keys);
-        pack_rows(*kernels.products, view->v.rows(row, kv), view->v.token, view->tokens, view->width, room.values);
+        pack_rows_transposed(kernels.products, view->k.rows(row, kv), view->k.token, view->tokens, view->width, room.keys);
+        pack_rows(kernels.products, view->v.rows(row, kv), view->v.token, view->tokens, view->width, room.values);
         const std::vector<int64_t> first = first_keys(*view, row);
-        kernels.products->begin();
+        kernels.products.begin();
         for (int64_t block = item % shares; block < blocks; block += shares) {
             const int64_t begin = block * kQueries, end = std::min(begin + kQueries, view->tokens);
             for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
                 run_queries(*view, kernels, room, outputs, first, row, head, begin, end);
             }
         }
-        kernels.products->end();
+        kernels.products.end();
     });
     return error.load();
 }

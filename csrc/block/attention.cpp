@@ -8,6 +8,7 @@
 #include "common/errors.h"
 #include "common/floats.h"
 #include "common/sizes.h"
+#include "elementwise/kernels.h"
 
 extern "C" {
 int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos, int64_t cos_bytes, const void* sin, int64_t sin_bytes,
@@ -50,18 +51,37 @@ struct Sizes {
           keys(rows * view.kv_heads * view.width) {}
 };
 
-int check(const AttentionBlockView& view, bool backward) {
-    int64_t rows = 0, elements = 0;
-    if (!multiply(view.batch, view.tokens, &rows) || !multiply(rows, view.hidden, &elements)) return kBadSize;
-    if ((view.q_norm.weight == nullptr) != (view.k_norm.weight == nullptr)) return kBadArgument;
-    if (view.heads <= 0 || view.kv_heads <= 0 || view.width <= 0) return kBadSize;
-    if (view.heads > (1 << 20) || view.width > (1 << 20) || !multiply(rows, view.heads * view.width, &elements)) return kBadSize;
+int check_members(const AttentionBlockView& view, bool backward) {
     const int64_t queries = view.heads * view.width, keys = view.kv_heads * view.width;
     const int64_t shapes[4][2] = {{queries, view.hidden}, {keys, view.hidden}, {keys, view.hidden}, {view.hidden, queries}};
     for (int i = 0; i < 4; ++i) {
-        const SourceView& weight = view.members[i].weight;
-        if (weight.rows != shapes[i][0] || weight.columns != shapes[i][1]) return kBadArgument;
+        if (view.members[i].weight.rows != shapes[i][0]) return kBadArgument;
+        if (const int error = check_member(view.members[i], shapes[i][1], backward)) return error;
     }
+    return kOk;
+}
+
+int check_norms_and_rotation(const AttentionBlockView& view) {
+    if (const int error = check_norm(view.norm, view.hidden)) return error;
+    if ((view.q_norm.weight == nullptr) != (view.k_norm.weight == nullptr)) return kBadArgument;
+    for (const NormView* norm : {&view.q_norm, &view.k_norm}) {
+        if (norm->weight == nullptr) continue;
+        if (const int error = check_norm(*norm, view.width)) return error;
+    }
+    if (view.cos.data == nullptr && view.sin.data == nullptr) return kOk;
+    return check_turns(view.cos.data, view.cos.bytes, view.sin.data, view.sin.bytes, view.batch, view.tokens, view.width,
+                       view.rotated, view.rotary_batches, view.rotary_dtype);
+}
+
+// All that any part of the block would refuse: nothing is written before it is known that nothing will.
+int check(const AttentionBlockView& view, bool backward) {
+    const AttentionView attention{view.batch, view.tokens, view.heads, view.kv_heads, view.width, view.starts.data,
+                                  view.starts.bytes, view.scale, 0, {}, {}, {}};
+    int64_t elements = 0;
+    if (const int error = check_attention_sizes(attention)) return error;
+    if (!multiply(view.batch * view.tokens, view.hidden, &elements)) return kBadSize;
+    if (const int error = check_members(view, backward)) return error;
+    if (const int error = check_norms_and_rotation(view)) return error;
     const Sizes sizes(view);
     const struct {
         const BufferView& buffer;
@@ -70,7 +90,7 @@ int check(const AttentionBlockView& view, bool backward) {
     } buffers[] = {{view.h, sizes.hidden, 2, true},    {view.out, sizes.hidden, 2, true},  {view.dh, sizes.hidden, 2, backward},
                    {view.x, sizes.hidden, 2, false},   {view.q, sizes.queries, 2, false},  {view.k, sizes.keys, 2, false},
                    {view.v, sizes.keys, 2, false},     {view.o, sizes.queries, 2, false},
-                   {view.lse, rows * view.heads, 4, false}};
+                   {view.lse, sizes.rows * view.heads, 4, false}};
     for (const auto& each : buffers) {
         if (each.buffer.data == nullptr && !each.needed) continue;
         if (const int error = check_buffer(each.buffer.data, each.buffer.bytes, each.elements, each.bytes)) return error;
@@ -237,14 +257,12 @@ int backward(const AttentionBlockView& view, int threads) {
 
 ENTRENAR_API int entrenar_attention_block(const entrenar::AttentionBlockView* view, int threads) {
     using namespace entrenar;
-    if (matmul_kernel() == nullptr) return kBadPath;
     if (const int error = check(*view, false)) return error;
-    return view->batch * view->tokens > 0 ? forward(*view, threads) : kOk;
+    return forward(*view, threads);
 }
 
 ENTRENAR_API int entrenar_attention_block_backward(const entrenar::AttentionBlockView* view, int threads) {
     using namespace entrenar;
-    if (matmul_kernel() == nullptr) return kBadPath;
     if (const int error = check(*view, true)) return error;
-    return view->batch * view->tokens > 0 ? backward(*view, threads) : kOk;
+    return backward(*view, threads);
 }

@@ -3,6 +3,7 @@
 
 #include "common/floats.h"
 #include "common/scratch.h"
+#include "common/sizes.h"
 
 extern "C" {
 int entrenar_rms_norm(const void* x, int64_t x_bytes, const void* weight, int64_t weight_bytes, void* out,
@@ -15,6 +16,11 @@ int entrenar_rms_norm_backward(const void* grad, int64_t grad_bytes, const void*
 }
 
 namespace entrenar {
+
+int check_norm(const NormView& norm, int64_t columns) {
+    if (!is_dtype(norm.dtype)) return kBadDtype;
+    return check_buffer(norm.weight, norm.bytes, columns, dtype_bytes(norm.dtype));
+}
 
 int norm_forward(const NormView& norm, const void* x, int64_t rows, int64_t columns, void* out, int threads) {
     const int64_t bytes = rows * columns * 2;
@@ -42,7 +48,7 @@ GroupView group_of(const void* x, void* dx, int64_t tokens, int64_t inner, const
 }
 
 bool Pieces::allocate() {
-    next_ = thread_scratch(bytes_, Scratch::block);
+    next_ = fits_ ? thread_scratch(bytes_, Scratch::block) : nullptr;
     return next_ != nullptr;
 }
 

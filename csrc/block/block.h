@@ -24,6 +24,8 @@ struct NormView {
     int32_t unused;
 };
 
+// Error unless the weight is one for rows of `columns`.
+int check_norm(const NormView& norm, int64_t columns);
 // x → norm(x), rows of `columns`.
 int norm_forward(const NormView& norm, const void* x, int64_t rows, int64_t columns, void* out, int threads);
 // dx = added + the norm's gradient for x; `added` may be null.
@@ -38,12 +40,16 @@ GroupView group_of(const void* x, void* dx, int64_t tokens, int64_t inner, const
 class Pieces {
 public:
     // The whole is what the pieces asked for so far; take() then returns them in the same order.
-    void want(int64_t elements) { bytes_ += padded(elements); }
+    void want(int64_t elements) {
+        fits_ = fits_ && elements < int64_t{1} << 56;
+        bytes_ += fits_ ? padded(elements) : 0;
+    }
     bool allocate();
     uint16_t* take(int64_t elements);
 
 private:
     static int64_t padded(int64_t elements) { return (elements * 2 + 63) / 64 * 64; }
+    bool fits_ = true;
     int64_t bytes_ = 0;
     char* next_ = nullptr;
 };

@@ -3,6 +3,7 @@
 #include "common/errors.h"
 #include "common/floats.h"
 #include "common/sizes.h"
+#include "elementwise/kernels.h"
 
 extern "C" {
 int entrenar_gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* out,
@@ -26,14 +27,17 @@ struct MlpBlockView {
 
 namespace {
 
+// All that any part of the block would refuse: nothing is written before it is known that nothing will.
 int check(const MlpBlockView& view, bool backward) {
     int64_t wide = 0, narrow = 0;
     if (!multiply(view.tokens, view.hidden, &narrow) || !multiply(view.tokens, view.inner, &wide)) return kBadSize;
-    const MemberView *gate = &view.members[0], *up = &view.members[1], *down = &view.members[2];
-    const bool fits = gate->weight.rows == view.inner && up->weight.rows == view.inner && down->weight.rows == view.hidden &&
-                      gate->weight.columns == view.hidden && up->weight.columns == view.hidden &&
-                      down->weight.columns == view.inner;
-    if (!fits) return kBadArgument;
+    if (!is_activation(view.activation)) return kBadArgument;
+    if (const int error = check_norm(view.norm, view.hidden)) return error;
+    for (const MemberView& member : view.members) {
+        const bool down = &member == &view.members[2];
+        if (member.weight.rows != (down ? view.hidden : view.inner)) return kBadArgument;
+        if (const int error = check_member(member, down ? view.inner : view.hidden, backward)) return error;
+    }
     for (const BufferView* needed : {&view.h, &view.out, backward ? &view.dh : &view.out}) {
         if (const int error = check_buffer(needed->data, needed->bytes, narrow, 2)) return error;
     }
@@ -123,14 +127,12 @@ int backward(const MlpBlockView& view, int threads) {
 
 ENTRENAR_API int entrenar_mlp_block(const entrenar::MlpBlockView* view, int threads) {
     using namespace entrenar;
-    if (matmul_kernel() == nullptr) return kBadPath;
     if (const int error = check(*view, false)) return error;
     return view->tokens > 0 ? forward(*view, threads) : kOk;
 }
 
 ENTRENAR_API int entrenar_mlp_block_backward(const entrenar::MlpBlockView* view, int threads) {
     using namespace entrenar;
-    if (matmul_kernel() == nullptr) return kBadPath;
     if (const int error = check(*view, true)) return error;
     return backward(*view, threads);
 }

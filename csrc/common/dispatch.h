@@ -8,6 +8,11 @@
 //   csrc/<group>/<name>_neon.cpp      aarch64
 //   csrc/<group>/<name>.cpp           the exported functions: check sizes, pick a table, split the work over threads
 //
+// Every group has a generic table, so whatever the library does it does on every path; a table that a path lacks is the
+// next simpler one's. avx512 without BF16 takes its bfloat16 products and attention from avx2, neon most from generic.
+// Groups without kernels of their own (adapted, block) are made of others. Where the files of several paths would be
+// alike they are a few lines each around one header over float vectors (common/lanes.h).
+//
 // Kernel files (with a suffix) define `extern const Table <name>_<path>` and keep everything else in an anonymous
 // namespace; they use no inline function or template with external linkage (see common/floats.h for the reason).
 #pragma once
@@ -36,7 +41,7 @@ bool has_avx512_bf16();
 // Whether the path in use is amx.
 bool has_amx();
 
-// One table per path; a null entry falls back to the next simpler one, in the end to `generic`.
+// One table per path, BF16's and AMX's aside; a null entry falls back to the next simpler one, in the end to `generic`.
 template <class Table>
 struct Paths {
     const Table* generic;

@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kGrainElements = 1 << 14;
 
-bool is_activation(int kind) { return kind >= kSilu && kind <= kGeluTanh; }
-
 }  // namespace
 }  // namespace entrenar
 

@@ -10,6 +10,8 @@
 namespace entrenar {
 
 enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };      // ops/gated_activation.py's KINDS
+static inline bool is_activation(int kind) { return kind >= kSilu && kind <= kGeluTanh; }
+
 enum Function : int { kExp = 0, kTanh = 1, kNormalCumulative = 2 };  // what entrenar_function computes
 
 // Prepared weights, coefficients and scratch are padded to whole pairs of vectors, at most this many elements.
@@ -70,6 +72,10 @@ static inline int64_t cross_entropy_scratch(int64_t columns) {
 }
 
 extern const Elementwise elementwise_generic, elementwise_avx2, elementwise_avx512;
+
+// Error unless cos and sin (cos_batches, tokens, rotated) of cos_dtype turn heads of `width` in `batch` rows.
+int check_turns(const void* cos, int64_t cos_bytes, const void* sin, int64_t sin_bytes, int64_t batch, int64_t tokens,
+                int64_t width, int64_t rotated, int64_t cos_batches, int cos_dtype);
 
 // The table of the path in use.
 const Elementwise& elementwise();

@@ -25,6 +25,17 @@ bool extent_of(const int64_t (&sizes)[4], const int64_t (&strides)[4], int64_t* 
 }
 
 }  // namespace
+
+int check_turns(const void* cos, int64_t cos_bytes, const void* sin, int64_t sin_bytes, int64_t batch, int64_t tokens,
+                int64_t width, int64_t rotated, int64_t cos_batches, int cos_dtype) {
+    if (!is_dtype(cos_dtype)) return kBadDtype;
+    int64_t turns = 0;
+    if (!multiply(cos_batches, tokens, &turns) || !multiply(turns, rotated, &turns)) return kBadSize;
+    if (rotated > width || rotated % 2 != 0 || (cos_batches != 1 && cos_batches != batch)) return kBadArgument;
+    if (const int error = check_buffer(cos, cos_bytes, turns, dtype_bytes(cos_dtype))) return error;
+    return check_buffer(sin, sin_bytes, turns, dtype_bytes(cos_dtype));
+}
+
 }  // namespace entrenar
 
 // x: (batch, tokens, heads, width) of dtype, elements of a head side by side, the other strides in elements; cos, sin:
@@ -35,16 +46,15 @@ ENTRENAR_API int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos
                                  int64_t token_stride, int64_t head_stride, int64_t cos_batches, int dtype,
                                  int cos_dtype, int transpose, int threads) {
     using namespace entrenar;
-    if (!is_dtype(dtype) || !is_dtype(cos_dtype)) return kBadDtype;
-    int64_t positions = 0, position = 0, elements = 0, turns = 0, extent = 0;
+    if (!is_dtype(dtype)) return kBadDtype;
+    int64_t positions = 0, position = 0, elements = 0, extent = 0;
     if (!multiply(batch, tokens, &positions) || !multiply(heads, width, &position) ||
-        !multiply(positions, position, &elements) || !multiply(cos_batches, tokens, &turns) ||
-        !multiply(turns, rotated, &turns)) {
+        !multiply(positions, position, &elements)) {
         return kBadSize;
     }
-    if (rotated > width || rotated % 2 != 0 || (cos_batches != 1 && cos_batches != batch)) return kBadArgument;
-    if (const int error = check_buffer(cos, cos_bytes, turns, dtype_bytes(cos_dtype))) return error;
-    if (const int error = check_buffer(sin, sin_bytes, turns, dtype_bytes(cos_dtype))) return error;
+    if (const int error = check_turns(cos, cos_bytes, sin, sin_bytes, batch, tokens, width, rotated, cos_batches, cos_dtype)) {
+        return error;
+    }
     if (const int error = check_buffer(out, out_bytes, elements, dtype_bytes(dtype))) return error;
     if (elements == 0) return kOk;
     const int64_t sizes[] = {batch, tokens, heads, width}, strides[] = {batch_stride, token_stride, head_stride, 1};

@@ -56,6 +56,14 @@ struct Dequantize {
     DequantizeKernel q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl;
 };
 
+// How a type is dequantized on the path in use; `dequantize` is null for a type that is not known.
+struct BlockType {
+    DequantizeKernel dequantize;
+    int elements, bytes;
+};
+
+BlockType block_type(int type);
+
 extern const LegacyQuantize legacy_quantize_generic, legacy_quantize_avx2, legacy_quantize_avx512;
 extern const KQuantize k_quantize_generic, k_quantize_avx2, k_quantize_avx512;
 extern const Dequantize dequantize_generic, dequantize_avx2, dequantize_avx512;

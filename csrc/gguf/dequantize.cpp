@@ -11,12 +11,9 @@ namespace {
 constexpr Paths<Dequantize> kPaths{&dequantize_generic, ENTRENAR_ON_X86(&dequantize_avx2),
                                    ENTRENAR_ON_X86(&dequantize_avx512), nullptr};
 
-struct Entry {
-    DequantizeKernel kernel;
-    int elements, bytes;
-};
+}  // namespace
 
-Entry entry_of(int type) {
+BlockType block_type(int type) {
     const Dequantize& table = pick(kPaths);
     switch (type) {
         case kQ4_0: return {table.q4_0, kSmallBlock, 18};
@@ -34,7 +31,6 @@ Entry entry_of(int type) {
     }
 }
 
-}  // namespace
 }  // namespace entrenar::gguf
 
 // in: blocks of `type` (ggml's id), row after row → out: (rows, columns) of out_dtype. columns must be a multiple of the
@@ -43,8 +39,8 @@ ENTRENAR_API int entrenar_dequantize_gguf(const void* in, int64_t in_bytes, void
                                           int64_t columns, int type, int out_dtype, int threads) {
     using namespace entrenar;
     using namespace entrenar::gguf;
-    const Entry entry = entry_of(type);
-    if (!entry.kernel) return kBadArgument;
+    const BlockType entry = block_type(type);
+    if (!entry.dequantize) return kBadArgument;
     if (!is_dtype(out_dtype)) return kBadDtype;
     int64_t elements = 0;
     if (!multiply(rows, columns, &elements) || columns % entry.elements != 0) return kBadSize;
@@ -52,7 +48,7 @@ ENTRENAR_API int entrenar_dequantize_gguf(const void* in, int64_t in_bytes, void
     if (const int error = check_buffer(in, in_bytes, blocks, entry.bytes)) return error;
     if (const int error = check_buffer(out, out_bytes, elements, dtype_bytes(out_dtype))) return error;
     parallel_for(blocks, 16384 / entry.elements, threads, [&](int64_t begin, int64_t end) {
-        entry.kernel({static_cast<const uint8_t*>(in) + begin * entry.bytes,
+        entry.dequantize({static_cast<const uint8_t*>(in) + begin * entry.bytes,
                       static_cast<char*>(out) + begin * entry.elements * dtype_bytes(out_dtype), out_dtype, end - begin});
     });
     return kOk;

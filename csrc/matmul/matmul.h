@@ -45,12 +45,12 @@ struct MatmulKernel {
                        uint16_t* out);
 };
 
-extern const MatmulKernel matmul_amx, matmul_avx512bf16;
+extern const MatmulKernel matmul_generic, matmul_avx2, matmul_avx512bf16, matmul_amx;
 
-// The kernel of the path in use; null where the CPU has no bfloat16 products.
-const MatmulKernel* matmul_kernel();
+// The kernel of the path in use.
+const MatmulKernel& matmul_kernel();
 
-// What both kernels share, compiled for AVX512-BF16.
+// What the last two share, compiled for AVX512-BF16.
 void pack_transposed_avx512bf16(const uint16_t* rows, int64_t stride, uint16_t* strip);
 void pack_pairs_avx512bf16(const uint16_t* first, const uint16_t* second, int64_t groups, int64_t group_elements,
                            uint16_t* pair);

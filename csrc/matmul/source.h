@@ -5,21 +5,22 @@
 #include <vector>
 
 #include "codebook4/dequantize.h"
+#include "gguf/blocks.h"
 
 namespace entrenar {
 
-enum class SourceKind : int32_t { dense = 0, codebook4 = 1, stack = 2 };
+enum class SourceKind : int32_t { dense = 0, codebook4 = 1, stack = 2, gguf = 3 };
 
 // A caller's weight (rows, columns), as ops/multiply.py fills it in; a stack is made here alone. Pointers may be unaligned.
 struct SourceView {
     int32_t kind;
-    int32_t dtype;        // dense: of its elements, float32 or bfloat16
+    int32_t dtype;        // dense: of its elements, float32 or bfloat16; gguf: ggml's type id
     int64_t rows, columns;
     int64_t stride;       // dense: elements from row to row
     float scale;          // dense: every element is multiplied by it
     int32_t unused;
     int64_t block_size;   // codebook4
-    const void* data;     // dense: elements; codebook4: packed codes
+    const void* data;     // dense: elements; codebook4: packed codes; gguf: blocks
     int64_t data_bytes;
     ScaleBuffers scales;  // codebook4
     const void* codebook;
@@ -31,6 +32,7 @@ struct Source {
     CodebookWeight codebook;
     const DequantizeCodebook* decoder;
     std::vector<const Source*> parts;  // stack: one below the other, each from a whole strip of 16 rows on
+    gguf::BlockType block;             // gguf
 
     // Where rows [row, row + rows), columns [column, column + count) lie as bfloat16, `stride` elements apart; null
     // unless the weight is bfloat16 and has all of them.

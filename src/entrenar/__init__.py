@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from entrenar.recipes.export import export
     from entrenar.recipes.extract import extract_adapter
     from entrenar.recipes.inspect import inspect
+    from entrenar.recipes.merge import merge
     from entrenar.recipes.train import TrainResult, train
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ _HOMES = {
     "inspect": "recipes.inspect",
     "load": "models.load",
     "load_adapter": "lora.adapter_io",
+    "merge": "recipes.merge",
     "original_weights": "models.original",
     "quantize": "quant.tensor",
     "quantize_4bit": "quant.tensor",
@@ -74,6 +76,7 @@ __all__ = [
     "inspect",
     "load",
     "load_adapter",
+    "merge",
     "original_weights",
     "quantize",
     "quantize_4bit",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-VERBS = ("init", "check", "train", "eval", "generate", "export", "inspect")
+VERBS = ("init", "check", "train", "eval", "generate", "export", "merge", "inspect")
 
 
 def entrenar(*arguments: object, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
@@ -140,6 +140,22 @@ def test_usage_errors_exit_with_two() -> None:
     assert_refused(entrenar("train"), "Missing argument")
     assert_refused(entrenar("train", "a.yaml", "lr"), r"write it as section\.key=value")
     assert_refused(entrenar("inspect", "nowhere"), "nowhere does not exist")
+
+
+def test_merging_by_command(tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "merge.yaml"
+    models = [{"model": str(tiny_model_dir), "parameters": {"weight": 1}}]
+    values = {"merge_method": "ties", "base_model": str(tiny_model_dir), "models": models}
+    path.write_text(yaml.safe_dump(values | {"models": [{**models[0], "model": f"{tiny_model_dir}/."}]}))
+    planned = entrenar("merge", path, tmp_path / "out", "--plan")
+    assert planned.returncode == 0, planned.stderr
+    assert re.search(r"ties: \d+ tensors from .* into .*; nothing was written", planned.stdout)
+    assert not (tmp_path / "out").exists()
+    merged = entrenar("merge", path, tmp_path / "out")
+    assert merged.returncode == 0, merged.stderr
+    assert "is equal to the base: it adds nothing" in merged.stdout
+    path.write_text(yaml.safe_dump(values | {"merge_methd": 1}))
+    assert_refused(entrenar("merge", path, tmp_path / "b"), r"unknown key 'merge_methd': did you mean 'merge_method'\?")
 
 
 def test_a_full_disk_fails_with_one_and_leaves_nothing_half_written(tiny_model_dir: Path, tmp_path: Path) -> None:

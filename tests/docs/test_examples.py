@@ -21,12 +21,14 @@ def test_the_readmes_python_runs(
     (tmp_path / "models" / smollm2.name).symlink_to(smollm2)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(block, "README.md", "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile("\n".join(blocks), "README.md", "exec"), {})
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("3 ")
     assert said[1] == "60 layers adapted"
     assert (tmp_path / "runs/readme/model.gguf").stat().st_size > 100_000_000
+    assert "quantized" in said[-1]
+    assert (tmp_path / "runs/kept/Modelfile").is_file()
 
 
 def test_the_quickstarts_data_is_what_its_builder_writes(monkeypatch: pytest.MonkeyPatch) -> None:

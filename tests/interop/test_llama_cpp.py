@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from entrenar.exporting.gguf import GGUFType, export_gguf
+from entrenar.exporting.gguf import export_gguf
 from entrenar.files.gguf import GGUFFile
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.load import load
@@ -69,7 +69,7 @@ def adapted(smollm2: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 @pytest.mark.parametrize(("type", "bound"), [("f16", 1e-3), ("bf16", 1e-3), ("q8_0", 5e-3)])
 def test_logits_of_the_exported_model_are_those_of_the_live_one(
-    adapted: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, type: GGUFType, bound: float
+    adapted: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, type: str, bound: float
 ) -> None:
     model, tokenizer = adapted
     ids: list[int] = tokenizer(TEXT)["input_ids"][:200]  # pyright: ignore

@@ -14,10 +14,9 @@ from entrenar.lora.attach import attach_lora
 from entrenar.models import attention, fast_layers
 from entrenar.models.activations import set_keep
 from entrenar.models.fast_forwards import use_fast_forwards
-from entrenar.ops.multiply import native_multiply
 from entrenar.ops.residual_blocks import Keep
 
-pytestmark = pytest.mark.skipif(not native_multiply(), reason="this CPU has no bfloat16 dot product")
+pytestmark = pytest.mark.usefixtures("native_path")
 # Built as Llama is; granite scales its residuals, the others have other norms, projections or orders.
 ALIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
 

@@ -122,7 +122,7 @@ def test_shards_load_as_one_file_does(tmp_path: Path, tiny_model_dir: Path) -> N
 def test_gguf_logits_equal_those_of_from_pretrained(make_gguf: Callable[..., Path], kind: str) -> None:
     path = make_gguf(kind)
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    ours, _ = load(str(path), dtype="float32")
+    ours, _ = load(str(path), "none", dtype="float32")
     _assert_same_logits(ours, theirs)
 
 
@@ -130,7 +130,7 @@ def test_a_gguf_with_an_output_head_of_its_own(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, make_gguf: Callable[..., Path]
 ) -> None:
     theirs = _save(tmp_path / "untied", _ARCHITECTURES["llama, untied"], tiny_tokenizer)
-    ours, _ = load(str(make_gguf(source=tmp_path / "untied")), dtype="float32")
+    ours, _ = load(str(make_gguf(source=tmp_path / "untied")), "none", dtype="float32")
     _assert_same_logits(ours, theirs)
 
 
@@ -314,7 +314,7 @@ def test_the_rows_of_a_gguf_are_put_in_order_piece_by_piece(
     monkeypatch.setattr(stored_tensor, "PIECE_ELEMENTS", 4096)
     query = open_source(str(path)).weights.stored("model.layers.1.self_attn.q_proj.weight")
     assert len(query.starts()) == 3
-    ours, _ = load(str(path), dtype="float32")
+    ours, _ = load(str(path), "none", dtype="float32")
     _assert_same_logits(ours, theirs)
 
 

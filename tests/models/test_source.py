@@ -189,7 +189,10 @@ def test_gguf_metadata_that_make_no_model_are_an_input_error(
     assert str(path) in str(caught.value)
 
 
-def test_rotary_factors_in_a_gguf_are_refused_rather_than_ignored(make_gguf: Callable[..., Path]) -> None:
-    path = make_gguf(change=lambda arrays: arrays.update({"rope_freqs.weight": np.ones(8, np.float32)}))
+@pytest.mark.parametrize("factors", [np.arange(1, 9), np.full(8, 8.0), np.ones(4), np.full(8, np.nan)])
+def test_rotary_factors_that_are_not_llama_3s_are_refused_rather_than_ignored(
+    make_gguf: Callable[..., Path], factors: np.ndarray
+) -> None:
+    path = make_gguf(change=lambda arrays: arrays.update({"rope_freqs.weight": factors.astype(np.float32)}))
     with pytest.raises(InputError, match="rotary factors"):
         open_source(str(path))

@@ -132,6 +132,6 @@ def test_few_tokens_never_make_a_weight(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(*_: object) -> Tensor:
         raise AssertionError("a scratch was asked for")
 
-    monkeypatch.setattr(module, "_scratch_for", refuse)
+    monkeypatch.setattr(module, "scratch_for", refuse)
     packed, scales = weight(64, 96, nested=False)
     linear_codebook(torch.randn(16, 96, requires_grad=True), packed, scales, CODEBOOK, 64, 64).sum().backward()

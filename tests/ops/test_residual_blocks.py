@@ -8,26 +8,13 @@ import torch.nn.functional as F
 from test_attention import exactly
 from torch import Tensor
 
-from entrenar.ops import native
 from entrenar.ops.adapted_native import Member
 from entrenar.ops.linear_weight import CodebookWeight
-from entrenar.ops.multiply import native_multiply
 from entrenar.ops.residual_blocks import AttentionBlock, Keep, MlpBlock, Norm, attention_block, mlp_block
 from entrenar.ops.rotary import rotary
 
 CODEBOOK = torch.linspace(-1, 1, 16)
-
-
-def usable(path: str) -> bool:
-    with native.using(path):
-        return native_multiply()
-
-
-PATHS = [path for path in ("avx512", "amx") if path in native.supported_paths() and usable(path)]
-pytestmark = [
-    pytest.mark.skipif(not PATHS, reason="this CPU has no bfloat16 dot product"),
-    pytest.mark.parametrize("path", PATHS),
-]
+pytestmark = pytest.mark.usefixtures("native_path")
 
 
 def member(rows: int, columns: int, rank: int = 4, bias: bool = False) -> Member:
@@ -83,19 +70,16 @@ def assert_close(found: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
     ("tokens", "hidden", "inner", "rank"), [((2, 40), 64, 96, 4), ((1, 7), 33, 130, 0), ((3, 1), 64, 64, 20)]
 )
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_mlp_block(
-    path: str, keep: Keep, tokens: tuple[int, int], hidden: int, inner: int, rank: int, activation: str
-) -> None:
+def test_mlp_block(keep: Keep, tokens: tuple[int, int], hidden: int, inner: int, rank: int, activation: str) -> None:
     block = MlpBlock(
         norm(hidden, offset=float(activation != "silu")), member(inner, hidden, rank),
         member(inner, hidden, rank, bias=True), member(hidden, inner, rank), activation,
     )  # fmt: skip
     members = (block.gate, block.up, block.down)
     h = torch.randn(*tokens, hidden).bfloat16().requires_grad_()
-    with native.using(path):
-        out = mlp_block(h, block, keep)
-        grad = torch.randn_like(out)
-        found = torch.autograd.grad(out, [h, *factors(members)], grad)
+    out = mlp_block(h, block, keep)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, [h, *factors(members)], grad)
     exact, wide = Exact(members), h.detach().double().requires_grad_()
     x = exact.norm(wide, block.norm)
     act = F.silu if activation == "silu" else lambda z: F.gelu(z, approximate="tanh")
@@ -108,7 +92,7 @@ def test_mlp_block(
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("rotated", [0, 16, 32])
 @pytest.mark.parametrize("documents", [False, True])
-def test_attention_block(path: str, keep: Keep, norms: bool, rotated: int, documents: bool) -> None:
+def test_attention_block(keep: Keep, norms: bool, rotated: int, documents: bool) -> None:
     batch, tokens, hidden, heads, kv_heads, width = 2, 45, 64, 4, 2, 32
     block = AttentionBlock(
         norm(hidden), member(heads * width, hidden, bias=True), member(kv_heads * width, hidden),
@@ -120,10 +104,9 @@ def test_attention_block(path: str, keep: Keep, norms: bool, rotated: int, docum
     rotation = (angles.cos(), angles.sin()) if rotated else None
     starts = torch.tensor([[0] * 20 + [20] * 25, [0] * 45], dtype=torch.int32) if documents else None
     h = torch.randn(batch, tokens, hidden).bfloat16().requires_grad_()
-    with native.using(path):
-        out = attention_block(h, block, rotation, starts, keep)
-        grad = torch.randn_like(out)
-        found = torch.autograd.grad(out, [h, *factors(members)], grad)
+    out = attention_block(h, block, rotation, starts, keep)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, [h, *factors(members)], grad)
     exact, wide = Exact(members), h.detach().double().requires_grad_()
     x = exact.norm(wide, block.norm)
     q, k, v = (exact.linear(x, one).unflatten(-1, (-1, width)) for one in (block.q, block.k, block.v))
@@ -135,7 +118,7 @@ def test_attention_block(path: str, keep: Keep, norms: bool, rotated: int, docum
     assert_close(found, torch.autograd.grad(expected, [wide, *exact.leaves], grad.double()))
 
 
-def test_what_is_kept(path: str) -> None:
+def test_what_is_kept() -> None:
     block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
     h = torch.randn(1, 10, 64).bfloat16().requires_grad_()
     kept: list[Tensor] = []
@@ -147,28 +130,26 @@ def test_what_is_kept(path: str) -> None:
     widths = {Keep.NOTHING: [64], Keep.DEAR: [64, 96, 96], Keep.ALL: [64, 64, 96, 96, 96]}
     for choice, expected in widths.items():
         kept.clear()
-        with native.using(path), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             mlp_block(h, block, choice)
         assert sorted(tensor.shape[-1] for tensor in kept if tensor.dim() == 3) == expected
 
 
-def test_the_same_gradients_to_the_bit_whatever_is_kept(path: str) -> None:
+def test_the_same_gradients_to_the_bit_whatever_is_kept() -> None:
     block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
     h = torch.randn(2, 30, 64).bfloat16().requires_grad_()
-    with native.using(path):
-        results = []
-        for keep in Keep:
-            out = mlp_block(h, block, keep)
-            leaves = [h, *factors((block.gate, block.up, block.down))]
-            results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    results = []
+    for keep in Keep:
+        out = mlp_block(h, block, keep)
+        leaves = [h, *factors((block.gate, block.up, block.down))]
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
-def test_a_factor_changed_before_the_backward_is_an_error(path: str) -> None:
+def test_a_factor_changed_before_the_backward_is_an_error() -> None:
     block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
-    with native.using(path):
-        out = mlp_block(torch.randn(1, 10, 64).bfloat16().requires_grad_(), block, Keep.DEAR)
+    out = mlp_block(torch.randn(1, 10, 64).bfloat16().requires_grad_(), block, Keep.DEAR)
     assert block.down.a is not None
     with torch.no_grad():
         block.down.a.mul_(2)

@@ -31,7 +31,7 @@ def middling(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTraine
         vocab_size=4000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    LlamaForCausalLM(config).save_pretrained(directory)
     tiny_tokenizer.save_pretrained(directory)
     rows = [json.dumps({"text": f"switch on the lamp {number} " * 40}) for number in range(12)]
     (directory / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")

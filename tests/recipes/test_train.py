@@ -13,6 +13,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from entrenar.core.errors import InputError, StoppedError
 from entrenar.core.run_log import read_metrics
 from entrenar.files.peft import CONFIG_NAME, WEIGHTS_NAME
+from entrenar.models import compute
 from entrenar.recipes.train import train
 from entrenar.training.state import StepReport
 
@@ -60,6 +61,16 @@ def test_a_model_that_mixes_documents_is_trained_without_packing(
     (line,) = [line for line in said if "packing" in line]
     assert line == "no packing: BloomForCausalLM mixes documents that share a row, so each gets a row of its own"
     assert numbers(asked.run_dir) == numbers(padded.run_dir)
+
+
+@pytest.mark.parametrize(("native", "count"), [(torch.float32, 1), (torch.bfloat16, 0)])
+def test_float32_for_want_of_bfloat16_is_said(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, native: torch.dtype, count: int
+) -> None:
+    monkeypatch.setattr(compute, "native_dtype", lambda: native)
+    said: list[str] = []
+    train(make_config(**{"model.dtype": "auto"}), say=said.append)
+    assert said.count("computing in float32: this machine has no native bfloat16") == count
 
 
 @pytest.mark.parametrize(("step", "number"), [(3, signal.SIGINT), (4, signal.SIGTERM)])

@@ -12,5 +12,8 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Fac
 AdapterOption = Annotated[str | None, typer.Option("--adapter", help="PEFT adapter directory to lay over the model.")]
 QuantizeOption = Annotated[
     str | None,
-    typer.Option("--quantize", help="Format of the base: nf4, fp4, int4, int8 or none [default: as the adapter says]."),
+    typer.Option(
+        "--quantize",
+        help="Base: nf4, fp4, int4, int8, none, keep [default: as the adapter says, or keep for a .gguf].",
+    ),
 ]

@@ -13,7 +13,7 @@ output: runs/my-run            # config, metrics, checkpoints and the adapter go
 
 model:
   path: path/to/model          # Hugging Face directory or id, or a .gguf file
-  quantize: nf4                # nf4 | fp4 | int4 | int8 | none
+  # quantize: nf4              # nf4 | fp4 | int4 | int8 | none | keep; default: nf4, for a .gguf keep, its own blocks
   double_quant: false          # hold the block scales in 8 bits: 4.13 instead of 4.5 bits a weight
   search: false                # nf4, fp4: choose each block's scale for the least error; slower to load, no other cost
   block_size: 64               # weights that share a scale: a power of two from 16 to 4096

@@ -19,6 +19,8 @@ def inspect(
     )
     for key, value in found.metadata.items():
         typer.echo(f"  {key} = {_short(value)}")
+    for place, bits in found.bits_per_weight().items():
+        typer.echo(f"  {bits:6.3f} bits per weight: {place}")
     width = max((len(tensor.name) for tensor in found.tensors), default=0)
     for tensor in found.tensors:
         shape = " × ".join(map(str, tensor.shape))

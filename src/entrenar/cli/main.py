@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import typer
 
-from entrenar.cli import check, evaluate, export, generate, init, inspect, train
+from entrenar.cli import check, evaluate, export, generate, init, inspect, merge, train
 from entrenar.core.errors import EntrenarError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
+app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 
 

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -103,7 +103,12 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: Path) -> None:
-    """Record the line of every key below `node`; a key written twice is an error."""
+    """Record the line of every key and list entry below `node`; a key written twice is an error."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, entry in enumerate(node.value):
+            lines[(*path, str(index))] = entry.start_mark.line + 1
+            _walk(entry, (*path, str(index)), lines, source)
+        return
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -153,22 +158,29 @@ def _key_path(kind: type[Section], detail: ErrorDetails) -> KeyPath:
         if model is None:
             break
         path.append(str(step))
-        field = model.model_fields.get(str(step))
-        model = _section_of(field.annotation) if field else None
+        model = _below(model, step)
     return tuple(path)
 
 
+def _below(model: type[Section], step: str | int) -> type[Section] | None:
+    """The section under a field; a number stands for an entry of the list that the section was found in."""
+    if isinstance(step, int) or step.isdigit():
+        return model
+    field = model.model_fields.get(step)
+    return _section_of(field.annotation) if field else None
+
+
 def _section_of(annotation: Any) -> type[Section] | None:
-    candidates = (annotation, *get_args(annotation))
-    found = (c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-    return cast(type[Section] | None, next(found, None))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (_section_of(inner) for inner in get_args(annotation))
+    return next((section for section in found if section), None)
 
 
 def _suggestion(kind: type[Section], location: KeyPath) -> str:
     model: type[Section] | None = kind
     for step in location[:-1]:
-        field = model.model_fields.get(step) if model else None
-        model = _section_of(field.annotation) if field else None
+        model = _below(model, step) if model else None
     known = list(model.model_fields) if model else []
     close = difflib.get_close_matches(location[-1], known, n=1)
     return f": did you mean '{close[0]}'?" if close else f": the known keys here are {', '.join(known)}"

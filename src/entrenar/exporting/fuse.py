@@ -1,16 +1,24 @@
 """The fused tensors of a live model: base + scale·B·A where there is an adapter, dequantized where there is none.
 
-For a 16-bit result the dequantized base + Δ is the model that was trained, so that is what is written.
+For a 16-bit result the dequantized base + Δ is the model that was trained, so that is what is written. Without an
+adapter no model is needed: the tensors come straight from its files, one at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
-from entrenar.files.lazy_tensor import LazyTensor
+from entrenar.exporting.streaming import StreamedModel
+from entrenar.files.lazy_tensor import LazyTensor, Packed
+from entrenar.files.peft import BaseFormat
 from entrenar.lora.low_rank import AdapterLayer
+from entrenar.models.source import ModelSource
+from entrenar.quant.embedding import QuantizedEmbedding
 from entrenar.quant.linear import QuantizedLinear
+from entrenar.quant.registry import KEPT_FORMATS
+from entrenar.quant.tensor import QuantizedTensor
 
 
 def fused_tensors(model: nn.Module) -> list[LazyTensor]:
@@ -18,11 +26,37 @@ def fused_tensors(model: nn.Module) -> list[LazyTensor]:
     return list(_walk(model, "", set()))
 
 
+def source_tensors(source: ModelSource, format: str | None) -> list[LazyTensor]:
+    """The same for a model that is not loaded and has no adapter, in the order of its files.
+
+    Args:
+        format: what its linear layers would be quantized to if it were loaded; None: they are as they are.
+
+    Raises:
+        InputError: the files do not hold the architecture's tensors.
+    """
+    base = BaseFormat(format=format, block_size=64, double_quant=False) if format else None
+    model = StreamedModel(source, None, base)
+
+    def lazy(name: str) -> LazyTensor:
+        packed = None
+        if source.blocks and len(model.shape(name)) == 2 and not (format and name in model.linear):
+            packed = Packed(source.blocks.type_of(name), source.blocks.packed(name).read)
+        return LazyTensor(name, model.shape(name), lambda: model.fused(name).weight, packed=packed)
+
+    return [lazy(name) for name in model.names()]
+
+
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor]:
-    fused = _fused_weight(module)
+    fused = _fused_weight(f"{prefix}weight", module)
     if fused is not None:
-        yield LazyTensor(f"{prefix}weight", *fused)
-        bias = module.base_bias() if isinstance(module, AdapterLayer) else module.bias
+        parts = {id(part) for part in module.parameters() if part.dtype == torch.uint8}
+        if not isinstance(module, AdapterLayer):
+            if parts and parts <= seen:  # a head over the embedding's storage
+                return
+            seen |= parts
+        yield fused
+        bias = module.base_bias() if isinstance(module, AdapterLayer) else getattr(module, "bias", None)
         if bias is not None:
             yield _plain(f"{prefix}bias", cast(Tensor, bias))
         return
@@ -34,15 +68,20 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
         yield from _walk(child, f"{prefix}{name}.", seen)
 
 
-def _fused_weight(module: nn.Module) -> tuple[tuple[int, ...], Callable[[], Tensor]] | None:
-    """Shape and maker of the weight of an adapted or quantized layer; None for any other module."""
+def _fused_weight(name: str, module: nn.Module) -> LazyTensor | None:
+    """The weight of an adapted or quantized layer; None for any other module."""
     if isinstance(module, AdapterLayer):
         if module.is_transposed:
-            return (module.d_in, module.d_out), lambda: module.merge_to_f32().t()
-        return (module.d_out, module.d_in), module.merge_to_f32
-    if isinstance(module, QuantizedLinear):
-        return (module.out_features, module.in_features), module.fused_weight
+            return LazyTensor(name, (module.d_in, module.d_out), lambda: module.merge_to_f32().t())
+        return LazyTensor(name, (module.d_out, module.d_in), module.merge_to_f32)
+    if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        weight = module.quantized_weight
+        return LazyTensor(name, weight.shape, module.fused_weight, packed=_packed(weight))
     return None
+
+
+def _packed(weight: QuantizedTensor) -> Packed | None:
+    return Packed(weight.format, lambda: weight.parts["codes"]) if weight.format in KEPT_FORMATS else None
 
 
 def _plain(name: str, parameter: Tensor) -> LazyTensor:

@@ -1,109 +1,120 @@
-"""Write a fused model of the Llama family as GGUF: f32, f16, bf16 or q8_0, tensor by tensor."""
+"""Write a fused model of the Llama family as GGUF in any type of gguf_types.py, tensor by tensor."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import gguf
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError
 from entrenar.exporting.fuse import fused_tensors
+from entrenar.exporting.gguf_types import FILE_TYPES, Model, type_of
 from entrenar.exporting.gguf_vocabulary import Vocabulary, vocabulary
-from entrenar.files.lazy_tensor import LazyTensor
+from entrenar.files.gguf_writer import GGUFTensor, Value, write_gguf_file
+from entrenar.files.lazy_tensor import LazyTensor, Packed
 from entrenar.models import llama_gguf
+from entrenar.ops.gguf_blocks import quantize_gguf
+from entrenar.ops.linear_gguf import FLOAT_TYPES
 
-GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
-_Q = gguf.GGMLQuantizationType
-_FILE_TYPES = {
-    "f32": (_Q.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (_Q.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "bf16": (_Q.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-    "q8_0": (_Q.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
+Metadata = dict[str, Value | bytes]
+# What keys begin with that are about a file, and not about the model in it.
+_OF_ONE_FILE = ("general.file_type", "general.quantization_version", "general.alignment", "split.", "quantize.imatrix.")
 
 
-def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, type: GGUFType = "f16") -> None:
-    """Write `path`, which must not exist. Norms and biases stay float32; q8_0 falls back to f16 for odd row lengths.
+def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, type: str = "f16") -> None:
+    """Write a live model as `path`; see `write_gguf`."""
+    write_gguf(fused_tensors(model), model.config, metadata(model.config, tokenizer), path, type)
+
+
+def metadata(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Metadata:
+    """The keys of a GGUF for a model and its tokenizer; InputError for a tokenizer that is not written."""
+    llama_gguf.check_exportable(config)
+    return _model_keys(config) | _vocabulary_keys(vocabulary(tokenizer, cast(Any, config).vocab_size))
+
+
+def copied_metadata(raw: Mapping[str, bytes]) -> Metadata:
+    """The keys of a GGUF that is made of another one, which has the entries `raw`."""
+    return {key: entry for key, entry in raw.items() if not key.startswith(_OF_ONE_FILE)}
+
+
+def write_gguf(fused: list[LazyTensor], config: PretrainedConfig, keys: Metadata, path: Path, type: str) -> None:
+    """Write `path`, which must not exist, tensor by tensor; norms and biases stay float32.
+
+    Args:
+        fused: the model's tensors under their transformers names. keys: see above.
+        type: one of gguf_types.py's, llama.cpp's mixtures; see there for what falls back to another.
 
     Raises:
-        InputError: a model or tokenizer that this version does not write as GGUF.
+        InputError: a model that this version does not write as GGUF.
     """
     refuse_existing(path)
-    llama_gguf.check_exportable(model.config)
-    tensors = [_renamed(tensor, model) for tensor in fused_tensors(model)]
-    factors = llama_gguf.rope_factors(model.config)
+    llama_gguf.check_exportable(config)
+    tensors = [_renamed(tensor, config) for tensor in fused]
+    factors = llama_gguf.rope_factors(config)
     if factors is not None:
         tensors.append(LazyTensor(llama_gguf.ROPE_FACTORS, tuple(factors.shape), lambda: factors))
-    weight_type, file_type = _FILE_TYPES[type]
+    file_type, shape = FILE_TYPES[type], _choice(config, tensors)
+    typed = [(tensor, type_of(tensor.name, tensor.shape, file_type, shape)) for tensor in tensors]
+    made = {"general.file_type": int(file_type.number), "general.quantization_version": gguf.GGML_QUANT_VERSION}
     with atomic_file(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, llama_gguf.ARCHITECTURE)
-        _add_model(writer, model, file_type)
-        _add_vocabulary(writer, vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0]))  # pyright: ignore
-        _write(writer, tensors, weight_type)
+        write_gguf_file(
+            temporary,
+            {**keys, **made},
+            [GGUFTensor(tensor.name, tensor.shape, kind, partial(_encode, tensor, kind)) for tensor, kind in typed],
+        )
 
 
-def _renamed(tensor: LazyTensor, model: PreTrainedModel) -> LazyTensor:
+def _choice(config: PretrainedConfig, tensors: list[LazyTensor]) -> Model:
+    text: Any = config
+    tied = all(tensor.name != "output.weight" for tensor in tensors)
+    return Model(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, tied)
+
+
+def _renamed(tensor: LazyTensor, config: PretrainedConfig) -> LazyTensor:
     name = llama_gguf.gguf_name(tensor.name)
     if name is None:
         raise InputError(f"GGUF has no place for {tensor.name} in the {llama_gguf.ARCHITECTURE} architecture")
-    return LazyTensor(name, tensor.shape, lambda: llama_gguf.to_gguf(tensor.name, tensor.make(), model.config))
+
+    def ordered(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: llama_gguf.to_gguf(tensor.name, make(), config)
+
+    packed = tensor.packed and Packed(tensor.packed.type, ordered(tensor.packed.make))
+    return LazyTensor(name, tensor.shape, ordered(tensor.make), packed=packed)
 
 
-def _add_model(writer: gguf.GGUFWriter, model: PreTrainedModel, file_type: gguf.LlamaFileType) -> None:
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(model.name_or_path or "model").stem)
-    for key, value in llama_gguf.metadata_from_config(model.config).items():
-        add: Any = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{llama_gguf.ARCHITECTURE}.{key}", value)
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+def _model_keys(config: PretrainedConfig) -> Metadata:
+    own = llama_gguf.metadata_from_config(config)
+    return {
+        "general.architecture": llama_gguf.ARCHITECTURE,
+        "general.type": gguf.GGUFType.MODEL,
+        "general.name": Path(config.name_or_path or "model").stem,
+        **{f"{llama_gguf.ARCHITECTURE}.{key}": value for key, value in own.items()},
+    }
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, words: Vocabulary) -> None:
-    writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    if words.merges is not None:
-        writer.add_token_merges(words.merges)
-    if words.scores is not None:
-        writer.add_token_scores(words.scores)
-    for name, index in words.special_ids.items():
-        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
-    writer.add_add_bos_token(words.adds_bos)
-    writer.add_add_space_prefix(words.adds_space_prefix)
-    if words.chat_template:
-        writer.add_chat_template(words.chat_template)
+def _vocabulary_keys(words: Vocabulary) -> Metadata:
+    keys: dict[str, Value | None] = {
+        "model": words.model, "pre": words.pre, "tokens": words.tokens, "token_type": words.types,
+        "merges": words.merges, "scores": words.scores, "add_bos_token": words.adds_bos,
+        "add_space_prefix": words.adds_space_prefix,
+        **{f"{name}_token_id": index for name, index in words.special_ids.items()},
+    }  # fmt: skip
+    found: Metadata = {f"tokenizer.ggml.{name}": value for name, value in keys.items() if value is not None}
+    return found | ({"tokenizer.chat_template": words.chat_template} if words.chat_template else {})
 
 
-def _write(writer: gguf.GGUFWriter, tensors: list[LazyTensor], weight_type: gguf.GGMLQuantizationType) -> None:
-    types = {tensor.name: _type_of(tensor, weight_type) for tensor in tensors}
-    for tensor in tensors:
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[tensor.name])
-        size = int(np.prod(shape))
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), size, raw_dtype=types[tensor.name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(_encode(tensor.make(), types[tensor.name]))
-    writer.close()
-
-
-def _type_of(tensor: LazyTensor, weight_type: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
-    if len(tensor.shape) == 1:
-        return _Q.F32
-    block, _ = gguf.GGML_QUANT_SIZES[weight_type]
-    return _Q.F16 if tensor.shape[-1] % block else weight_type
-
-
-def _encode(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """The tensor's bytes, (..., bytes a row) uint8; float types rounded by PyTorch, q8_0 by the gguf package."""
-    plain = {_Q.F32: torch.float32, _Q.F16: torch.float16, _Q.BF16: torch.bfloat16}
-    if kind in plain:
-        return tensor.to(plain[kind]).contiguous().view(torch.uint8).numpy()
-    return gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
+def _encode(tensor: LazyTensor, type: str) -> Tensor:
+    """The tensor's bytes, (..., bytes a row) uint8; blocks that are of the type already are taken as they are."""
+    if tensor.packed is not None and tensor.packed.type == type:
+        return tensor.packed.make()
+    values = tensor.make()
+    if type in FLOAT_TYPES:
+        return values.to(FLOAT_TYPES[type]).contiguous().view(torch.uint8)
+    if not all(end.isfinite() for end in values.aminmax()):
+        raise InputError(f"{tensor.name} holds a NaN or an infinity, which {type} cannot hold: check the model")
+    return quantize_gguf(values, type)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, PeftAdapter
-from entrenar.lora.adapter_io import spec_of
 from entrenar.lora.attach import adapt, adaptable_names
 from entrenar.lora.initial import start_again
 from entrenar.lora.low_rank import AdapterLayer
+from entrenar.lora.spec import spec_of
 from entrenar.models.load import build_on_meta, linear_weights
 from entrenar.models.match import match_tensors
 from entrenar.models.source import ModelSource

@@ -27,6 +27,7 @@ _FORMATS = ("nf4", "fp4")
 _NESTED_STATE = {"nested_blocksize": GROUP, "nested_dtype": "float32"}
 # As wide as any number that JSON writes for an offset: the header is written before the offset is known.
 _OFFSET_ROOM = 26
+_OFFSET_BYTES = 4  # held as float32
 _CPU = torch.device("cpu")
 
 
@@ -56,6 +57,17 @@ class BitsandbytesWeights:
         """Name → number format and shape of every quantized weight."""
         found = {name: (key.split(_STATE)[1], tuple(self._state(name)["shape"])) for name, key in self._states.items()}
         return found | {name: ("int8", self.checkpoint.tensors[name].shape) for name in self._int8}
+
+    def packed_bytes(self, name: str) -> int:
+        """Bytes of a quantized weight as `quantized` holds it."""
+        if name in self._int8:
+            return self._bytes(name) + self._bytes(f"{name.removesuffix('weight')}SCB")
+        nested = f"{name}.nested_absmax"
+        beside = self._bytes(nested) + _OFFSET_BYTES if nested in self.checkpoint.tensors else 0
+        return self._bytes(name) + self._bytes(f"{name}.absmax") + beside
+
+    def _bytes(self, name: str) -> int:
+        return self.checkpoint.tensors[name].size
 
     def quantized(self, name: str) -> QuantizedTensor:
         """A quantized weight, its bytes as they are.
@@ -174,7 +186,7 @@ def _lazy(
     held: _Held, name: str, shape: tuple[int, ...], dtype: torch.dtype, use: Callable[[QuantizedTensor], Tensor],
     last: bool = False,
 ) -> LazyTensor:  # fmt: skip
-    return LazyTensor(name, shape, lambda: held.take(use, last), dtype)
+    return LazyTensor(name, shape, lambda: held.take(use, last), dtype=dtype)
 
 
 def _state_text(shape: tuple[int, int], layout: Layout, offset: float | None) -> str:

@@ -1,4 +1,4 @@
-"""GGUF v2/v3 reader: strict and lazy. (Writing goes through the `gguf` package's GGUFWriter.)
+"""GGUF v2/v3 reader: strict and lazy. (files/gguf_writer.py writes.)
 
 The package's own GGUFReader takes seconds for a vocabulary of 49k tokens and believes what the header says; this one
 takes a fraction of a second and checks every count, length and offset against the file's size before it uses it.
@@ -52,11 +52,13 @@ class GGUFFile:
         version, tensor_count, key_count = _read_start(cursor)
         self.version = version
         self.metadata: dict[str, Any] = {}
+        self.raw_metadata: dict[str, bytes] = {}  # each key's whole entry as it stands: name, type, value
         for _ in range(cursor.checked_count(key_count, 13)):
-            key = cursor.string()
+            start, key = cursor.offset, cursor.string()
             if key in self.metadata:
                 raise cursor.error(f"key {key!r} appears twice")
             self.metadata[key] = cursor.value(cursor.number("I"))
+            self.raw_metadata[key] = cursor.map[start : cursor.offset]
         raw = [_read_info(cursor) for _ in range(cursor.checked_count(tensor_count, 24))]
         self.tensors = _place(cursor, raw, self.metadata.get("general.alignment", 32))
         self._version = cursor.close()
@@ -66,6 +68,12 @@ class GGUFFile:
         info = self.tensors[name]
         dtype = _PLAIN.get(info.type.name, torch.float32)
         return StoredTensor(self._version, info.start, info.size, info.shape, dtype, partial(_decode, info, self.path))
+
+    def packed(self, name: str) -> StoredTensor:
+        """The same tensor's bytes as they stand, (..., bytes of a row) uint8."""
+        info = self.tensors[name]
+        shape = (*info.shape[:-1], info.size // math.prod(info.shape[:-1]))
+        return StoredTensor(self._version, info.start, info.size, shape, torch.uint8, lambda raw: raw)
 
     def read(self, name: str) -> Tensor:
         """One tensor in PyTorch's shape, in memory of its own."""

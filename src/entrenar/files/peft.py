@@ -28,8 +28,8 @@ _BASE_KEY = "entrenar.base_format"
 _PREFIX = "base_model.model."
 # The ends of a layer's keys; the sets in which they belong together.
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_embedding_A", ".lora_embedding_B")
-_PLAIN = {"lora_A.weight", "lora_B.weight"}
-_TOGETHER = (_PLAIN, {*_PLAIN, "lora_magnitude_vector"}, {"lora_embedding_A", "lora_embedding_B"})
+PLAIN_ENDS = {"lora_A.weight", "lora_B.weight"}
+_TOGETHER = (PLAIN_ENDS, {*PLAIN_ENDS, "lora_magnitude_vector"}, {"lora_embedding_A", "lora_embedding_B"})
 _BASE_BIAS, _BASE_WEIGHT = ".base_layer.bias", ".base_layer.weight"
 
 # What an adapter may be beyond what this version reads, and the value that says it is not.
@@ -60,7 +60,10 @@ LayerTensors = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class BaseFormat:
-    """How the base was held while the adapter was trained; noted in the metadata of the adapter's file."""
+    """How the base was held while the adapter was trained; noted in the metadata of the adapter's file.
+
+    A format of the registry, or `keep`: a GGUF's own blocks, which may be of several types.
+    """
 
     format: str
     block_size: int
@@ -88,7 +91,7 @@ class AdapterTensors:
         return {
             name: (parts["lora_A.weight"], parts["lora_B.weight"])
             for name, parts in self.layers.items()
-            if parts.keys() >= _PLAIN
+            if parts.keys() >= PLAIN_ENDS
         }
 
 
@@ -123,9 +126,16 @@ class PeftAdapter:
         return self.tensors.factors
 
     @property
+    def starts_with_change(self) -> bool:
+        """Whether its initialisation changed the base, so that it is not for the original weights."""
+        return bool(self.taken) or (isinstance(self.init, str) and self.init.startswith(_STARTS))
+
+    @property
     def is_plain(self) -> bool:
         """Whether factors of linear layers are all there is: W + scale·B·A over the original base."""
-        return self.factors.keys() == self.tensors.layers.keys() and not (self.dora or self.tensors.saved or self.taken)
+        return self.factors.keys() == self.tensors.layers.keys() and not (
+            self.dora or self.tensors.saved or self.starts_with_change
+        )
 
 
 def write_adapter(directory: Path, adapter: PeftAdapter) -> None:

@@ -6,11 +6,12 @@ by ourselves because it wants a whole file's tensors in memory at once.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ _DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
+Item = TypeVar("Item")
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -129,54 +131,80 @@ def _reading(file: Path) -> Iterator[None]:
         raise InputError(f"{file} is not a complete safetensors file ({error}): fetch or save it again") from None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A file to be written: its first bytes, where the data of every tensor begins, and its size."""
+
+    header: bytes
+    starts: dict[str, int]
+    size: int
+
+
+def layout(
+    tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], metadata: Mapping[str, str] | None = None
+) -> Layout:
+    """Where the tensors (name, shape, dtype) of one file go; equal ones give equal bytes (the library's own order is
+    random)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    starts, offset = {}, 0
+    for name, shape, dtype in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        starts[name], offset = offset, end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    first = len(encoded).to_bytes(8, "little") + encoded
+    return Layout(first, {name: len(first) + start for name, start in starts.items()}, len(first) + offset)
+
+
+def shard_names(count: int) -> list[str]:
+    """What the files of a checkpoint are called."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """The index of a checkpoint in shards: which file holds which tensor."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (directory / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
 def write_checkpoint(directory: Path, tensors: Sequence[LazyTensor], dtype: torch.dtype, max_shard_bytes: int) -> None:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` (or one tensor) with their index.
 
     Args:
         tensors: made and written one at a time, converted to `dtype` (float32, float16 or bfloat16) or to their own.
     """
-    shards = _shards(tensors, dtype, max_shard_bytes)
-    if len(shards) == 1:
-        write_file(directory / "model.safetensors", shards[0], dtype)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    sizes = [tensor.bytes_as(dtype) for tensor in tensors]
+    shards = split_shards(tensors, sizes, max_shard_bytes)
+    names = shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
         write_file(directory / name, shard, dtype)
-        weight_map |= {tensor.name: name for tensor in shard}
-    total = sum(tensor.bytes_as(dtype) for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write_index(directory, weight_map, sum(sizes))
 
 
-def _shards(tensors: Sequence[LazyTensor], dtype: torch.dtype, max_bytes: int) -> list[list[LazyTensor]]:
-    shards: list[list[LazyTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.bytes_as(dtype) > max_bytes:
+def split_shards(items: Sequence[Item], sizes: Sequence[int], limit: int) -> list[list[Item]]:
+    """Items in order, in groups whose sizes add up to at most `limit`, or of one item."""
+    shards: list[list[Item]] = [[]]
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if shards[-1] and total + size > limit:
             shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.bytes_as(dtype)
+            total = 0
+        shards[-1].append(item)
+        total += size
     return shards
 
 
 def write_file(
     path: Path, tensors: Sequence[LazyTensor], dtype: torch.dtype, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write one file, tensor by tensor; equal tensors give equal bytes (the library's metadata order is random)."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.bytes_as(dtype)
-        header[tensor.name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype or dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
-        }  # fmt: skip
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    """Write one file, tensor by tensor."""
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(layout(((tensor.name, tensor.shape, tensor.dtype or dtype) for tensor in tensors), metadata).header)
         for tensor in tensors:
             data = tensor.make().to(tensor.dtype or dtype).contiguous()
             file.write(data.view(-1).view(torch.uint8).numpy().data)

@@ -80,6 +80,12 @@ class StoredTensor:
         return math.prod(self.shape)
 
     @property
+    def step(self) -> int:
+        """What ranges start at multiples of: 1 for plain numbers."""
+        plain = self.group == 1 and self.size == self.numel * self.dtype.itemsize
+        return 1 if plain else math.lcm(ALIGNMENT, self.group)
+
+    @property
     def piece_elements(self) -> int:
         """Elements of every piece but the last."""
         step = math.lcm(ALIGNMENT, self.group)
@@ -88,7 +94,7 @@ class StoredTensor:
     @property
     def piece_bytes(self) -> int:
         """Bytes of the largest piece."""
-        return self._bytes(min(self.piece_elements, self.numel))
+        return self.bytes_of(min(self.piece_elements, self.numel))
 
     def starts(self) -> range:
         """The first element of every piece; an empty tensor has one piece too."""
@@ -96,8 +102,12 @@ class StoredTensor:
 
     def read_piece(self, start: int, buffer: Tensor) -> Tensor:
         """The elements (n,) of the piece from `start`, perhaps a view of `buffer` (`piece_bytes` or more,) uint8."""
-        raw = buffer[: self._bytes(min(self.piece_elements, self.numel - start))]
-        self._fill(self._bytes(start), raw)
+        return self.read_range(start, min(self.piece_elements, self.numel - start), buffer)
+
+    def read_range(self, start: int, count: int, buffer: Tensor) -> Tensor:
+        """The `count` elements from `start`, both multiples of `step` (but at the end); see `read_piece`."""
+        raw = buffer[: self.bytes_of(count)]
+        self._fill(self.bytes_of(start), raw)
         return self.decode(raw)
 
     def read(self) -> Tensor:
@@ -106,7 +116,14 @@ class StoredTensor:
         self._fill(0, raw)
         return self.decode(raw).view(self.shape)
 
-    def _bytes(self, elements: int) -> int:
+    def first_bytes(self, count: int) -> bytes:
+        """Its first `count` bytes in the file, or as many as it has."""
+        raw = torch.empty(min(count, self.size), dtype=torch.uint8)
+        self._fill(0, raw)
+        return raw.numpy().tobytes()
+
+    def bytes_of(self, elements: int) -> int:
+        """Bytes that so many elements take in the file."""
         return elements * self.size // max(self.numel, 1)
 
     def _fill(self, offset: int, raw: Tensor) -> None:

@@ -22,8 +22,9 @@ from entrenar.lora.initial import Original, Starter, start_again
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.plain import as_plain
 from entrenar.lora.saved import saved_modules
-from entrenar.lora.spec import LoraSpec
+from entrenar.lora.spec import spec_of
 from entrenar.lora.tensors import adapter_tensors, set_tensors
+from entrenar.quant.registry import KEPT_FORMATS
 
 
 def save_adapter(model: nn.Module, directory: str | Path, *, plain: bool = False) -> None:
@@ -96,15 +97,6 @@ def layers_of(model: nn.Module, adapter: PeftAdapter, source: str, start: Starte
     return replaced
 
 
-def spec_of(adapter: PeftAdapter) -> LoraSpec:
-    """The spec of an adapter on disk; how it started is in the past."""
-    return LoraSpec(
-        rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets, rslora=adapter.rslora,
-        dora=adapter.dora, bias=adapter.bias, rank_pattern=adapter.rank_pattern, alpha_pattern=adapter.alpha_pattern,
-        modules_to_save=adapter.modules_to_save,
-    )  # fmt: skip
-
-
 def _check_shapes(replaced: Mapping[str, nn.Module], adapter: PeftAdapter, source: str) -> None:
     """InputError unless every pair of factors fits its layer and the adapter's rank."""
     for name, parts in adapter.tensors.layers.items():
@@ -127,12 +119,12 @@ def _check_base(model: nn.Module, base: Mapping[str, Tensor], source: str) -> No
 
 
 def _base_format(layers: Mapping[str, AdapterLayer]) -> BaseFormat | None:
-    """The format of the first quantized base below an adapter; a model is quantized in one format."""
+    """The format of the first quantized base below an adapter; a model is quantized in one format, or kept as it is."""
     for layer in layers.values():
         weight = getattr(getattr(layer, "plain", layer), "base_weight_quantized", None)
         if weight is not None:
             return BaseFormat(
-                format=weight.format,
+                format="keep" if weight.format in KEPT_FORMATS else weight.format,
                 block_size=weight.block_size,
                 double_quant=weight.is_double_quantized,
                 search=weight.searched,

@@ -10,7 +10,7 @@ import torch
 
 from entrenar.core.errors import InputError
 from entrenar.files.peft import AdapterTensors, PeftAdapter
-from entrenar.lora.spec import LoraSpec
+from entrenar.lora.spec import spec_of
 
 
 def as_plain(adapter: PeftAdapter) -> PeftAdapter:
@@ -23,10 +23,7 @@ def as_plain(adapter: PeftAdapter) -> PeftAdapter:
         return adapter
     if adapter.dora:
         raise InputError("a DoRA adapter that was started with a change of the base cannot be written as plain LoRA")
-    spec = LoraSpec(
-        rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora, rank_pattern=adapter.rank_pattern,
-        alpha_pattern=adapter.alpha_pattern,
-    )  # fmt: skip
+    spec = spec_of(adapter)
     scales = {name: spec.for_layer(name).scale for name in adapter.taken}
     layers = dict(adapter.tensors.layers)
     for name, taken in adapter.taken.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
+from entrenar.quant.embedding import QuantizedEmbedding
 from entrenar.quant.linear import QuantizedLinear
 
 _MARK = "_entrenar_saved"
@@ -54,7 +55,7 @@ def is_saved(module: nn.Module) -> bool:
 
 
 def _trainable(name: str, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    if any(isinstance(part, QuantizedLinear) for part in module.modules()):
+    if any(isinstance(part, QuantizedLinear | QuantizedEmbedding) for part in module.modules()):
         raise InputError(f"{name} is quantized, and quantized weights are not trained: leave it out of modules_to_save")
     if not any(True for _ in module.parameters()):
         raise InputError(f"{name} has no parameters to train: leave it out of modules_to_save")

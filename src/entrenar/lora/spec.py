@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from entrenar.core.errors import InputError
+from entrenar.files.peft import PeftAdapter
 
 _Number = TypeVar("_Number", int, float)
 BIASES = ("none", "all", "lora_only")
@@ -74,6 +75,15 @@ class LoraSpec:
         """Patterns that match none of the adapted layers."""
         patterns = [*self.rank_pattern, *self.alpha_pattern]
         return [pattern for pattern in patterns if not any(_matches(pattern, name) for name in names)]
+
+
+def spec_of(adapter: PeftAdapter) -> LoraSpec:
+    """The spec of an adapter on disk; how it started is in the past."""
+    return LoraSpec(
+        rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets, rslora=adapter.rslora,
+        dora=adapter.dora, bias=adapter.bias, rank_pattern=adapter.rank_pattern, alpha_pattern=adapter.alpha_pattern,
+        modules_to_save=adapter.modules_to_save,
+    )  # fmt: skip
 
 
 def _by_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:

@@ -8,7 +8,7 @@ dropout, hooks on the parts) goes the class's own way.
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -169,5 +169,4 @@ def _trial(model: PreTrainedModel, size: float) -> Tensor:
     """Random hidden states (1, 4, C) of a size."""
     width = model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(width)
-    embedding = cast(Any, model.get_input_embeddings()).weight
-    return (torch.randn(1, TRIAL_TOKENS, width, generator=generator) * size).to(embedding.dtype)
+    return (torch.randn(1, TRIAL_TOKENS, width, generator=generator) * size).to(model.dtype)

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from entrenar.ops.adapted_native import Member
 from entrenar.ops.cross_entropy import cross_entropy_rows
 from entrenar.ops.multiply import product_into
+from entrenar.quant.linear import QuantizedLinear
 
 LOGIT_BYTES = 64 << 20  # of one chunk, in the compute dtype; a CPU repacks the weight for each, so few rows are slow
 
@@ -59,6 +61,8 @@ def linear_cross_entropy(
         return _loss_alone(hidden, head, labels, rows, rule)
     if type(head) is nn.Linear and head.weight.dtype == hidden.dtype:
         step = _linear_step(head, rule, _logit_scratch(hidden, rows, head.out_features))
+    elif type(head) is QuantizedLinear:
+        step = _frozen_step(head.member(), rule)
     else:
         step = _autograd_step(head, rule, list(trained.values()))
     loss = _SummedLoss.apply(step, rows, tuple(trained), hidden, labels, *trained.values())
@@ -158,8 +162,21 @@ def _linear_step(head: nn.Linear, rule: LogitRule, scratch: Tensor) -> _Step:
     return step
 
 
+def _frozen_step(head: Member, rule: LogitRule) -> _Step:
+    """For a head that is held quantized: nothing in it is trained."""
+
+    def step(hidden: Tensor, labels: Tensor, d_hidden: Tensor | None, _gradients: Gradients) -> Tensor:
+        logits = head.weight.product(hidden, None if head.bias is None else head.bias.to(hidden.dtype))
+        loss = _loss_and_gradient(logits, labels, rule)
+        if d_hidden is not None:
+            d_hidden.copy_(head.weight.transposed_product(logits))
+        return loss
+
+    return step
+
+
 def _autograd_step(head: nn.Module, rule: LogitRule, trained: Sequence[Tensor]) -> _Step:
-    """For any other layer (adapted, quantized): autograd inside the chunk."""
+    """For any other layer (adapted, or of a class of its own): autograd inside the chunk."""
 
     def step(hidden: Tensor, labels: Tensor, d_hidden: Tensor | None, gradients: Gradients) -> Tensor:
         with torch.enable_grad():

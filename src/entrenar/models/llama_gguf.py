@@ -16,6 +16,7 @@ from entrenar.core.errors import InputError
 ARCHITECTURE = "llama"
 MODEL_TYPES = ("llama", "mistral")
 ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # transformers → GGUF, the first three outside the layers.
 _STEMS = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -131,6 +132,20 @@ def _swap(tensor: Tensor, outer: int, inner: int) -> Tensor:
 def is_rotary(hf_name: str) -> bool:
     """Whether the rows of each head are in another order there."""
     return ".q_proj." in hf_name or ".k_proj." in hf_name
+
+
+def set_rope_factors(config: LlamaConfig, factors: Tensor, source: str) -> None:
+    """Let a config say what a GGUF's divisors (head_dim / 2,) say: Llama 3.x's, of which only `factor` varies.
+
+    Raises:
+        InputError: other divisors, which no config of transformers could say.
+    """
+    plain: dict[str, Any] = dict(config.rope_parameters or {})
+    scaling = {"rope_type": "llama3", "factor": factors.max().item(), **_LLAMA3_ROPE}
+    config.rope_parameters = plain | scaling  # pyright: ignore[reportAttributeAccessIssue]
+    made = rope_factors(config)
+    if made is None or made.shape != factors.shape or not torch.allclose(made, factors.float(), rtol=1e-4):
+        raise InputError(f"{source} has rotary factors that are not Llama 3's: load the model's Hugging Face directory")
 
 
 def rope_factors(config: PretrainedConfig) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Load a causal language model: config → model on `meta` → each tensor read, quantized, placed.
 
 There are never two copies of the base, and never more of it in 16 or 32 bits than a few pieces of a tensor, which
-several threads read and quantize (files/stream.py).
+several threads read and quantize (files/stream.py). A GGUF's own blocks are not even decoded (`keep`).
 """
 
 from contextlib import closing
@@ -14,18 +14,20 @@ from entrenar.core.errors import InputError, listing
 from entrenar.files.stream import stream
 from entrenar.models.compute import resolve_dtype
 from entrenar.models.fast_forwards import use_fast_forwards
-from entrenar.models.match import match_tensors
+from entrenar.models.match import is_tied, match_tensors
 from entrenar.models.source import ModelSource, open_source
+from entrenar.ops.linear_gguf import FLOAT_TYPES
+from entrenar.quant.embedding import QuantizedEmbedding
 from entrenar.quant.linear import QuantizedLinear
-from entrenar.quant.registry import check_block_size, get_format
-from entrenar.quant.tensor import PieceQuantizer, QuantizedTensor
+from entrenar.quant.registry import KEPT_FORMATS, check_block_size, get_format
+from entrenar.quant.tensor import PieceQuantizer, QuantizedTensor, kept_tensor
 
-UNQUANTIZED = "none"
+UNQUANTIZED, KEEP = "none", "keep"
 
 
 def load(
     path: str,
-    quantize: str = UNQUANTIZED,
+    quantize: str | None = None,
     *,
     double_quant: bool = False,
     block_size: int = 64,
@@ -35,8 +37,9 @@ def load(
     """Load model and tokenizer, the linear layers (not the output head) quantized as they are read.
 
     Args:
-        path: a Hugging Face directory or id (safetensors), or a .gguf file.
-        quantize: a number format (`nf4`, `fp4`, `int4`, `int8`) or "none".
+        path: a Hugging Face directory or id (safetensors), or a .gguf file (any part of a split one).
+        quantize: a number format (`nf4`, `fp4`, `int4`, `int8`), "none", or for a .gguf "keep": linear layers, output
+            head and embedding in the file's own blocks. None: "keep" for a .gguf, "none" for the rest.
         search: choose each block's scale for the least error (nf4, fp4).
         dtype: of all that stays unquantized and of the computation; "auto" is bfloat16 where native, else float32.
 
@@ -44,6 +47,7 @@ def load(
         InputError: a source, architecture or format that is not known; missing, unexpected or misshapen tensors.
     """
     source = open_source(path)
+    quantize = quantize or (KEEP if source.blocks else UNQUANTIZED)
     model = load_source(source, quantize, double_quant, block_size, resolve_dtype(dtype), search=search)
     return model, source.tokenizer
 
@@ -52,7 +56,7 @@ def load_source(
     source: ModelSource, quantize: str, double_quant: bool, block_size: int, dtype: torch.dtype, *, search: bool = False
 ) -> PreTrainedModel:
     """Build and fill the model of an open source; see `load`."""
-    if quantize != UNQUANTIZED:
+    if quantize not in (UNQUANTIZED, KEEP):
         get_format(quantize).encoder(search)
         check_block_size(block_size)
     model = build_on_meta(source, dtype)
@@ -61,14 +65,18 @@ def load_source(
     if head is None:
         raise InputError(f"{source.path}: {type(model).__name__} has no output head, so it is not a language model")
     packed = _packed_names(source, quantize)
-    linear = linear_weights(model, head) if quantize != UNQUANTIZED and not packed else set()
     for name in packed:
         del tensors[name]
+    kept = kept_types(model, source, dtype) if quantize == KEEP else {}
+    if source.blocks:
+        tensors |= {name: source.blocks.packed(name) for name in kept}
+    quantizes = quantize not in (UNQUANTIZED, KEEP) and not packed
+    linear = linear_weights(model, head) if quantizes else set()
 
     def sink(name: str) -> PieceQuantizer | _PieceJoiner:
         stored = tensors[name]
         if name not in linear:
-            return _PieceJoiner(stored.shape, dtype)
+            return _PieceJoiner(stored.shape, dtype, kept.get(name))
         return PieceQuantizer(
             stored.shape, stored.dtype,
             format=quantize, block_size=block_size, double_quant=double_quant, search=search,
@@ -77,12 +85,14 @@ def load_source(
 
     with closing(stream(list(tensors.values()), map(sink, tensors))) as filled:
         for name, held in zip(tensors, filled, strict=True):
-            _place(model, name, held.finish())
+            _place(model, name, held.finish(), dtype)
     if source.packed is not None:
         for name in packed:
-            _place(model, name, source.packed.quantized(name))
-    model.tie_weights()
+            _place(model, name, source.packed.quantized(name), dtype)
+    _tie(model)
     _compute_buffers(model)
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
     head.register_forward_pre_hook(_contiguous_input)
     model.requires_grad_(False).eval()
     use_fast_forwards(model)
@@ -104,6 +114,27 @@ def _packed_names(source: ModelSource, quantize: str) -> list[str]:
     return list(packed)
 
 
+def kept_types(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -> dict[str, str]:
+    """Parameter → its type in the GGUF, for every one that stays as the file holds it, given the compute dtype.
+
+    Matrices of linear layers and the embedding; those that are of the compute dtype are ordinary parameters anyway.
+
+    Raises:
+        InputError: the source is no GGUF, or holds a matrix in a type that is not known.
+    """
+    if source.blocks is None:
+        raise InputError(
+            f"quantize: keep holds a GGUF's own blocks, but {source.path} is not a .gguf file: choose nf4, another "
+            "format or none"
+        )
+    names = linear_weights(model, None) | _embedding_weights(model)
+    types = {name: source.blocks.type_of(name) for name in names & set(source.blocks.names())}
+    strange = {name: type for name, type in types.items() if type not in KEPT_FORMATS}
+    for name, type in strange.items():
+        raise InputError(f"{source.path}: {name} is {type}, which is not read: allowed are {', '.join(KEPT_FORMATS)}")
+    return {name: type for name, type in types.items() if FLOAT_TYPES.get(type) != dtype}
+
+
 def build_on_meta(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture with every tensor on the `meta` device: shapes without memory."""
     try:
@@ -118,18 +149,19 @@ def build_on_meta(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class _PieceJoiner:
-    """A tensor that comes piece by piece and stays unquantized, converted to `dtype`."""
+    """A tensor that comes piece by piece and is only put together: converted to `dtype`, or bytes of a type of GGUF."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._joined = torch.empty(shape, dtype=dtype)
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, type: str | None) -> None:
+        self._type = type
+        self._joined = torch.empty(shape, dtype=dtype if type is None else torch.uint8)
 
     def take(self, start: int, piece: Tensor) -> None:
         """The elements from `start` on, (n,)."""
         self._joined.view(-1)[start : start + len(piece)] = piece
 
-    def finish(self) -> Tensor:
+    def finish(self) -> Tensor | QuantizedTensor:
         """The tensor, once everything is taken."""
-        return self._joined
+        return self._joined if self._type is None else kept_tensor(self._joined, self._type)
 
 
 def _contiguous_input(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -138,25 +170,52 @@ def _contiguous_input(_: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
     return (arguments[0].contiguous(),)
 
 
-def linear_weights(model: PreTrainedModel, head: nn.Module) -> set[str]:
-    """Names of the parameters that a number format may hold."""
+def linear_weights(model: PreTrainedModel, head: nn.Module | None) -> set[str]:
+    """Names of the parameters that a number format may hold; not those of `head`."""
     modules = model.named_modules()
     return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear) and module is not head}
 
 
-def _place(model: PreTrainedModel, name: str, weight: Tensor | QuantizedTensor) -> None:
-    """A parameter in its module's place; for a quantized weight a layer in the linear layer's place."""
+def _embedding_weights(model: PreTrainedModel) -> set[str]:
+    """Name of the token embedding's table; none where the embedding does more than look rows up."""
+    embedding = model.get_input_embeddings()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is embedding and _is_plain(module)}
+
+
+def _is_plain(embedding: nn.Module) -> bool:
+    return type(embedding) is nn.Embedding and embedding.max_norm is None
+
+
+def _place(model: PreTrainedModel, name: str, weight: Tensor | QuantizedTensor, dtype: torch.dtype) -> None:
+    """A parameter in its module's place; for a quantized weight a layer in the place of the module that has it."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(weight, QuantizedTensor):
-        assert isinstance(module, nn.Linear)
-        parent, _, child = owner.rpartition(".")
-        setattr(model.get_submodule(parent), child, QuantizedLinear(weight, module.bias))
+        if isinstance(module, nn.Embedding):
+            layer: nn.Module = QuantizedEmbedding(weight, dtype)
+        else:
+            assert isinstance(module, nn.Linear)
+            layer = QuantizedLinear(weight, module.bias)
+        _replace(model, owner, layer)
         return
     parameter = nn.Parameter(weight, requires_grad=False)
     # transformers' own initialisation, run below for computed buffers, must leave this one alone.
     parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
     setattr(module, leaf, parameter)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """One storage for what the architecture ties; transformers cannot tie an embedding that is not a Parameter."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, QuantizedEmbedding):
+        model.tie_weights()
+    elif is_tied(model):
+        model.set_output_embeddings(embedding.tied_linear())  # pyright: ignore[reportArgumentType] - a layer is
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:

@@ -47,10 +47,14 @@ def _check_names(model: PreTrainedModel, source: ModelSource) -> None:
         )
 
 
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output head shares the embedding's storage."""
+    return bool(model.config.get_text_config().tie_word_embeddings)
+
+
 def _tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Tied parameter → the one whose storage it shares."""
-    tied = model._tied_weights_keys if model.config.get_text_config().tie_word_embeddings else None
-    return dict(tied or {})
+    return dict(model._tied_weights_keys or {}) if is_tied(model) else {}
 
 
 def _check_tied(model: PreTrainedModel, source: ModelSource) -> None:

@@ -15,7 +15,7 @@ def original_weights(path: str) -> Callable[[str], Tensor]:
     Raises:
         InputError: as `open_source`; then for a layer that the model does not have.
     """
-    opened = cache(lambda: weights_of(open_source(path)))  # most adapters never ask
+    opened = cache(lambda: weights_of(open_source(path, with_tokenizer=False)))  # most adapters never ask
     return lambda layer: opened()(layer)
 
 
@@ -26,6 +26,8 @@ def weights_of(source: ModelSource) -> Callable[[str], Tensor]:
     def read(layer: str) -> Tensor:
         if f"{layer}.weight" not in names:
             raise InputError(f"{source.path} has no {layer}.weight: give the model that the adapted one was made of")
+        if source.packed and f"{layer}.weight" in source.packed.packed():
+            raise InputError(f"{source.path} holds {layer}.weight quantized alone: give the model it was made of")
         return source.weights.stored(f"{layer}.weight").read()
 
     return read

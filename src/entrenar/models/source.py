@@ -1,9 +1,10 @@
 """Where a model's config, tokenizer and weights come from: a Hugging Face directory or id, or a GGUF file."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from entrenar.core.errors import InputError
 from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
-from entrenar.files.gguf import GGUFFile
+from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.models import llama_gguf
@@ -37,9 +38,16 @@ class ModelSource:
 
     path: Path
     config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    make_tokenizer: Callable[[], PreTrainedTokenizerBase]
     weights: Weights
     generation: GenerationConfig | None = None
+    blocks: "GGUFWeights | None" = None  # the same weights as the file holds them, for a GGUF
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, its chat template included."""
+        with _reading(self.path):
+            return self.make_tokenizer()
 
     @property
     def packed(self) -> BitsandbytesWeights | None:
@@ -47,28 +55,40 @@ class ModelSource:
         return self.weights if isinstance(self.weights, BitsandbytesWeights) else None
 
 
-def open_source(path: str) -> ModelSource:
+def open_source(path: str, *, with_tokenizer: bool = True) -> ModelSource:
     """Open a model without reading its weights.
+
+    Args:
+        with_tokenizer: make the tokenizer now, which takes most of the time, and know that it is whole.
 
     Raises:
         InputError: nothing there, an architecture that is not known, or a broken file.
     """
-    if path.endswith(".gguf"):
-        return _open_gguf(Path(path))
-    directory = Path(path) if Path(path).is_dir() else _download(path)
+    source = _open_gguf(Path(path)) if path.endswith(".gguf") else _open_directory(path)
+    if with_tokenizer:
+        _ = source.tokenizer
+    return source
+
+
+def _open_directory(path: str) -> ModelSource:
+    directory = local_directory(path)
     with _reading(directory):
         # False, not unset: unset, transformers asks on the terminal whether to run the directory's own code.
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         has_generation = (directory / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(directory) if has_generation else None
+    make_tokenizer = partial(AutoTokenizer.from_pretrained, directory, trust_remote_code=False)
     checkpoint = SafetensorsCheckpoint(directory)
     if not is_bitsandbytes(checkpoint.names()):
-        return ModelSource(directory, config, tokenizer, checkpoint, generation)
-    weights = BitsandbytesWeights(checkpoint)
+        return ModelSource(directory, config, make_tokenizer, checkpoint, generation)
     if hasattr(config, "quantization_config"):  # what transformers would load them with
         delattr(config, "quantization_config")
-    return ModelSource(directory, config, tokenizer, weights, generation)
+    return ModelSource(directory, config, make_tokenizer, BitsandbytesWeights(checkpoint), generation)
+
+
+def local_directory(path: str) -> Path:
+    """A model's directory: `path` itself, or the snapshot of that hub id; InputError if it is neither."""
+    return Path(path) if Path(path).is_dir() else _download(path)
 
 
 @contextmanager
@@ -83,31 +103,31 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _open_gguf(path: Path) -> ModelSource:
-    file = GGUFFile(path)
-    if llama_gguf.ROPE_FACTORS in file.tensors:
-        raise InputError(
-            f"{path} has Llama 3 rotary factors, which this version reads only from a Hugging Face directory"
-        )
+    file = GGUFModel(path)
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{path} has no token_embd.weight: it is not a language model")
     rows, tied = file.tensors["token_embd.weight"].shape[0], "output.weight" not in file.tensors
     with _reading(path):
-        tokenizer = tokenizer_from_metadata(file.metadata, str(path))
         config = llama_gguf.config_from_metadata(file.metadata, str(path), rows, tied)
+    if llama_gguf.ROPE_FACTORS in file.tensors:
+        llama_gguf.set_rope_factors(config, file.stored(llama_gguf.ROPE_FACTORS).read(), str(path))
     config.attention_bias = "blk.0.attn_q.bias" in file.tensors
     config.architectures = ["LlamaForCausalLM"]
     config._name_or_path = str(path)
-    return ModelSource(path, config, tokenizer, GGUFWeights(file, config))
+    weights = GGUFWeights(file, config)
+    make_tokenizer = partial(tokenizer_from_metadata, file.metadata, str(path))
+    return ModelSource(path, config, make_tokenizer, weights, blocks=weights)
 
 
 class GGUFWeights:
     """The tensors of a Llama-family GGUF under transformers' names and in its row order."""
 
-    def __init__(self, file: GGUFFile, config: PretrainedConfig) -> None:
+    def __init__(self, file: GGUFModel, config: PretrainedConfig) -> None:
         self._file = file
         self._config = config
         # A tensor the family does not have keeps its own name, and so is reported as unexpected.
-        self._names = {llama_gguf.hf_name(name) or name: name for name in file.tensors}
+        weights = [name for name in file.tensors if name != llama_gguf.ROPE_FACTORS]
+        self._names = {llama_gguf.hf_name(name) or name: name for name in weights}
 
     def names(self) -> Iterable[str]:
         """Every tensor, by its transformers name."""
@@ -115,7 +135,23 @@ class GGUFWeights:
 
     def stored(self, name: str) -> StoredTensor:
         """Where one tensor lies; decoded it is dequantized and in transformers' row order."""
-        found = self._file.stored(self._names[name])
+        return self._in_our_order(name, self._file.stored(self._names[name]))
+
+    def packed(self, name: str) -> StoredTensor:
+        """The same tensor's bytes as they stand, in transformers' row order: (..., bytes of a row) uint8."""
+        return self._in_our_order(name, self._file.packed(self._names[name]))
+
+    @property
+    def raw_metadata(self) -> dict[str, bytes]:
+        """The file's keys as they stand in it."""
+        return self._file.raw_metadata
+
+    def type_of(self, name: str) -> str:
+        """The type those bytes are of: `q4_k`, `f16`, …"""
+        return self._file.tensors[self._names[name]].type.name.lower()
+
+    def _in_our_order(self, name: str, found: StoredTensor) -> StoredTensor:
+        """Rows of q and k reordered: whole rows, so that it does not matter what they are held as."""
         if not llama_gguf.is_rotary(name):
             return found
         columns = found.shape[1:]

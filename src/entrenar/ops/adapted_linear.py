@@ -5,7 +5,7 @@ what makes it again, ops/recompute.py) is kept beside the weights: with u_j = x�
 
     dx = Σ g_j·W_j + v_j·A_j,    dA_j = v_jᵀ·x,    dB_j = scale_j·g_jᵀ·u_j.
 
-In bfloat16 on a CPU that multiplies it, forward and backward are one native call each (csrc/adapted): every line is a
+In bfloat16 on a CPU, forward and backward are one native call each (csrc/adapted): every line is a
 sum of products, so that the adapter's product joins the weight's before it is rounded, and the input's gradients of
 all members are one sum. Elsewhere plain PyTorch.
 Letters: B tokens, O out_features, I in_features, r rank.
@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 from entrenar.ops import native
 from entrenar.ops.adapted_native import Factors, Member, Used, backward_native, forward_native
 from entrenar.ops.linear_codebook import PACKED_TOKENS
-from entrenar.ops.multiply import native_multiply
 from entrenar.ops.recompute import Recipe, recipe_of
 
 
@@ -94,7 +93,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _is_native(tokens: Tensor) -> bool:
     fits = tokens.dtype == torch.bfloat16 and len(tokens) > PACKED_TOKENS
-    return fits and native.is_eager(tokens) and native_multiply()
+    return fits and native.is_eager(tokens) and native.available()
 
 
 def _forward_reference(tokens: Tensor, members: list[Member]) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Causal attention with grouped heads (FlashAttention-2, Dao 2023).
 
-Query t attends the keys from starts[t] to t, which says documents and sliding windows alike. bfloat16 on a CPU that
-multiplies it runs natively (csrc/attention), a block of rows at a time; everything else through PyTorch's
-scaled_dot_product_attention with a mask.
+Query t attends the keys from starts[t] to t, which says documents and sliding windows alike. bfloat16 on a CPU runs
+natively (csrc/attention), a block of rows at a time; everything else through PyTorch's scaled_dot_product_attention
+with a mask.
 Letters: B rows, T tokens, H heads, G key-value heads (H a multiple of G), D width of a head.
 """
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from entrenar.ops import native
 from entrenar.ops.library import call, define, differentiate
-from entrenar.ops.multiply import native_multiply
 
 _STEP, _WIDEST = 32, 1024  # a head's width must be whole steps of csrc/matmul, and not wider than its rows of zeros
 
@@ -129,7 +128,7 @@ def _lse_like(q: Tensor) -> Tensor:
 
 
 def _accepts(q: Tensor, *_rest: Any) -> bool:
-    return q.dtype == torch.bfloat16 and native_width(q.shape[-1]) and q.numel() > 0 and native_multiply()
+    return q.dtype == torch.bfloat16 and native_width(q.shape[-1]) and q.numel() > 0
 
 
 def _accepts_backward(_grad: Tensor, q: Tensor, _k: Tensor, _v: Tensor, _out: Tensor, lse: Tensor, *_rest: Any) -> bool:

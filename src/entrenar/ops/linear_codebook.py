@@ -1,8 +1,8 @@
 """A linear layer over a 4-bit weight (QLoRA, Dettmers et al. 2023, equation 5): y = x·Wᵀ + bias, gradient for x.
 
-A few tokens read the packed bytes once and never make a weight (csrc/linear). More tokens: where the CPU multiplies
-bfloat16 natively the weight is decoded inside the product (ops/multiply.py); else a panel of it is decoded into a
-scratch that stays in cache, and torch's matmul takes it from there. The backward for x does the same over panels of
+A few tokens read the packed bytes once and never make a weight (csrc/linear). More tokens: in bfloat16 the weight is
+decoded inside the product (ops/multiply.py); in other dtypes a panel of it is decoded into a scratch that stays in
+cache, and torch's matmul takes it from there. The backward for x does the same over panels of
 columns, so that each sum is one matmul, as in the reference.
 Letters: B tokens, O out_features, I in_features.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from entrenar.ops import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.library import define, differentiate
-from entrenar.ops.multiply import Term, codebook_weight, multiply, native_multiply
+from entrenar.ops.multiply import Term, codebook_weight, multiply
 from entrenar.ops.scales import scale_buffers
 
 FEW_TOKENS, PACKED_TOKENS = 16, 4  # csrc/linear/linear.h's kMaxTokens and kMaxPackedTokens
@@ -75,7 +75,7 @@ def _native(
     tokens = x.reshape(-1, x.shape[-1]).contiguous()  # (B, I)
     y = x.new_empty(len(tokens), out_features)
     held = (packed.contiguous(), *scale_buffers(scales), codebook)
-    multiplies = x.dtype == torch.bfloat16 and native_multiply()
+    multiplies = x.dtype == torch.bfloat16
     if len(tokens) <= (PACKED_TOKENS if multiplies else FEW_TOKENS):
         _forward_few(
             tokens, *held, None if bias is None else bias.contiguous(), y, *tokens.shape[:1], out_features, x.shape[-1],
@@ -94,7 +94,7 @@ def _forward_panels(
 ) -> None:
     """Y (B, O), a panel of rows of W at a time."""
     rows, columns = y.shape[1], tokens.shape[1]
-    step = _panel_step(rows, columns * y.element_size())
+    step = panel_step(rows, columns * y.element_size())
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = _decoded(held, block_size, (rows, columns), slice(start, stop), slice(0, columns), y.dtype)
@@ -122,7 +122,7 @@ def _backward_native(
             tokens, *held, dx, *tokens.shape, in_features,
             block_size, native.DTYPES[grad.dtype], native.threads(),
         )  # fmt: skip
-    elif grad.dtype == torch.bfloat16 and native_multiply():
+    elif grad.dtype == torch.bfloat16:
         weight = codebook_weight(packed, scales, codebook, block_size, (grad.shape[-1], in_features))
         multiply([Term(tokens, weight, transposed=False)], dx)
     else:
@@ -133,14 +133,14 @@ def _backward_native(
 def _backward_panels(tokens: Tensor, held: tuple[Tensor | None, ...], block_size: int, dx: Tensor) -> None:
     """Dx (B, I), a panel of columns of W at a time."""
     rows, columns = tokens.shape[1], dx.shape[1]
-    step = _panel_step(columns, rows * dx.element_size())
+    step = panel_step(columns, rows * dx.element_size())
     for start in range(0, columns, step):
         stop = min(start + step, columns)
         weight = _decoded(held, block_size, (rows, columns), slice(0, rows), slice(start, stop), dx.dtype)
         torch.mm(tokens, weight, out=dx[:, start:stop])
 
 
-def _panel_step(lines: int, line_bytes: int) -> int:
+def panel_step(lines: int, line_bytes: int) -> int:
     """How many of `lines` lines of a weight make a panel; the panels are about equally large."""
     fitting = max(PANEL_BYTES // max(line_bytes, 1), 1)
     panels = -(-lines // fitting)
@@ -158,7 +158,7 @@ def _decoded(
 ) -> Tensor:
     """A panel of the weight, in this thread's scratch: valid until the next one."""
     height, width = rows.stop - rows.start, columns.stop - columns.start
-    out = _scratch_for(height * width, dtype).view(height, width)
+    out = scratch_for(height * width, dtype).view(height, width)
     _panel(
         *held, out, shape[0] * shape[1], shape[1], rows.start, height, columns.start, width,
         block_size, native.DTYPES[dtype], native.threads(),
@@ -166,7 +166,7 @@ def _decoded(
     return out
 
 
-def _scratch_for(count: int, dtype: torch.dtype) -> Tensor:
+def scratch_for(count: int, dtype: torch.dtype) -> Tensor:
     """A flat tensor in this thread's scratch, which grows as needed and is never given back."""
     needed = count * dtype.itemsize
     if getattr(_scratch, "raw", None) is None or _scratch.raw.numel() < needed:

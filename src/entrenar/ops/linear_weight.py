@@ -12,9 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from entrenar.ops import native
 from entrenar.ops.library import compute
 from entrenar.ops.linear_codebook import linear_codebook
-from entrenar.ops.multiply import Weight, codebook_weight, dense_weight
+from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of, decode_rows, gguf_product, gguf_transposed_product
+from entrenar.ops.multiply import (
+    Term,
+    Weight,
+    codebook_weight,
+    dense_weight,
+    gguf_weight,
+    multiply,
+)
 
 
 class LinearWeight(Protocol):
@@ -128,3 +137,48 @@ class CodebookWeight:
             made = codebook_weight(self.packed, self.scales, self.codebook, self.block_size, self.shape)
             self.__dict__["_source"] = made
         return made
+
+
+@dataclass(frozen=True)
+class GGUFWeight:
+    """Rows as a GGUF holds them: packed (O, bytes of a row) uint8 of a type of ops/linear_gguf.py."""
+
+    packed: Tensor
+    type: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.packed.shape[0], columns_of(self.packed, self.type)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X·Wᵀ + bias."""
+        if _multiplies(x):
+            out = x.new_empty(len(x), self.shape[0])
+            return multiply([Term(x, self.source(), transposed=True)], out, bias=bias)
+        return gguf_product(x, self.packed, self.type, bias)
+
+    def transposed_product(self, grad: Tensor) -> Tensor:
+        """Grad·W."""
+        if _multiplies(grad):
+            return multiply([Term(grad, self.source(), transposed=False)], grad.new_empty(len(grad), self.shape[1]))
+        return gguf_transposed_product(grad, self.packed, self.type)
+
+    def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same as `product`, for tracers."""
+        return F.linear(x, decode_rows(self.packed, self.type, x.dtype), bias)
+
+    def source(self) -> Weight:
+        """The blocks themselves, the view made once as above; 16- and 32-bit floats as a matrix."""
+        if self.type in FLOAT_TYPES:
+            return DenseWeight(self.packed.view(FLOAT_TYPES[self.type])).source()
+        made = self.__dict__.get("_source")
+        if made is None or not made.is_current():
+            made = gguf_weight(self.packed, self.type, self.shape)
+            self.__dict__["_source"] = made
+        return made
+
+
+def _multiplies(x: Tensor) -> bool:
+    """Whether the native product takes x (B, I)."""
+    return x.dtype == torch.bfloat16 and x.stride(-1) == 1 and native.is_eager(x) and native.available()

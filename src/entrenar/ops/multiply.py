@@ -1,19 +1,21 @@
 """Sums of bfloat16 products whose right-hand sides are weights decoded while they are multiplied (csrc/matmul).
 
-C = alpha · Σ A·op(B) + bias, float32 sums. Only where the CPU multiplies bfloat16 natively (`native_multiply`).
+C = alpha · Σ A·op(B) + bias, float32 sums. On every path of the native library: where the CPU has no bfloat16 products
+float vectors serve, which are faster than PyTorch's emulation even on the generic path (docs/kernels.md has figures).
 Letters: M rows of A and C, N columns of C, K the inner dimension of a term.
 """
 
 import ctypes
 from dataclasses import dataclass
 
+import gguf
 import torch
 from torch import Tensor
 
 from entrenar.ops import native
 from entrenar.ops.scales import scale_buffers
 
-_DENSE, _CODEBOOK4 = 0, 1
+_DENSE, _CODEBOOK4, _GGUF = 0, 1, 3
 
 
 class Source(ctypes.Structure):
@@ -71,9 +73,11 @@ def codebook_weight(
     return Weight(view, held, tuple(tensor.data_ptr() for tensor in held if tensor is not None))
 
 
-def native_multiply() -> bool:
-    """Whether `multiply` serves on this CPU and path."""
-    return native.available() and native.has_multiply()
+def gguf_weight(packed: Tensor, type: str, shape: tuple[int, int]) -> Weight:
+    """Blocks of a GGUF type, as ops/gguf_blocks.py takes them."""
+    held = packed.contiguous()
+    kind = gguf.GGMLQuantizationType[type.upper()]
+    return Weight(Source(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,), (held.data_ptr(),))
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,11 @@ def multiply(terms: list[Term], out: Tensor, alpha: float = 1.0, bias: Tensor | 
 def product_into(out: Tensor, a: Tensor, b: Tensor, *, transposed: bool) -> None:
     """out (M, N) = a (M, K) · b (K, N), or a · bᵀ of b (N, K) when `transposed`; contiguous matrices of one dtype.
 
-    bfloat16 natively where the CPU multiplies it: PyTorch arranges b anew at every call.
+    bfloat16 natively: PyTorch arranges b anew at every call, or emulates.
     """
     matrices = (out, a, b)
-    if (
-        all(m.dtype == torch.bfloat16 and m.is_contiguous() and native.is_eager(m) for m in matrices)
-        and native_multiply()
+    if native.available() and all(
+        m.dtype == torch.bfloat16 and m.is_contiguous() and native.is_eager(m) for m in matrices
     ):
         multiply([Term(a, dense_weight(b), transposed)], out)
     else:

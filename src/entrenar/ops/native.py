@@ -142,12 +142,6 @@ def supported_paths() -> list[str]:
     return ["reference", *found]
 
 
-def has_multiply() -> bool:
-    """Whether the path in use multiplies bfloat16 natively (ops/multiply.py)."""
-    library = _library()
-    return library is not None and bool(library.entrenar_has_multiply())
-
-
 def set_path(name: str) -> None:
     """Use `name` from now on; InputError where this machine or this install cannot."""
     if name not in ("reference", *_PATHS):

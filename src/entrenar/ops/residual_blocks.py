@@ -1,6 +1,6 @@
 """The two residual blocks of a decoder layer, h + f(norm(h)), each one native call a pass (csrc/block).
 
-Only for bfloat16 on a CPU that multiplies it (`serves`); everything they are made of exists as an operation of its own,
+Only for bfloat16 on a CPU (`serves`); everything they are made of exists as an operation of its own,
 and models/fast_forwards.py puts those together elsewhere. Gradients reach h and the low-rank factors.
 Letters: B rows, T tokens, C hidden size, I inner size, H heads, G key-value heads, D width of a head, R rotated of D.
 """
@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from entrenar.ops import native
 from entrenar.ops.adapted_native import Factors, Member, MemberView, MemberViews
 from entrenar.ops.gated_activation import KINDS
-from entrenar.ops.multiply import native_multiply
 
 
 class Keep(Enum):
@@ -69,7 +68,8 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, (B or 1, T, R) float
 
 def serves(h: Tensor) -> bool:
     """Whether the blocks can be used for h (B, T, C)."""
-    return h.dtype == torch.bfloat16 and h.dim() == 3 and native.is_eager(h) and native_multiply()
+    fits = h.dtype == torch.bfloat16 and h.dim() == 3 and h.numel() > 0
+    return fits and native.is_eager(h) and native.available()
 
 
 def mlp_block(h: Tensor, block: MlpBlock, keep: Keep) -> Tensor:

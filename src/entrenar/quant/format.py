@@ -1,4 +1,4 @@
-"""What a number format is: one row of the registry."""
+"""What a number format is: one row of the registry, for weights that are made here or that are kept as they came."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,3 +42,15 @@ class Format:
         """Flat (n,) float → all parts."""
         codes, scales = self.encoder(search)(flat, block_size)
         return {"codes": codes} | self.hold(scales, double_quant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptFormat:
+    """A format that weights come in and are kept in: a type of GGUF. Nothing is quantized to it when a model is loaded.
+
+    dequantize and linear_weight are as in `Format`; the one part is `codes`, the rows' bytes (rows, bytes of a row).
+    """
+
+    name: str
+    dequantize: Callable[[Parts, int, int, torch.dtype], Tensor]
+    linear_weight: Callable[[Parts, int, tuple[int, int]], LinearWeight]

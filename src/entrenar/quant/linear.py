@@ -1,6 +1,7 @@
 """QuantizedLinear: a frozen linear layer that keeps its weight in a block format.
 
-A 4-bit layer decodes its weight a panel at a time (ops/linear_codebook.py). Other formats dequantize the whole weight,
+A 4-bit layer decodes its weight a panel at a time (ops/linear_codebook.py), as does one that keeps a GGUF's blocks
+(ops/linear_gguf.py). Other formats dequantize the whole weight,
 multiply and drop it, and do so again in the backward for x: such a layer costs its packed bytes plus, while it runs,
 one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
 """
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError
 from entrenar.ops.adapted_linear import Member, adapted_linears
 from entrenar.ops.linear_weight import DecodedWeight, DenseWeight, LinearWeight
-from entrenar.quant.registry import get_format
+from entrenar.quant.registry import held_format
 from entrenar.quant.tensor import QuantizedTensor
 
 
@@ -26,7 +27,10 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
-        """Take over a quantized weight (d_out, d_in) and an optional bias (d_out,)."""
+        """Take over a quantized weight (d_out, d_in) and an optional bias (d_out,).
+
+        A part that is a Parameter already is shared with whoever has it: a tied output head's.
+        """
         super().__init__()
         if len(weight.shape) != 2:
             raise InputError(f"a linear layer's weight has 2 dimensions, this one has shape {tuple(weight.shape)}")
@@ -34,7 +38,8 @@ class QuantizedLinear(nn.Module):
         self._layout = (weight.format, weight.shape, weight.dtype, weight.block_size)
         self._part_names, self._searched = tuple(weight.parts), weight.searched
         for name, part in weight.parts.items():
-            self.register_parameter(f"weight_{name}", nn.Parameter(part, requires_grad=False))
+            held = part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=False)
+            self.register_parameter(f"weight_{name}", held)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._held: tuple[tuple[int, ...], LinearWeight] | None = None
 
@@ -124,7 +129,7 @@ def in_compute_dtype(x: Tensor) -> Tensor:
 
 def linear_weight(weight: QuantizedTensor) -> LinearWeight:
     """A quantized matrix as the linear operations take it."""
-    make, shape = get_format(weight.format).linear_weight, (weight.shape[0], weight.shape[1])
+    make, shape = held_format(weight.format).linear_weight, (weight.shape[0], weight.shape[1])
     if make is None:
         return DecodedWeight(weight.dequantize, shape)
     return make(weight.parts, weight.block_size, shape)

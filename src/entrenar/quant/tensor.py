@@ -8,7 +8,9 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops.blocks import block_count
-from entrenar.quant.registry import BLOCK_SIZES, check_block_size, get_format
+from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of
+from entrenar.quant.formats.gguf import BLOCK_SIZES as GGUF_BLOCK_SIZES
+from entrenar.quant.registry import BLOCK_SIZES, KEPT_FORMATS, check_block_size, get_format, held_format
 from entrenar.quant.scales import GROUP, Parts, as_float
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,8 +24,9 @@ class QuantizedTensor:
         format: name in the registry.
         shape: original shape; blocks run over the flattened row-major weight.
         dtype: dtype the weight had before.
-        block_size: elements per scale (a row's length for int8 per row).
+        block_size: elements per scale (a row's length for int8 per row); in a block of GGUF.
         parts: `codes`, `scales`, and with double quantization `nested_scales` (and `offset` for nf4, fp4); all uint8.
+            A type of GGUF has `codes` alone, (rows, bytes of a row).
         searched: whether the scales were chosen for the least error; reading does not need to know.
     """
 
@@ -61,7 +64,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight in its original shape, rounded once from float32 to `dtype`."""
-        flat = get_format(self.format).dequantize(self.parts, self.block_size, self.numel, dtype)
+        flat = held_format(self.format).dequantize(self.parts, self.block_size, self.numel, dtype)
         return flat.view(self.shape)
 
 
@@ -104,7 +107,15 @@ def quantize(
 
 
 def requantize(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
-    """A float weight in the format, and as if it had the dtype, of another one of its shape."""
+    """A float weight in the format, and as if it had the dtype, of another one of its shape.
+
+    Raises:
+        InputError: the other one is kept as a GGUF has it, and so is not made anew; or see `quantize`.
+    """
+    if like.format in KEPT_FORMATS:
+        raise InputError(
+            f"its base is kept in a GGUF's own blocks ({like.format}), which nothing changes: load it as nf4 or none"
+        )
     whole_rows = like.format == "int8" and like.block_size not in BLOCK_SIZES
     return quantize(
         weight.to(like.dtype), format=like.format, block_size=None if whole_rows else like.block_size,
@@ -148,6 +159,13 @@ class PieceQuantizer:
         parts = {"codes": self._codes} | self._format.hold(self._scales, self._double_quant)
         _check_finite(parts, self._name)
         return QuantizedTensor(self._format.name, self._shape, self._dtype, self._block_size, parts, self._search)
+
+
+def kept_tensor(packed: Tensor, type: str) -> QuantizedTensor:
+    """A weight as a GGUF holds it: packed (rows, bytes of a row) uint8 of one of KEPT_FORMATS, taken over as it is."""
+    dtype = FLOAT_TYPES.get(type, torch.float32)
+    shape = (packed.shape[0], columns_of(packed, type))
+    return QuantizedTensor(type, shape, dtype, GGUF_BLOCK_SIZES[type], {"codes": packed})
 
 
 def quantize_4bit(

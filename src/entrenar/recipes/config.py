@@ -30,11 +30,13 @@ Memory = Annotated[Literal["auto", "min"] | int, BeforeValidator(_read_memory)]
 
 
 class ModelSection(Section):
-    """Which model, and how its base is held; `quantize` may also be a mapping of the four keys that say how:
-    `{format: nf4, search: true}`."""
+    """Which model, and how its base is held; `keep`, the default for a .gguf: in the file's own blocks.
+
+    `quantize` may also be a mapping of the four keys that say how: `{format: nf4, search: true}`.
+    """
 
     path: str
-    quantize: Literal["nf4", "fp4", "int4", "int8", "none"] = "nf4"
+    quantize: Literal["nf4", "fp4", "int4", "int8", "none", "keep"] = "nf4"
     double_quant: bool = False
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     search: bool = False
@@ -53,6 +55,19 @@ class ModelSection(Section):
             raise ValueError(f"quantize takes {', '.join(allowed)}, each once and the format always: got {list(given)}")
         named = given.pop("format")
         return {**values, **given, "quantize": named}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_a_gguf(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "quantize" not in values and str(values.get("path", "")).endswith(".gguf"):
+            return {**values, "quantize": "keep"}
+        return values
+
+    @model_validator(mode="after")
+    def _keep_only_a_gguf(self) -> Self:
+        if self.quantize == "keep" and not self.path.endswith(".gguf"):
+            raise ValueError(f"quantize: keep holds a .gguf file's own blocks, and {self.path} is none: choose nf4")
+        return self
 
     @model_validator(mode="after")
     def _search_needs_a_codebook(self) -> Self:

@@ -1,15 +1,26 @@
-"""Export: fuse a model with its adapter and write it for another tool."""
+"""Export: fuse a model with its adapter and write it for another tool, or write the adapter alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from entrenar.core.atomic import refuse_existing
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from entrenar.core.atomic import refuse_existing, write_text
 from entrenar.core.errors import InputError
-from entrenar.exporting.gguf import export_gguf
+from entrenar.evaluation.fidelity import Fidelity
+from entrenar.exporting.fuse import fused_tensors, source_tensors
+from entrenar.exporting.gguf import Metadata, copied_metadata, metadata, write_gguf
+from entrenar.exporting.gguf_adapter import export_gguf_adapter, modelfile
+from entrenar.exporting.gguf_types import FILE_TYPES
 from entrenar.exporting.safetensors_output import TYPES
+from entrenar.models.load import KEEP, UNQUANTIZED
+from entrenar.models.source import ModelSource, open_source
 from entrenar.recipes.export_safetensors import export_safetensors
 from entrenar.recipes.open_model import open_model
+from entrenar.recipes.verify import verify
 
-_TYPES = {"safetensors": TYPES, "gguf": ("f16", "f32", "bf16", "q8_0")}
+OnVerified = Callable[[list[Fidelity]], None]
+_TYPES = {"safetensors": TYPES, "gguf": tuple(FILE_TYPES), "gguf-adapter": ("f32",)}
 
 
 def export(
@@ -23,16 +34,22 @@ def export(
     base: str | None = None,
     lossy: bool = False,
     text: str | None = None,
+    ollama: bool = False,
+    on_verified: OnVerified | None = None,
+    verify_on: str | Path | None = None,
 ) -> Path:
-    """Write `model`, fused with `adapter`, as a new file or directory.
+    """Write `model`, fused with `adapter`, as a new file or directory; or the adapter alone.
 
     Args:
-        base, lossy, text: of safetensors, see `export_safetensors`.
-        to: "safetensors" (a Hugging Face directory) or "gguf" (one file). type: of the weights; the first listed in
-            the error for a wrong one is the default. quantize: see `open_model`.
+        to: "safetensors" (a Hugging Face directory), "gguf" (one file) or "gguf-adapter" (the adapter alone, for
+            llama.cpp's --lora over the same model). type: of the weights; the first listed in the error for a wrong
+            one is the default. quantize: see `open_model`. ollama: write an Ollama Modelfile beside a GGUF adapter.
+        base, lossy, text: of "safetensors", see `export_safetensors`.
+        on_verified: for "gguf": run the result against the live model and call this with KL and perplexity of every
+            step. verify_on: a file of held-out text for it, in place of a page of prose.
 
     Raises:
-        InputError: an unknown kind or type, a taken output, or a model that cannot be written so.
+        InputError: an unknown kind or type, a taken output, or a model or adapter that cannot be written so.
     """
     output = Path(output)
     if to not in _TYPES:
@@ -41,14 +58,52 @@ def export(
     if type not in _TYPES[to]:
         raise InputError(f"{to} has no type {type!r} here: choose {', '.join(_TYPES[to])}")
     refuse_existing(output)
-    if to == "safetensors":
+    if to != "safetensors" and (base or lossy or text):
+        raise InputError(f"base, lossy and text are for safetensors, not for {to}: leave them out")
+    if to != "gguf" and (on_verified is not None or verify_on is not None):
+        raise InputError(f"what is verified is a GGUF's model, not {to}: leave it out")
+    if ollama and to != "gguf-adapter":
+        raise InputError(f"an Ollama Modelfile goes with a GGUF adapter, not with {to}: choose --to gguf-adapter")
+    if to == "gguf-adapter":
+        _adapter_alone(model, adapter, output, ollama)
+    elif to == "gguf":
+        live = _gguf(model, adapter, output, type, quantize, loads=on_verified is not None)
+        if live is not None and on_verified is not None:
+            on_verified(verify(*live, output, verify_on))
+    else:
         export_safetensors(
             model, output, adapter=adapter, type=type, quantize=quantize, base=base, lossy=lossy, text=text
         )
-        return output
-    if base or lossy or text:
-        raise InputError(f"base, lossy and text are for safetensors, not for {to}: leave them out")
-    # The base is fused in float32 arithmetic; unquantized tensors are read as they are.
-    loaded, tokenizer = open_model(model, adapter, quantize, dtype="float32")
-    export_gguf(loaded, tokenizer, output, type)  # pyright: ignore[reportArgumentType] - checked above
     return output
+
+
+def _gguf(
+    model: str, adapter: str | None, output: Path, type: str, quantize: str | None, loads: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+    """Write it; the live model and its tokenizer, if there is an adapter or `loads` asks for them."""
+    if adapter is None and not loads:
+        source = open_source(model, with_tokenizer=False)
+        tensors = source_tensors(source, None if quantize in (None, UNQUANTIZED, KEEP) else quantize)
+        write_gguf(tensors, source.config, _keys(source), output, type)
+        return None
+    loaded, tokenizer = open_model(model, adapter, quantize, dtype="float32")
+    keys = _keys(open_source(model, with_tokenizer=False))
+    write_gguf(fused_tensors(loaded), loaded.config, keys, output, type)
+    return loaded, tokenizer
+
+
+def _keys(source: ModelSource) -> Metadata:
+    """A GGUF's own keys, or those that say what a Hugging Face directory says."""
+    if source.blocks is None:
+        return metadata(source.config, source.tokenizer)
+    return copied_metadata(source.blocks.raw_metadata)
+
+
+def _adapter_alone(model: str, adapter: str | None, output: Path, ollama: bool) -> None:
+    if adapter is None:
+        raise InputError("--to gguf-adapter writes an adapter, and none is given: name its directory with --adapter")
+    if ollama:
+        refuse_existing(output.with_name("Modelfile"))
+    export_gguf_adapter(open_source(model, with_tokenizer=False), adapter, output)
+    if ollama:
+        write_text(output.with_name("Modelfile"), modelfile(model, output))

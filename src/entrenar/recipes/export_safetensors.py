@@ -12,7 +12,7 @@ from entrenar.exporting.fidelity import REPORT_NAME, Fidelity
 from entrenar.exporting.safetensors_output import FOUR_BIT, export_streamed
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.peft import BaseFormat, read_adapter
-from entrenar.models.load import UNQUANTIZED, load
+from entrenar.models.load import KEEP, UNQUANTIZED, load
 from entrenar.models.source import open_source
 from entrenar.recipes.open_model import open_model
 
@@ -55,10 +55,12 @@ def export_safetensors(
 
 
 def _held(adapter: str | None, quantize: str | None) -> BaseFormat | None:
-    """How the base is held under the adapter: as asked, else as the adapter says."""
+    """How the base is held under the adapter, as asked, else as the adapter says; None: as its files have it."""
     if quantize is not None:
-        return None if quantize == UNQUANTIZED else BaseFormat(format=quantize, block_size=64, double_quant=False)
-    return read_adapter(Path(adapter)).base_format if adapter else None
+        held = BaseFormat(format=quantize, block_size=64, double_quant=False)
+    else:
+        held = read_adapter(Path(adapter)).base_format if adapter else None
+    return None if held is None or held.format in (UNQUANTIZED, KEEP) else held
 
 
 def _on_text(model: str, output: Path, adapter: str | None, quantize: str | None, text: str) -> dict[str, float]:

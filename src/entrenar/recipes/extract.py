@@ -43,7 +43,7 @@ def extract_adapter(
         InputError: models of different shapes or without a difference, a rank that does not fit, a taken output.
     """
     refuse_existing(Path(output))
-    first, second = open_source(base), open_source(tuned)
+    first, second = open_source(base, with_tokenizer=False), open_source(tuned, with_tokenizer=False)
     model = build_on_meta(first, torch.float32)
     ours, theirs = match_tensors(model, first), match_tensors(build_on_meta(second, torch.float32), second)
     if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:

@@ -1,11 +1,12 @@
 """Look into a model file: tensors, types, shapes, sizes, metadata of safetensors, GGUF and adapters."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from entrenar.core.errors import InputError
-from entrenar.files.gguf import GGUFFile
+from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.peft import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata
 
@@ -28,6 +29,30 @@ class Inspection:
     metadata: dict[str, Any]
     tensors: list[TensorRow]
 
+    def bits_per_weight(self) -> dict[str, float]:
+        """Bits per weight of a GGUF's tensors by their place in the model, and "all"; empty for other files."""
+        if not self.kind.startswith("GGUF"):
+            return {}
+        rows: dict[str, list[TensorRow]] = {}
+        for tensor in self.tensors:
+            rows.setdefault(_place(tensor.name), []).append(tensor)
+        return {place: _bits(rows[place]) for place in _PLACES if place in rows} | {"all": _bits(self.tensors)}
+
+
+# A tensor's place in the model, by what its name contains; the first that fits.
+_PLACES = {
+    "embedding": "token_embd", "norms": "_norm", "attention": "attn_", "MLP": "ffn_", "output head": "output",
+    "other": "",
+}  # fmt: skip
+
+
+def _place(name: str) -> str:
+    return next(place for place, part in _PLACES.items() if part in name)
+
+
+def _bits(tensors: list[TensorRow]) -> float:
+    return 8 * sum(t.bytes for t in tensors) / max(sum(math.prod(t.shape) for t in tensors), 1)
+
 
 def inspect(path: str | Path) -> Inspection:
     """Read headers only.
@@ -45,13 +70,14 @@ def inspect(path: str | Path) -> Inspection:
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         return _adapter(path)
     if path.is_dir() or path.suffix == ".safetensors":
-        metadata = read_metadata(path) if path.is_file() else {}
-        return Inspection("safetensors", metadata, _safetensors_rows(SafetensorsCheckpoint(path)))
+        checkpoint = SafetensorsCheckpoint(path)
+        first = next((info.file.path for info in checkpoint.tensors.values()), None)
+        return Inspection("safetensors", read_metadata(first) if first else {}, _safetensors_rows(checkpoint))
     raise InputError(f"{path} is not a .gguf or .safetensors file, a model directory or an adapter directory")
 
 
 def _gguf(path: Path) -> Inspection:
-    file = GGUFFile(path)
+    file = GGUFModel(path)
     rows = [TensorRow(info.name, info.type.name, info.shape, info.size) for info in file.tensors.values()]
     return Inspection(f"GGUF v{file.version}", file.metadata, rows)
 

@@ -11,12 +11,13 @@ from entrenar.core.memory import anonymous_bytes, available_bytes
 from entrenar.data.batches import batch_rows
 from entrenar.data.dataset import PreparedData
 from entrenar.data.packing import layout, widest
-from entrenar.lora.attach import attach, trained_parameters
+from entrenar.lora.attach import adapted_layers, attach, trained_parameters
 from entrenar.models.activations import decoder_layers, kept_per_token, ladder
 from entrenar.models.compute import resolve_dtype
 from entrenar.models.head import output_head, vocabulary_size
 from entrenar.models.linear_cross_entropy import LOGIT_BYTES
-from entrenar.models.load import UNQUANTIZED, build_on_meta, load_source
+from entrenar.models.load import KEEP, UNQUANTIZED, build_on_meta, kept_types, load_source
+from entrenar.models.match import is_tied
 from entrenar.models.original import weights_of
 from entrenar.models.source import ModelSource
 from entrenar.ops.linear_weight import DecodedWeight
@@ -94,7 +95,8 @@ def held_bytes(model: nn.Module, libraries: int) -> Held:
         for tensors in (model.parameters(), model.buffers())
         for tensor in tensors
     }
-    base = sum(storages.values()) - adapter
+    taken = [factor for _, layer in adapted_layers(model) for factor in layer.taken or ()]
+    base = sum(storages.values()) - adapter + sum(factor.numel() * factor.element_size() for factor in taken)
     return Held(
         libraries=libraries, base=base, adapter=adapter, gradients=adapter, optimizer=2 * adapter + 4 * len(factors)
     )
@@ -141,7 +143,8 @@ def _scratch(model: PreTrainedModel) -> int:
 
 
 def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype) -> None:
-    base_bytes, budget = _base_bytes(build_on_meta(source, dtype), config.model), memory_budget(config.training)
+    base_bytes = _base_bytes(build_on_meta(source, dtype), source, config.model, dtype)
+    budget = memory_budget(config.training)
     if budget is not None and base_bytes > budget:
         raise InputError(
             f"the weights of {config.model.path} alone take {base_bytes:,} bytes as {config.model.quantize}, and "
@@ -149,18 +152,21 @@ def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype) ->
         )
 
 
-def _base_bytes(model: PreTrainedModel, section: ModelSection) -> int:
-    """Bytes of every base parameter once loaded: packed where quantized, in the compute dtype elsewhere."""
+def _base_bytes(model: PreTrainedModel, source: ModelSource, section: ModelSection, dtype: torch.dtype) -> int:
+    """Bytes of every base parameter once loaded: packed where quantized or kept, in the compute dtype elsewhere."""
     head, total = model.get_output_embeddings(), 0
-    for module in model.modules():
+    kept = kept_types(model, source, dtype) if section.quantize == KEEP else {}
+    packed = source.packed.packed() if source.packed else {}
+    for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{owner}.{name}".removeprefix(".")
             quantized = name == "weight" and isinstance(module, nn.Linear) and module is not head
-            if quantized and section.quantize != UNQUANTIZED:
+            if full_name in kept and source.blocks:
+                total += source.blocks.packed(full_name).size
+            elif full_name in packed and source.packed:
+                total += source.packed.packed_bytes(full_name)
+            elif quantized and section.quantize not in (UNQUANTIZED, KEEP):
                 total += packed_bytes(parameter.numel(), section.quantize, section.block_size, section.double_quant)
-            elif module is not head or not _is_tied(model):
+            elif module is not head or not is_tied(model):
                 total += parameter.numel() * parameter.element_size()
     return total
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
-    return bool(model.config.get_text_config().tie_word_embeddings)

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.files.peft import read_base_format
 from entrenar.lora.adapter_io import load_adapter
-from entrenar.models.load import UNQUANTIZED, load
+from entrenar.models.load import load
 from entrenar.models.original import original_weights
 
 
@@ -17,11 +17,11 @@ def open_model(
 
     Args:
         quantize: number format of the base; None means the one the adapter was trained on (noted in its file), or
-            none at all.
+            a GGUF's own blocks, or none at all.
     """
     base = read_base_format(Path(adapter)) if adapter else None
     if quantize is not None or base is None:
-        loaded, tokenizer = load(model, quantize or UNQUANTIZED, dtype=dtype)
+        loaded, tokenizer = load(model, quantize, dtype=dtype)
     else:
         loaded, tokenizer = load(
             model,

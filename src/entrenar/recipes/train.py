@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.atomic import write_text
@@ -107,6 +108,8 @@ def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) 
     data = prepare_data(config, source.tokenizer)
     say(describe(data, config.data.train))
     model, libraries = load_adapted(config, source)
+    if config.model.dtype == "auto" and model.dtype is torch.float32:
+        say("computing in float32: this machine has no native bfloat16")
     plan = make_plan(config, data)
     if plan.pack_to and not isolates_documents(model):
         say(f"no packing: {type(model).__name__} mixes documents that share a row, so each gets a row of its own")

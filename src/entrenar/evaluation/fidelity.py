@@ -1,0 +1,55 @@
+"""How far the steps of an export are from the model that was trained: KL divergence and perplexity on a text."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from entrenar.lora.attach import adapted_layers
+from entrenar.lora.embedding import EmbeddingLoRALayer
+from entrenar.lora.low_rank import AdapterLayer
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One step: mean KL(live ‖ step) in nats a token, and the step's own perplexity."""
+
+    step: str
+    kl: float
+    perplexity: float
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Of every next token after each of ids (T,): (T − 1, V) float32."""
+    return model(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def fidelity(step: str, live: Tensor, found: Tensor, ids: Tensor) -> Fidelity:
+    """Compare log-probabilities (T − 1, V) with the live model's, on ids (T,)."""
+    kl = F.kl_div(found, live, reduction="none", log_target=True).sum(-1).mean().item()
+    loss = F.nll_loss(found, ids[1:]).item()
+    return Fidelity(step, kl, math.exp(loss))
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """Let every adapted layer compute with its fused float32 weight, made each time it is used."""
+    hooks = [layer.register_forward_hook(_with_fused_weight) for _, layer in adapted_layers(model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_fused_weight(layer: AdapterLayer, args: tuple[Tensor], output: Tensor) -> Tensor:
+    x, weight = args[0], layer.merge_to_f32().to(output.dtype)
+    if isinstance(layer, EmbeddingLoRALayer):
+        return F.embedding(x, weight.t()) * getattr(layer.base, "embed_scale", 1.0)
+    return F.linear(x, weight, layer.base_bias())

@@ -1,0 +1,104 @@
+"""Write an adapter as the LoRA GGUF that llama.cpp applies with `--lora` (its convert_lora_to_gguf.py).
+
+`<tensor>.lora_a` (rank, in) and `.lora_b` (out, rank), float32. The runtime's scale is alpha / rank with one alpha for
+the file and each tensor's own rank, so that a layer whose scale is another has the quotient in its B.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import gguf
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from entrenar.core.atomic import atomic_file, refuse_existing
+from entrenar.core.errors import InputError, listing
+from entrenar.files.gguf_writer import GGUFTensor, write_gguf_file
+from entrenar.files.peft import PLAIN_ENDS, PeftAdapter, read_adapter
+from entrenar.lora.adapter_io import load_adapter
+from entrenar.lora.attach import adapted_layers
+from entrenar.lora.low_rank import AdapterLayer
+from entrenar.models import llama_gguf
+from entrenar.models.load import build_on_meta
+from entrenar.models.match import is_tied
+from entrenar.models.source import ModelSource
+
+_INSTEAD = "fuse it into the model instead (--to gguf)"
+
+
+def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
+    """Write the PEFT directory `adapter`, trained over the model of `source`, as `path`, which must not exist.
+
+    Raises:
+        InputError: an adapter that does not fit the model, or that a GGUF adapter cannot carry: layers it has no name
+            for, parameters beside A and B, a tied output head.
+    """
+    refuse_existing(path)
+    llama_gguf.check_exportable(source.config)
+    _refuse_more(read_adapter(Path(adapter)), adapter)
+    model = _hollow(source)
+    load_adapter(model, adapter)
+    layers = dict(adapted_layers(model))
+    first = next(iter(layers.values()))
+    alpha = first.scale * first.rank
+    keys = {
+        "general.architecture": llama_gguf.ARCHITECTURE, "general.type": gguf.GGUFType.ADAPTER,
+        "general.name": Path(adapter).name, gguf.Keys.Adapter.TYPE: "lora", gguf.Keys.Adapter.LORA_ALPHA: float(alpha),
+    }  # fmt: skip
+    tensors = [
+        GGUFTensor(f"{_gguf_name(name, model)}.lora_{suffix}", tuple(factor.shape), "f32", partial(_bytes, factor))
+        for name, layer in layers.items()
+        for suffix, factor in zip("ab", _factors(name, layer, alpha, source.config), strict=True)
+    ]
+    with atomic_file(path) as temporary:
+        write_gguf_file(temporary, keys, tensors)
+
+
+def _bytes(factor: Tensor) -> Tensor:
+    return factor.contiguous().view(torch.uint8)
+
+
+def modelfile(base: str, adapter: Path) -> str:
+    """An Ollama Modelfile that runs `adapter`, a file beside it, over the model `base`."""
+    return f"FROM {Path(base).resolve()}\nADAPTER ./{adapter.name}\n"
+
+
+def _hollow(source: ModelSource) -> PreTrainedModel:
+    """The model with linear layers that adapters attach to, and without weights: one zero stands for each matrix."""
+    model = build_on_meta(source, torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(torch.zeros(()).expand(module.weight.shape), requires_grad=False)
+    return model
+
+
+def _refuse_more(adapter: PeftAdapter, directory: str) -> None:
+    """InputError for anything but W + scale·B·A of linear layers over the model's own weights."""
+    if adapter.starts_with_change:
+        raise InputError(
+            f"{directory} was started with {adapter.init}, which changed the base, and a GGUF adapter is applied to "
+            f"the original: save it with save_adapter(model, directory, plain=True), or {_INSTEAD}"
+        )
+    if adapter.is_plain:
+        return
+    more = [f"{name}.{end}" for name, parts in adapter.tensors.layers.items() for end in parts.keys() - PLAIN_ENDS]
+    raise InputError(
+        f"{directory} has trained parameters beside A and B of linear layers, which a GGUF adapter cannot carry: "
+        f"{listing(sorted([*more, *adapter.tensors.saved]), 3)}; {_INSTEAD}"
+    )
+
+
+def _gguf_name(layer: str, model: PreTrainedModel) -> str:
+    name = llama_gguf.gguf_name(f"{layer}.weight")
+    if name is None:
+        raise InputError(f"GGUF has no place for an adapter of {layer}: {_INSTEAD}")
+    if name == "output.weight" and is_tied(model):
+        raise InputError(f"{layer} is tied to the embedding, and llama.cpp adapts no tied head: {_INSTEAD}")
+    return name
+
+
+def _factors(name: str, layer: AdapterLayer, alpha: float, config: PretrainedConfig) -> tuple[Tensor, Tensor]:
+    """A, and B in llama.cpp's row order and for its scale alpha / rank."""
+    b = layer.lora_b.detach().float() * (layer.scale * layer.rank / alpha)
+    return layer.lora_a.detach().float(), llama_gguf.to_gguf(f"{name}.weight", b, config).contiguous()

@@ -1,0 +1,1 @@
+"""Merge methods, mergekit's configs, and the executor that streams models through them chunk by chunk."""

@@ -1,0 +1,190 @@
+"""Carry out a plan: every thread takes whole tensors, piece by piece from the files into the files.
+
+A tensor is one thread's work from its statistics to its last piece, so no thread waits for another, the order of
+threads decides nothing, and what is held is a few pieces a thread. While tensors are merged the main thread flushes
+those that are done and notes them in the journal: a merge that was killed goes on with the others and ends with the
+same bytes.
+"""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrenar.core.errors import EntrenarError, InputError
+from entrenar.files.stream import one_openmp_thread_each
+from entrenar.merging.journal import NAME as JOURNAL
+from entrenar.merging.journal import Journal
+from entrenar.merging.output import OutputFiles
+from entrenar.merging.plan import MergePlan, PlannedTensor
+from entrenar.merging.stack import Piece, Scratch, Stack
+from entrenar.ops.merge_masks import count_non_finite
+from entrenar.ops.merge_sums import add_gram
+
+Progress = Callable[[int, int], None]
+"""(bytes of the result that are done, bytes in all)."""
+
+SAMPLE = 1 << 14  # elements of every piece that the report looks at
+
+
+def working_directory(output: Path) -> Path:
+    """Where an unfinished merge lies: beside its output, under a name that the next run finds."""
+    return output.with_name(f".{output.name}.merging")
+
+
+@contextmanager
+def working(output: Path) -> Iterator[Path]:
+    """The working directory, renamed to `output` in the end; kept on an error that another run can go on from."""
+    directory = working_directory(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield directory
+    except InputError:
+        shutil.rmtree(directory, ignore_errors=True)  # another run would be refused as well
+        raise
+    (directory / JOURNAL).unlink()
+    for file in directory.iterdir():
+        _fsync(file)
+    _fsync(directory)
+    directory.rename(output)
+    _fsync(output.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def execute(plan: MergePlan, files: OutputFiles, digest: str, seed: int, progress: Progress) -> dict[str, Any]:
+    """Write every tensor that is not there yet; tensor → its statistics (see `_Watch`).
+
+    Args:
+        digest: of everything that decides the bytes; what lies in the directory under another one is removed.
+
+    Raises:
+        InputError: an input that is not finite, has changed, or ends early. EntrenarError: the disk is full.
+    """
+    journal = Journal(files.directory)
+    try:
+        done = journal.read(digest) if files.are_there() else {}
+        if not done:
+            _clear(files.directory)
+        journal.start(digest, done)
+        _open(files, is_new=not done)
+        _merge_all(plan, files, journal, seed, progress, done)
+        files.finish()
+        return done
+    finally:
+        files.close()
+        journal.close()
+
+
+def _open(files: OutputFiles, *, is_new: bool) -> None:
+    try:
+        files.open()
+    except EntrenarError:
+        if is_new:
+            _clear(files.directory)  # a full disk's last space is given back
+        raise
+
+
+def _clear(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.name != JOURNAL:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _merge_all(
+    plan: MergePlan, files: OutputFiles, journal: Journal, seed: int, progress: Progress, done: dict[str, Any]
+) -> None:
+    left = sorted((tensor for tensor in plan.tensors if tensor.name not in done), key=lambda t: -t.bytes)
+    sizes = {tensor.name: tensor.bytes for tensor in plan.tensors}
+    local = threading.local()
+
+    def merge(tensor: PlannedTensor) -> tuple[str, Any]:
+        if not hasattr(local, "scratch"):
+            local.scratch = Scratch()
+        with torch.inference_mode():
+            return tensor.name, merge_tensor(plan, tensor, files, seed, local.scratch)
+
+    with one_openmp_thread_each() as count:
+        pool = ThreadPoolExecutor(count, thread_name_prefix="merge")
+        try:
+            waiting: set[Future[tuple[str, Any]]] = {pool.submit(merge, tensor) for tensor in left}
+            while waiting:
+                complete, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                notes = [future.result() for future in complete]
+                files.flush([name for name, _ in notes])
+                journal.append(notes)
+                done.update(notes)
+                progress(sum(sizes[name] for name in done), sum(sizes.values()))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def merge_tensor(plan: MergePlan, tensor: PlannedTensor, files: OutputFiles, seed: int, scratch: Scratch) -> Any:
+    """Merge and write one tensor; its statistics."""
+    method = plan.method
+    stack = Stack(
+        name=tensor.name, shape=tensor.shape, models=[model.source for model in tensor.models],
+        base=tensor.base.source if tensor.base else None, labels=tensor.labels, scratch=scratch, seed=seed,
+        whole_rows=method.whole_rows,
+    )  # fmt: skip
+    combine = method.function(stack, tensor.options)
+    watch = _Watch(tensor)
+    for piece in stack.pieces():
+        watch.check_inputs(piece)
+        out = scratch.take("out", piece.count, tensor.dtype)
+        combine(piece, out)
+        watch.look_at(piece, out)
+        files.write(tensor.name, piece.start, out)
+    return watch.note()
+
+
+class _Watch:
+    """Refuses what is not finite, and gathers the report's numbers from a sample of every piece.
+
+    The note is the Gram matrix (m + 1, m + 1) of the models and, last, the result, all less the base if there is one.
+    """
+
+    def __init__(self, tensor: PlannedTensor) -> None:
+        self._tensor = tensor
+        count = len(tensor.models) + 1
+        self._gram = torch.zeros(count, count, dtype=torch.float64)
+
+    def check_inputs(self, piece: Piece) -> None:
+        """InputError naming the model with a NaN or an infinity."""
+        for label, values in zip(self._tensor.labels, piece.models, strict=True):
+            self._check(values, label)
+        if piece.base is not None:
+            self._check(piece.base, "the base model")
+
+    def _check(self, values: Tensor, whose: str) -> None:
+        if count_non_finite(values):
+            raise InputError(
+                f"{whose} has NaN or infinite values in {self._tensor.name}: nothing useful can be merged from it"
+            )
+
+    def look_at(self, piece: Piece, out: Tensor) -> None:
+        """Take the sample; InputError where the result does not fit its type."""
+        if count_non_finite(out):
+            raise InputError(
+                f"the merged {self._tensor.name} does not fit {str(out.dtype).removeprefix('torch.')}: choose another "
+                "out_dtype or smaller weights"
+            )
+        ends = [tensor[:SAMPLE] for tensor in (*piece.models, out)]
+        add_gram(ends, None if piece.base is None else piece.base[:SAMPLE], self._gram)
+
+    def note(self) -> list[list[float]]:
+        """As JSON; symmetric."""
+        return (self._gram.tril() + self._gram.tril(-1).T).tolist()

@@ -1,0 +1,1 @@
+"""The merge methods, one function each; `merging/registry.py` has a row for every one."""

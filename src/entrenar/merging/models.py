@@ -1,0 +1,230 @@
+"""The models of a merge: a Hugging Face directory or id, or a GGUF; each perhaps with an adapter, `model+adapter`.
+
+Only headers are read here. transformers is not needed for directories.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrenar.core.errors import InputError, listing
+from entrenar.files.peft import PeftAdapter, read_adapter
+from entrenar.files.safetensors import SafetensorsCheckpoint
+from entrenar.files.stored_tensor import StoredTensor
+from entrenar.lora.spec import spec_of
+from entrenar.merging.stack import Scratch, Source
+
+_LAYER = re.compile(r"(?P<before>(^|.*\.)(layers|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
+_NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")  # buffers that some old checkpoints carry along
+_AS_THEY_ARE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """A tensor in a file; types other than plain floats are widened as they are read."""
+
+    stored: StoredTensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pieces."""
+        return self.stored.dtype if self.stored.dtype in _AS_THEY_ARE else torch.bfloat16
+
+    @property
+    def step(self) -> int:
+        """Whole blocks of a quantized type."""
+        return self.stored.step
+
+    def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:
+        """(count,) in scratch."""
+        raw = scratch.take(role, self.stored.bytes_of(count))
+        piece = self.stored.read_range(start, count, raw)
+        return piece if piece.dtype == self.dtype else piece.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class AdaptedSource:
+    """A weight with its adapter laid over: W + scale · B·A, the rows of a piece at a time."""
+
+    base: Source
+    columns: int
+    a: Tensor  # (rank, d_in) float32
+    b: Tensor  # (d_out, rank) float32, times the scale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The sum is not rounded."""
+        return torch.float32
+
+    @property
+    def step(self) -> int:
+        """The base's."""
+        return self.base.step
+
+    def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:
+        """(count,) float32."""
+        piece = self.base.read(start, count, scratch, (role, "adapted"))
+        first, end = start // self.columns, -(-(start + count) // self.columns)
+        delta = (self.b[first:end] @ self.a).view(-1)
+        return piece.float() + delta[start - first * self.columns :][:count]
+
+
+@dataclass(frozen=True)
+class InputTensor:
+    """One tensor of a model: its header's words and how it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: Source
+    bytes: int
+
+
+@dataclass(frozen=True)
+class InputModel:
+    """A model as the config names it.
+
+    Attributes:
+        label: as written. directory: where config and tokenizer lie; None for a GGUF.
+        config: of `config.json`. fingerprint: of the headers and sizes of its files and of samples of their data.
+    """
+
+    label: str
+    directory: Path | None
+    config: dict[str, Any]
+    tensors: dict[str, InputTensor]
+    fingerprint: str
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        found = [int(match["index"]) for match in map(_LAYER.fullmatch, self.tensors) if match]
+        return max(found, default=-1) + 1
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return bool(self.config.get("tie_word_embeddings", False))
+
+
+def split_layer(name: str) -> tuple[str, int, str] | None:
+    """`model.layers.3.mlp.up_proj.weight` → what stands before the layer's number, the number, what stands after."""
+    match = _LAYER.fullmatch(name)
+    return None if match is None else (match["before"], int(match["index"]), match["after"])
+
+
+def open_model(label: str) -> InputModel:
+    """Open `path`, `hub/id`, `file.gguf`, or one of these with `+adapter`.
+
+    Raises:
+        InputError: nothing there, weights in pickles, a broken file, or an adapter that does not fit.
+    """
+    path, adapter = _split(label)
+    model = _open_gguf(label, path) if path.endswith(".gguf") else _open_directory(label, path)
+    return model if adapter is None else _adapted(model, read_adapter(Path(adapter)), adapter)
+
+
+def _split(label: str) -> tuple[str, str | None]:
+    if Path(label).exists() or "+" not in label:
+        return label, None
+    path, _, adapter = label.rpartition("+")
+    return path, adapter
+
+
+def _open_directory(label: str, path: str) -> InputModel:
+    directory = Path(path)
+    if not directory.is_dir():
+        from entrenar.models.source import local_directory  # imports transformers
+
+        directory = local_directory(path)
+    _refuse_pickles(directory)
+    checkpoint = SafetensorsCheckpoint(directory)
+    stored = {name: checkpoint.stored(name) for name in checkpoint.names() if not name.endswith(_NOT_WEIGHTS)}
+    return InputModel(label, directory, _read_config(directory), _tensors(stored), _fingerprint(stored))
+
+
+def _refuse_pickles(directory: Path) -> None:
+    pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
+    if pickles and not any(directory.glob("*.safetensors")):
+        raise InputError(
+            f"{directory} has its weights in pickles ({listing(pickles, 3)}), which can run code when they are read: "
+            "save the model as safetensors first (transformers: save_pretrained)"
+        )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{directory} has no config.json: point to a model's directory") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{directory / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{directory / 'config.json'} is not a JSON object")
+    if "quantization_config" in config:
+        raise InputError(f"{directory} is quantized: export it as bf16 first (`entrenar export`)")
+    return config
+
+
+def _open_gguf(label: str, path: str) -> InputModel:
+    from entrenar.models.source import open_source  # imports transformers
+
+    source = open_source(path)
+    stored = {name: source.weights.stored(name) for name in source.weights.names()}
+    return InputModel(label, None, source.config.to_dict(), _tensors(stored), _fingerprint(stored))
+
+
+def _tensors(stored: dict[str, StoredTensor]) -> dict[str, InputTensor]:
+    return {
+        name: InputTensor(tensor.shape, source.dtype, source, tensor.size)
+        for name, tensor in stored.items()
+        for source in (StoredSource(tensor),)
+    }
+
+
+def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
+    if not adapter.is_plain:
+        raise InputError(
+            f"the adapter {where} is more than W + scale·B·A over the original weights, and a merge lays only that "
+            "over: export the model with it (--to safetensors) and merge the result"
+        )
+    spec, tensors = spec_of(adapter), dict(model.tensors)
+    for layer, (a, b) in adapter.factors.items():
+        name = f"{layer}.weight"
+        if name not in tensors:
+            raise InputError(f"the adapter {where} is for {layer}, which {model.label} does not have")
+        weight = tensors[name]
+        if weight.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+            raise InputError(
+                f"{where} has A and B of shapes {tuple(a.shape)} and {tuple(b.shape)} at {layer}, where the weight is "
+                f"{weight.shape}"
+            )
+        source = AdaptedSource(weight.source, a.shape[1], a.float(), b.float() * spec.for_layer(layer).scale)
+        tensors[name] = InputTensor(weight.shape, weight.dtype, source, weight.bytes)
+    digest = hashlib.blake2b(model.fingerprint.encode(), digest_size=16)
+    for layer, (a, b) in sorted(adapter.factors.items()):
+        digest.update(
+            f"{layer} {spec.for_layer(layer).scale}".encode()
+            + a.float().numpy().tobytes()
+            + b.float().numpy().tobytes()
+        )
+    return InputModel(model.label, model.directory, model.config, tensors, digest.hexdigest())
+
+
+_SAMPLE = 4096
+
+
+def _fingerprint(stored: dict[str, StoredTensor]) -> str:
+    """Of names, types, shapes, places and the first 4 kB of every tensor: cheap, and enough to tell models apart."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(stored.items()):
+        digest.update(repr((name, str(tensor.dtype), tensor.shape, tensor.start, tensor.size)).encode())
+        digest.update(tensor.first_bytes(_SAMPLE))
+    return digest.hexdigest()

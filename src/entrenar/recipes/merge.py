@@ -1,0 +1,148 @@
+"""Merge: combine several models into one, as a config of mergekit's says, or tensors in memory."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import entrenar
+from entrenar.core.atomic import refuse_existing
+from entrenar.merging.config import read_merge_config
+from entrenar.merging.directory import write_model_files
+from entrenar.merging.execute import Progress, execute, working, working_directory
+from entrenar.merging.in_memory import merge_tensors
+from entrenar.merging.output import OutputFiles
+from entrenar.merging.plan import MergePlan, PlannedTensor, make_plan
+from entrenar.merging.registry import METHODS
+from entrenar.merging.report import MergeReport, make_report
+from entrenar.merging.stack import PIECE_ELEMENTS
+
+MAX_SHARD_BYTES = 5 * 10**9
+REPORT_NAME = "merge-report.json"
+_BYTES_PER_SECOND = 400e6  # of inputs and result together, on two cores; only for the plan's guess
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOutlook:
+    """What a merge would do.
+
+    Attributes:
+        tensors: with method and inputs. files, output_bytes: of the result. memory_bytes: of pieces, the libraries
+            apart. seconds: a guess.
+    """
+
+    method: str
+    tensors: list[PlannedTensor]
+    files: int
+    input_bytes: int
+    output_bytes: int
+    memory_bytes: int
+    seconds: float
+
+
+class Merge:
+    """`merge(config, output)` merges models in files; `merge.ties({...}, base, density=0.5)` tensors in memory.
+
+    There is one such function for every merge method; see `merging.in_memory.merge_tensors` for its arguments.
+    """
+
+    __name__ = "merge"
+
+    def __call__(
+        self,
+        config: str | Path | dict[str, Any],
+        output: str | Path,
+        *,
+        seed: int = 0,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        progress: Progress = lambda _done, _all: None,
+    ) -> MergeReport:
+        """Merge into a new Hugging Face directory; stopped at any moment, the same call goes on to the same bytes.
+
+        Args:
+            config: a mergekit YAML, or its content as a dict.
+            seed: of the random masks of dare and della.
+
+        Raises:
+            InputError: a config or models that are refused, or a taken output. EntrenarError: the disk is full.
+        """
+        output = Path(output)
+        refuse_existing(output)
+        parsed, text = read_merge_config(config)
+        plan = make_plan(parsed)
+        metadata = _provenance(plan, text, seed)
+        with working(output) as directory:
+            files = OutputFiles(directory, plan.tensors, max_shard_bytes, metadata)
+            notes = execute(plan, files, _digest(plan, files, seed), seed, progress)
+            report = make_report(plan, notes)
+            write_model_files(directory, plan, parsed.chat_template, _readme(output.name, plan, text, metadata))
+            (directory / REPORT_NAME).write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        return report
+
+    def plan(
+        self, config: str | Path | dict[str, Any], output: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> MergeOutlook:
+        """Read headers only; everything that would be refused is refused here too."""
+        refuse_existing(Path(output))
+        parsed, text = read_merge_config(config)
+        plan = make_plan(parsed)
+        files = OutputFiles(working_directory(Path(output)), plan.tensors, max_shard_bytes, _provenance(plan, text, 0))
+        inputs = sum(tensor.input_bytes for tensor in plan.tensors)
+        return MergeOutlook(
+            method=plan.method.name, tensors=plan.tensors, files=len(files.names), input_bytes=inputs,
+            output_bytes=files.bytes, memory_bytes=_memory(plan), seconds=(inputs + files.bytes) / _BYTES_PER_SECOND,
+        )  # fmt: skip
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name not in METHODS:
+            raise AttributeError(f"entrenar.merge has no method {name!r}: it has {', '.join(METHODS)}")
+
+        def function(models: Any, base: Any = None, **arguments: Any) -> Any:
+            return merge_tensors(name, models, base, **arguments)
+
+        function.__name__ = name
+        function.__doc__ = METHODS[name].function.__doc__
+        return function
+
+
+merge = Merge()
+
+
+def _memory(plan: MergePlan) -> int:
+    """A thread's pieces: inputs at their width, a mask each, the result, and float64 temporaries."""
+    import torch
+
+    inputs = max((len(tensor.models) + 1 for tensor in plan.tensors), default=1)
+    threads = min(torch.get_num_threads(), 8) + 1
+    return threads * PIECE_ELEMENTS * (inputs * (4 + 1) + 4 + 8)
+
+
+def _provenance(plan: MergePlan, text: str, seed: int) -> dict[str, str]:
+    inputs = {label: model.fingerprint for label, model in plan.models.items()}
+    return {
+        "entrenar.merge": json.dumps(
+            {"version": entrenar.__version__, "method": plan.method.name, "seed": seed, "inputs": inputs}
+        ),
+        "entrenar.merge_config": text,
+    }
+
+
+def _digest(plan: MergePlan, files: OutputFiles, seed: int) -> str:
+    """Of everything that decides the result's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for one in files.layouts:
+        digest.update(one.header)
+    for tensor in plan.tensors:
+        digest.update(repr((tensor.name, sorted(tensor.options.items()), tensor.labels, seed)).encode())
+    return digest.hexdigest()
+
+
+def _readme(name: str, plan: MergePlan, text: str, metadata: dict[str, str]) -> str:
+    inputs = "\n".join(f"- `{label}` (fingerprint {model.fingerprint})" for label, model in plan.models.items())
+    return (
+        f"# {name}\n\nMerged by entrenar {entrenar.__version__}, method `{plan.method.name}`, from\n\n{inputs}\n\n"
+        f"```yaml\n{text.rstrip()}\n```\n\n`entrenar inspect` shows the same from the weights' metadata:\n"
+        f"`{metadata['entrenar.merge']}`\n"
+    )

@@ -1,0 +1,94 @@
+"""Products with a weight that stays in GGUF blocks: as with the weight that the gguf package makes of them."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from entrenar.ops import linear_codebook
+from entrenar.ops.adapted_linear import adapted_linears
+from entrenar.ops.adapted_native import Member
+from entrenar.ops.linear_gguf import (
+    FLOAT_TYPES,
+    GGUF_TYPES,
+    block_of,
+    columns_of,
+    decode_rows,
+    gguf_product,
+    gguf_transposed_product,
+)
+from entrenar.ops.linear_weight import GGUFWeight
+
+
+def packed_weight(type: str, rows: int, blocks: int) -> tuple[Tensor, Tensor]:
+    """Random bytes with scales of a sensible size, and the float32 matrix that the gguf package reads from them."""
+    elements, size = block_of(type)
+    generator = np.random.default_rng(rows * 100 + blocks)
+    if elements == 1:
+        values = torch.from_numpy(generator.standard_normal((rows, blocks * 32))).to(FLOAT_TYPES[type])
+        return values.view(torch.uint8), values.float()
+    raw = generator.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
+    for first, last in _HALVES[type]:
+        raw[..., first:last] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    raw = raw.reshape(rows, -1)
+    return torch.from_numpy(raw), torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type.upper()]))
+
+
+# Where the float16 scales (and minima) of a block stand.
+_HALVES = {
+    "q4_0": [(0, 2)], "q4_1": [(0, 2), (2, 4)], "q5_0": [(0, 2)], "q5_1": [(0, 2), (2, 4)], "q8_0": [(0, 2)],
+    "iq4_nl": [(0, 2)], "q2_k": [(80, 82), (82, 84)], "q3_k": [(108, 110)], "q4_k": [(0, 2), (2, 4)],
+    "q5_k": [(0, 2), (2, 4)], "q6_k": [(208, 210)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("type", GGUF_TYPES)
+@settings(max_examples=8, deadline=None)
+@given(
+    tokens=st.integers(0, 40), rows=st.integers(1, 70), blocks=st.integers(1, 3), panel=st.sampled_from([1, 1 << 20])
+)
+def test_products_are_those_with_the_dequantized_weight(
+    type: str, tokens: int, rows: int, blocks: int, panel: int
+) -> None:
+    packed, weight = packed_weight(type, rows, blocks)
+    columns = weight.shape[1]
+    assert columns_of(packed, type) == columns
+    torch.testing.assert_close(decode_rows(packed, type, torch.float32), weight, atol=0, rtol=0)
+    x, grad, bias = torch.randn(tokens, columns), torch.randn(tokens, rows), torch.randn(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_codebook, "PANEL_BYTES", panel)
+        torch.testing.assert_close(gguf_product(x, packed, type), x @ weight.t(), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(gguf_product(x, packed, type, bias), x @ weight.t() + bias, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(gguf_transposed_product(grad, packed, type), grad @ weight, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("type", ["q4_k", "q8_0", "f16"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_computed_in_as_they_are(type: str, dtype: torch.dtype) -> None:
+    packed, weight = packed_weight(type, 65, 2)
+    x = torch.randn(5, weight.shape[1], dtype=dtype)
+    torch.testing.assert_close(GGUFWeight(packed, type).product(x), x @ weight.to(dtype).t())
+
+
+@pytest.mark.parametrize("type", ["q4_1", "q6_k"])
+def test_gradients_pass_through_the_blocks_exactly(type: str) -> None:
+    """Analytic against numeric in float64, adapter included."""
+    packed, weight = packed_weight(type, 6, 1)
+    columns = weight.shape[1]
+    x = torch.randn(3, columns, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(2, columns, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+
+    def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return adapted_linears(x, [Member(GGUFWeight(packed, type), None, a, b, 0.5)])[0]
+
+    assert torch.autograd.gradcheck(layer, (x, a, b), fast_mode=True)
+
+
+def test_a_tracer_sees_the_same_product() -> None:
+    packed, weight = packed_weight("q4_k", 7, 1)
+    x = torch.randn(2, 3, 256)
+    torch.testing.assert_close(GGUFWeight(packed, "q4_k").traced(x, None), x @ weight.t())

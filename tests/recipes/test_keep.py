@@ -1,0 +1,52 @@
+"""The whole job on a GGUF's own blocks: check, train, evaluate, inspect."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from entrenar.core.config import load_config
+from entrenar.core.errors import InputError
+from entrenar.files.peft import read_base_format
+from entrenar.recipes.config import RunConfig
+from entrenar.recipes.evaluate import evaluate
+from entrenar.recipes.export import export
+from entrenar.recipes.inspect import inspect
+from entrenar.recipes.train import train
+
+MakeConfig = Callable[..., Path]
+
+
+@pytest.fixture
+def base(tiny_model_dir: Path, tmp_path: Path) -> str:
+    return str(export(str(tiny_model_dir), tmp_path / "base.gguf", to="gguf", type="q4_1"))
+
+
+def test_a_gguf_is_kept_unless_the_config_says_otherwise(make_config: MakeConfig, base: str) -> None:
+    path = make_config(**{"model.path": base})
+    assert load_config(RunConfig, path).model.quantize == "keep"
+    assert load_config(RunConfig, path, {"model.quantize": "nf4"}).model.quantize == "nf4"
+    assert load_config(RunConfig, make_config()).model.quantize == "nf4"
+    with pytest.raises(InputError, match=r"holds a \.gguf file's own blocks"):
+        load_config(RunConfig, make_config(), {"model.quantize": "keep"})
+
+
+def test_a_run_trains_on_the_blocks_and_its_adapter_remembers_them(
+    make_config: MakeConfig, base: str, tiny_data: Path
+) -> None:
+    result = train(make_config(**{"model.path": base}))
+    noted = read_base_format(Path(result.adapter))
+    assert noted is not None
+    assert noted.format == "keep"
+    before = evaluate(base, tiny_data, match=False)
+    after = evaluate(base, tiny_data, adapter=result.adapter, match=False)
+    assert after.loss < before.loss - 0.05
+
+
+def test_inspect_tells_bits_per_weight_by_place(base: str, tiny_model_dir: Path) -> None:
+    bits = inspect(base).bits_per_weight()
+    assert {place: bits[place] for place in ("attention", "MLP", "norms", "embedding")} == {
+        "attention": 5.0, "MLP": 5.0, "norms": 32.0, "embedding": 8.5,
+    }  # fmt: skip
+    assert 5.0 < bits["all"] < 8.5
+    assert inspect(tiny_model_dir).bits_per_weight() == {}

@@ -1,0 +1,91 @@
+"""Merging as a user calls it: the directory opens in transformers, says where it is from; tensors merge in memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import entrenar
+from entrenar.merging.registry import METHODS
+from entrenar.recipes.merge import REPORT_NAME
+
+
+@pytest.fixture
+def neighbour(tiny_model_dir: Path, tmp_path: Path) -> str:
+    """The tiny model with its matrices moved a little, and a template of its own."""
+    values = load_file(tiny_model_dir / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    moved = {n: x + 0.01 * torch.randn(x.shape, generator=generator) if x.dim() > 1 else x for n, x in values.items()}
+    directory = tmp_path / "neighbour"
+    directory.mkdir()
+    save_file(moved, directory / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((tiny_model_dir / name).read_bytes())
+    return str(directory)
+
+
+def config(base: Path, other: str, **changes: object) -> dict[str, object]:
+    models = [{"model": other, "parameters": {"weight": 1.0, "density": 0.5}}]
+    return {"merge_method": "ties", "base_model": str(base), "models": models, "dtype": "bfloat16", **changes}
+
+
+def test_the_result_is_a_model_that_transformers_opens(tiny_model_dir: Path, neighbour: str, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    report = entrenar.merge(config(tiny_model_dir, neighbour, chat_template="{{ messages }}"), output)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer("lamp")["input_ids"] == AutoTokenizer.from_pretrained(tiny_model_dir)("lamp")["input_ids"]
+    norms = next(row for row in report.kinds if row.kind == "model.layers.*.input_layernorm.weight")
+    assert norms.parents[0].norm_ratio is None
+    matrices = next(row for row in report.kinds if row.kind == "model.layers.*.mlp.up_proj.weight")
+    assert matrices.parents[0].cosine == pytest.approx(
+        0.93, abs=0.05
+    )  # half of a normal's entries hold 93% of its length
+    assert json.loads((output / REPORT_NAME).read_text())["of"] == "task vectors"
+
+
+def test_the_result_says_where_it_is_from(tiny_model_dir: Path, neighbour: str, tmp_path: Path) -> None:
+    entrenar.merge(config(tiny_model_dir, neighbour), tmp_path / "merged", seed=4)
+    with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as file:
+        noted = file.metadata()
+    told = json.loads(noted["entrenar.merge"])
+    assert told["seed"] == 4
+    assert set(told["inputs"]) == {str(tiny_model_dir), neighbour}
+    assert "merge_method: ties" in noted["entrenar.merge_config"]
+    assert entrenar.inspect(tmp_path / "merged").metadata["entrenar.merge"] == noted["entrenar.merge"]
+    assert "merge_method: ties" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_a_plan_reads_headers_and_writes_nothing(tiny_model_dir: Path, neighbour: str, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    outlook = entrenar.merge.plan(config(tiny_model_dir, neighbour), tmp_path / "merged")
+    assert sorted(tmp_path.iterdir()) == before
+    entrenar.merge(config(tiny_model_dir, neighbour), tmp_path / "merged")
+    assert outlook.output_bytes == (tmp_path / "merged" / "model.safetensors").stat().st_size
+    assert outlook.method == "ties"
+    assert outlook.tensors[0].options["density"] == (0.5,)
+
+
+def test_what_came_to_nothing_is_remarked(tiny_model_dir: Path, neighbour: str, tmp_path: Path) -> None:
+    slerp = {"merge_method": "slerp", "base_model": str(tiny_model_dir), "models": [{"model": neighbour}]}
+    report = entrenar.merge({**slerp, "parameters": {"t": 1.0}}, tmp_path / "end")
+    assert report.remarks == [f"the result is equal to {neighbour}: nothing was merged"]
+    report = entrenar.merge({**slerp, "parameters": {"t": 0.0}}, tmp_path / "start")
+    assert report.remarks == ["the result is equal to the base: nothing was merged"]
+    assert entrenar.merge({**slerp, "parameters": {"t": 0.5}}, tmp_path / "middle").remarks == []
+
+
+def test_every_method_is_there_for_tensors_in_memory() -> None:
+    base = torch.randn(4, 6)
+    merged = entrenar.merge.ties({"a": base + 1, "b": base + 1}, base, density=0.5)
+    assert ((merged - base).abs() > 0.5).sum() == 12
+    assert all(getattr(entrenar.merge, name).__doc__ for name in METHODS)
+    with pytest.raises(AttributeError, match=r"entrenar\.merge has no method 'tees'"):
+        _ = entrenar.merge.tees
