@@ -35,7 +35,7 @@ lora:
   rslora: false                # scale = alpha / sqrt(rank)
   dora: false                  # train the length of each row of the adapted weights as well
   init: default                # default | gaussian | pissa | pissa_niter_4 | loftq_5
-  # rank_pattern: {down_proj: 32}      # other ranks and alphas by name
+  # rank_pattern: {{down_proj: 32}}      # other ranks and alphas by name
   # modules_to_save: [embed_tokens]    # trained whole beside the adapter
 
 optimizer:
