@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from entrenar.lora.lora_layer import LoRALayer
     from entrenar.lora.low_rank import MemoryStats
     from entrenar.lora.qlora_layer import QLoRALayer
+    from entrenar.lora.several import Adapters
     from entrenar.models.load import load
+    from entrenar.models.original import original_weights
     from entrenar.quant.linear import QuantizedLinear
     from entrenar.quant.tensor import QuantizedTensor, dequantize_4bit, quantize, quantize_4bit
     from entrenar.recipes.check import check
     from entrenar.recipes.evaluate import evaluate
     from entrenar.recipes.export import export
+    from entrenar.recipes.extract import extract_adapter
     from entrenar.recipes.inspect import inspect
     from entrenar.recipes.merge import merge
     from entrenar.recipes.train import TrainResult, train
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Adapters": "lora.several",
     "EntrenarError": "core.errors",
     "InputError": "core.errors",
     "StoppedError": "core.errors",
@@ -40,10 +44,12 @@ _HOMES = {
     "dequantize_4bit": "quant.tensor",
     "evaluate": "recipes.evaluate",
     "export": "recipes.export",
+    "extract_adapter": "recipes.extract",
     "inspect": "recipes.inspect",
     "load": "models.load",
     "load_adapter": "lora.adapter_io",
     "merge": "recipes.merge",
+    "original_weights": "models.original",
     "quantize": "quant.tensor",
     "quantize_4bit": "quant.tensor",
     "save_adapter": "lora.adapter_io",
@@ -51,6 +57,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Adapters",
     "EntrenarError",
     "InputError",
     "LoRALayer",
@@ -65,10 +72,12 @@ __all__ = [
     "dequantize_4bit",
     "evaluate",
     "export",
+    "extract_adapter",
     "inspect",
     "load",
     "load_adapter",
     "merge",
+    "original_weights",
     "quantize",
     "quantize_4bit",
     "save_adapter",

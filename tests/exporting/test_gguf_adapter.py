@@ -42,36 +42,24 @@ def _deltas(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_what_the_runtime_adds_is_the_live_delta(tiny_model_dir: Path, tmp_path: Path, scale: float | None) -> None:
-    """Also where one layer's scale is another (per-module alphas, rsLoRA)."""
-    model = _trained(tiny_model_dir, tmp_path / "adapter")
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 1.5}}],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_what_the_runtime_adds_is_the_live_delta(
+    tiny_model_dir: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """Also where one layer's scale is another."""
+    model = _trained(tiny_model_dir, tmp_path / "adapter", **changes)
     path = export(str(tiny_model_dir), tmp_path / "a.gguf", to="gguf-adapter", adapter=str(tmp_path / "adapter"))
-    if scale is not None:  # this version's PEFT reader has one scale: changed on the way
-        path = _with_scale(tiny_model_dir, tmp_path, scale)
     found, config = _deltas(path), open_source(str(tiny_model_dir)).config
     layers = dict(adapted_layers(model))
     assert found.keys() == {gguf_name(f"{name}.weight") for name in layers}
-    for number, (name, layer) in enumerate(layers.items()):
-        expected = (layer.merge_to_f32() - layer.get_parameter("base_weight")).detach()
-        if scale is not None and number == 3:
-            expected = expected * (scale / layer.scale)
+    for name, layer in layers.items():
+        expected = (layer.merge_to_f32() - layer.base_to_f32()).detach()
         wanted = to_gguf(f"{name}.weight", expected, config)
         np.testing.assert_allclose(found[str(gguf_name(f"{name}.weight"))], wanted, atol=1e-5)
-
-
-def _with_scale(model_dir: Path, tmp_path: Path, scale: float) -> Path:
-    from entrenar.exporting import gguf_adapter as module
-
-    def load_with_scale(model: nn.Module, directory: str) -> None:
-        load_adapter(model, directory)
-        list(adapted_layers(model))[3][1].scale = scale
-
-    load_adapter = module.load_adapter
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_adapter", load_with_scale)
-        export_gguf_adapter(open_source(str(model_dir)), str(tmp_path / "adapter"), tmp_path / "scaled.gguf")
-    return tmp_path / "scaled.gguf"
 
 
 def test_the_file_says_what_it_is(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -96,23 +84,22 @@ def test_an_ollama_modelfile_on_request(tiny_model_dir: Path, tmp_path: Path) ->
     assert not (tmp_path / "b.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"targets": ["lm_head"]}, "lm_head is tied .*--to gguf"),
+        ({"modules_to_save": ["norm"]}, r"beside A and B.*model\.norm\.weight; fuse"),
+        ({"dora": True}, r"beside A and B.*lora_magnitude_vector"),
+        ({"targets": ["embed_tokens"]}, r"beside A and B.*embed_tokens\.lora_embedding_A"),
+        ({"init": "pissa"}, "started with pissa.*plain=True"),
+    ],
+    ids=["tied head", "saved", "dora", "embedding", "pissa"],
+)
 def test_what_it_cannot_carry_is_refused_with_the_way_out(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path, tmp_path: Path, changes: dict[str, object], said: str
 ) -> None:
-    _trained(tiny_model_dir, tmp_path / "head", targets=["lm_head"])
-    with pytest.raises(InputError, match=r"lm_head is tied .*--to gguf"):
-        export(str(tiny_model_dir), tmp_path / "a.gguf", to="gguf-adapter", adapter=str(tmp_path / "head"))
-    _trained(tiny_model_dir, tmp_path / "adapter")
-    from entrenar.exporting import gguf_adapter as module
-
-    original = module.load_adapter
-
-    def with_a_saved_norm(model: nn.Module, directory: str) -> None:
-        original(model, directory)
-        model.get_parameter("model.norm.weight").requires_grad_(True)
-
-    monkeypatch.setattr(module, "load_adapter", with_a_saved_norm)
-    with pytest.raises(InputError, match=r"beside A and B.*model\.norm\.weight; fuse"):
+    _trained(tiny_model_dir, tmp_path / "adapter", **changes)
+    with pytest.raises(InputError, match=said):
         export(str(tiny_model_dir), tmp_path / "a.gguf", to="gguf-adapter", adapter=str(tmp_path / "adapter"))
     assert not (tmp_path / "a.gguf").exists()
 

@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from entrenar.core.errors import InputError
-from entrenar.files.peft import BaseFormat, PeftAdapter, read_adapter, read_base_format, read_factors, write_adapter
+from entrenar.files.peft import (
+    AdapterTensors,
+    BaseFormat,
+    PeftAdapter,
+    read_adapter,
+    read_base_format,
+    read_tensors,
+    write_adapter,
+)
 
 PREFIX = "base_model.model."
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -45,10 +53,14 @@ def refusal(path: Path) -> str:
 
 
 def adapter(count: int, rank: int, base_format: BaseFormat | None = None) -> PeftAdapter:
-    factors = {f"model.layers.{n}.up": (torch.randn(rank, 5), torch.randn(7, rank)) for n in range(count)}
+    layers = {
+        f"model.layers.{n}.up": {"lora_A.weight": torch.randn(rank, 5), "lora_B.weight": torch.randn(7, rank)}
+        for n in range(count)
+    }
     return PeftAdapter(
-        rank=rank, alpha=2.5, dropout=0.1, targets=["up"], base_model="base", base_format=base_format, factors=factors
-    )
+        rank=rank, alpha=2.5, dropout=0.1, targets=["up"], base_model="base", base_format=base_format,
+        tensors=AdapterTensors(layers),
+    )  # fmt: skip
 
 
 BASE_FORMATS = st.none() | st.builds(
@@ -88,7 +100,7 @@ def test_a_directory_as_peft_writes_it_is_read(tmp_path: Path) -> None:
 def test_factors_that_are_views_are_written_as_their_values(tmp_path: Path) -> None:
     written = adapter(1, 2)
     square = torch.arange(36.0).view(6, 6)
-    written.factors["strided"] = (square.t()[:2], square[:, ::3])
+    written.tensors.layers["strided"] = {"lora_A.weight": square.t()[:2], "lora_B.weight": square[:, ::3]}
     write_adapter(tmp_path / "adapter", written)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert torch.equal(stored[f"{PREFIX}strided.lora_A.weight"], square.t()[:2])
@@ -110,6 +122,7 @@ def test_an_existing_directory_is_refused_and_untouched(tmp_path: Path) -> None:
         f"{PREFIX}{LAYER}.lora_A.default.weight",
         f"{PREFIX}{LAYER}.lora_C.weight",
         f"{PREFIX}{LAYER}.lora_magnitude_vector.weight",
+        f"{PREFIX}{LAYER}.base_layer.bias",
         f"{PREFIX}{LAYER}.lora_B.bias",
         f"{PREFIX}{LAYER}.lora_A.weight.absmax",
         f"{PREFIX}lm_head.weight",
@@ -135,29 +148,52 @@ def test_an_adapter_without_tensors_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("use_rslora", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
         ("lora_bias", True),
-        ("fan_in_fan_out", True),
-        ("rank_pattern", {"q_proj": 4}),
-        ("alpha_pattern", {"q_proj": 4}),
-        ("modules_to_save", ["lm_head"]),
         ("layer_replication", [[0, 2]]),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["experts.up"]),
         ("alora_invocation_tokens", [1]),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "pissa_niter_16"),
+        ("use_bdlora", {"target_modules_bd_a": ["q"]}),
         ("init_lora_weights", "olora"),
-        ("init_lora_weights", "loftq"),
         ("init_lora_weights", "corda"),
+        ("bias", "some"),
+        ("rank_pattern", [4]),
+        ("modules_to_save", "lm_head"),
     ],
 )
-def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
+def test_what_is_not_read_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
     message = refusal(directory(tmp_path, **{key: value}))
     assert f"{key} = {value!r}" in message
+
+
+def test_an_unknown_field_is_named(tmp_path: Path) -> None:
+    assert "has lora_gamma, which" in refusal(directory(tmp_path, lora_gamma=3))
+
+
+def test_every_field_of_a_variant_is_read(tmp_path: Path) -> None:
+    tensors = pair() | {f"{PREFIX}{LAYER}.lora_magnitude_vector": torch.ones(4)}
+    tensors |= {f"{PREFIX}lm_head.weight": torch.ones(3, 2), f"{PREFIX}{LAYER}.base_layer.bias": torch.ones(4)}
+    found = read_adapter(
+        directory(
+            tmp_path, tensors, use_dora=True, use_rslora=True, bias="lora_only", rank_pattern={"q_proj": 2},
+            alpha_pattern={"q_proj": 3}, modules_to_save=["lm_head"],
+        )
+    )  # fmt: skip
+    assert (found.dora, found.rslora, found.bias, found.modules_to_save) == (True, True, "lora_only", ["lm_head"])
+    assert (found.rank_pattern, found.alpha_pattern) == ({"q_proj": 2}, {"q_proj": 3})
+    assert found.tensors.layers[LAYER].keys() == {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"}
+    assert found.tensors.saved.keys() == {"lm_head.weight", f"{LAYER}.bias"}
+    assert not found.is_plain
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_a_magnitude_must_be_there_exactly_when_the_config_says_dora(tmp_path: Path, dora: bool) -> None:
+    extra = {} if dora else {f"{PREFIX}{LAYER}.lora_magnitude_vector": torch.ones(4)}
+    assert f"use_dora = {dora}" in refusal(directory(tmp_path, pair() | extra, use_dora=dora))
+
+
+def test_loftq_without_what_it_took_is_refused(tmp_path: Path) -> None:
+    assert "loftq" in refusal(directory(tmp_path, init_lora_weights="loftq"))
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
@@ -225,4 +261,4 @@ def test_broken_metadata_is_an_error(tmp_path: Path) -> None:
 
 def test_factors_can_be_read_without_a_config(tmp_path: Path) -> None:
     save_file(pair("a") | pair("b.c"), tmp_path / "factors.safetensors")
-    assert set(read_factors(tmp_path / "factors.safetensors")) == {"a", "b.c"}
+    assert set(read_tensors(tmp_path / "factors.safetensors").layers) == {"a", "b.c"}

@@ -180,20 +180,13 @@ def test_a_wrong_key_is_an_error(tmp_path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
-        ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ],
 )
-def test_what_peft_saves_beyond_plain_lora_is_refused_by_name(
+def test_what_peft_saves_beyond_what_is_read_is_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     their_model(["q_proj", "v_proj"], **changes).save_pretrained(str(tmp_path / "adapter"))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.files.peft import BaseFormat, read_base_format
-from entrenar.lora.adapter_io import adapter_factors, load_adapter, save_adapter, set_factors
+from entrenar.lora.adapter_io import load_adapter, save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
+from entrenar.lora.tensors import adapter_tensors, set_tensors
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import quantize
 
@@ -131,29 +132,29 @@ def test_loading_onto_a_model_with_adapters_is_an_error(tmp_path: Path) -> None:
         load_adapter(model, tmp_path / "adapter")
 
 
-def test_factors_are_views_of_the_live_parameters() -> None:
+def test_tensors_are_views_of_the_live_parameters() -> None:
     model = trained_model(["up"])
-    factors = adapter_factors(model)
+    layers = adapter_tensors(model).layers
     for name, layer in adapted_layers(model):
-        assert [f.data_ptr() for f in factors[name]] == [layer.lora_a.data_ptr(), layer.lora_b.data_ptr()]
-        assert not any(f.requires_grad for f in factors[name])
+        assert [t.data_ptr() for t in layers[name].values()] == [layer.lora_a.data_ptr(), layer.lora_b.data_ptr()]
+        assert not any(t.requires_grad for t in layers[name].values())
 
 
-def test_set_factors_copies_and_keeps_the_parameters() -> None:
+def test_set_tensors_copies_and_keeps_the_parameters() -> None:
     model, other = trained_model(), trained_model()
     ids = [id(p) for p in model.parameters()]
-    set_factors(model, adapter_factors(other), "elsewhere")
+    set_tensors(dict(model.named_modules()), adapter_tensors(other), "elsewhere")
     other_output = other(X)
-    for factor in (f for pair in adapter_factors(other).values() for f in pair):
-        factor.zero_()
+    for tensor in (t for parts in adapter_tensors(other).layers.values() for t in parts.values()):
+        tensor.zero_()
     assert torch.equal(model(X), other_output)
     assert [id(p) for p in model.parameters()] == ids
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("all-linear", ["up"]), (["up"], "all-linear")])
-def test_factors_must_be_for_exactly_the_adapted_layers(ours: str | list[str], theirs: str | list[str]) -> None:
+def test_tensors_must_be_for_exactly_the_adapted_layers(ours: str | list[str], theirs: str | list[str]) -> None:
     model = trained_model(ours)
     before = model(X)
     with pytest.raises(InputError, match=r"checkpoint and the model do not adapt the same layers: .*down"):
-        set_factors(model, adapter_factors(trained_model(theirs)), "checkpoint")
+        set_tensors(dict(model.named_modules()), adapter_tensors(trained_model(theirs)), "checkpoint")
     assert torch.equal(model(X), before)

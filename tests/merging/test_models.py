@@ -1,6 +1,7 @@
 """Inputs: adapters added as they are read, files told apart, types widened."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,18 +9,19 @@ from models_on_disk import HIDDEN, tensors, write_model
 from safetensors.torch import save_file
 
 from entrenar.core.errors import InputError
-from entrenar.files.peft import PeftAdapter, write_adapter
+from entrenar.files.peft import AdapterTensors, PeftAdapter, write_adapter
 from entrenar.merging.models import open_model, split_layer
 from entrenar.merging.stack import Scratch
 
 Q = "model.layers.1.self_attn.q_proj"
 
 
-def adapter(rows: int = HIDDEN) -> PeftAdapter:
+def adapter(rows: int = HIDDEN, **changes: Any) -> PeftAdapter:
     a, b = torch.randn(2, HIDDEN), torch.randn(rows, 2)
     return PeftAdapter(
-        rank=2, alpha=6.0, dropout=0.0, targets=["q_proj"], base_model=None, base_format=None, factors={Q: (a, b)}
-    )
+        rank=2, alpha=6.0, dropout=0.0, targets=["q_proj"], base_model=None, base_format=None,
+        tensors=AdapterTensors({Q: {"lora_A.weight": a, "lora_B.weight": b}}), **changes,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [5, HIDDEN, 23, HIDDEN * HIDDEN])
@@ -41,6 +43,26 @@ def test_an_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model", tensors(1))
     write_adapter(tmp_path / "adapter", adapter(rows=5))
     with pytest.raises(InputError, match="has A and B of shapes"):
+        open_model(f"{path}+{tmp_path / 'adapter'}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"), [({"rslora": True}, 6.0 / 2**0.5), ({"alpha_pattern": {"q_proj": 8.0}}, 4.0)]
+)
+def test_the_scale_is_the_layers_own(tmp_path: Path, changes: dict[str, Any], scale: float) -> None:
+    values, lora = tensors(1), adapter(**changes)
+    path = write_model(tmp_path / "model", values)
+    write_adapter(tmp_path / "adapter", lora)
+    source = open_model(f"{path}+{tmp_path / 'adapter'}").tensors[f"{Q}.weight"].source
+    a, b = lora.factors[Q]
+    found = source.read(0, HIDDEN * HIDDEN, Scratch(), 0)
+    torch.testing.assert_close(found, (values[f"{Q}.weight"].float() + scale * b @ a).view(-1))
+
+
+def test_what_is_more_than_lora_is_refused(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", tensors(1))
+    write_adapter(tmp_path / "adapter", adapter(init="pissa"))
+    with pytest.raises(InputError, match="more than W"):
         open_model(f"{path}+{tmp_path / 'adapter'}")
 
 

@@ -24,26 +24,37 @@ def export(
     type: Annotated[
         str | None,
         typer.Option(
-            help="safetensors: bf16, f32, f16; gguf: f16, f32, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, q5_1, "
-            "q5_0, q4_1, q4_0 [default: the first]."
+            help="safetensors: bf16, f32, f16, nf4; gguf: f16, f32, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q4_k_m, q4_k_s, "
+            "q5_1, q5_0, q4_1, q4_0 [default: the first]."
         ),
     ] = None,
     quantize: QuantizeOption = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="safetensors: dequantized (the model that was trained) or original [default: by type]."),
+    ] = None,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="Write a 4-bit type of a dequantized base, although little survives.")
+    ] = False,
+    text: Annotated[str | None, typer.Option(help="safetensors: rows to measure loss and KL on.")] = None,
     ollama: Annotated[bool, typer.Option("--ollama", help="An Ollama Modelfile beside the GGUF adapter.")] = False,
     verify: Annotated[
         bool | None,
         typer.Option(help="Run a GGUF against the live model: KL and perplexity [default: where there is an adapter]."),
     ] = None,
-    verify_on: Annotated[str | None, typer.Option(help="Held-out text to verify on, a file.")] = None,
+    verify_on: Annotated[str | None, typer.Option(help="Held-out text to verify a GGUF on, a file.")] = None,
 ) -> None:
     """Fuse a model with its adapter and write it as a Hugging Face directory or a GGUF; or write the adapter alone."""
+    from entrenar.exporting.fidelity import fidelity_table
     from entrenar.recipes.export import export as run
 
     wanted = verify if verify is not None else to == "gguf" and (adapter is not None or verify_on is not None)
     path = run(
-        model, output, adapter=adapter, to=to, type=type, quantize=quantize, ollama=ollama,
-        on_verified=_show if wanted else None, verify_on=verify_on,
+        model, output, adapter=adapter, to=to, type=type, quantize=quantize, base=base, lossy=lossy, text=text,
+        ollama=ollama, on_verified=_show if wanted else None, verify_on=verify_on,
     )  # fmt: skip
+    for line in fidelity_table(path):
+        typer.echo(line)
     files = [path] if path.is_file() else sorted(path.iterdir())
     typer.echo(f"wrote {path}: {human_bytes(sum(file.stat().st_size for file in files))}")
 

@@ -15,6 +15,7 @@ model:
   path: path/to/model          # Hugging Face directory or id, or a .gguf file
   # quantize: nf4              # nf4 | fp4 | int4 | int8 | none | keep; default: nf4, for a .gguf keep, its own blocks
   double_quant: false          # hold the block scales in 8 bits: 4.13 instead of 4.5 bits a weight
+  search: false                # nf4, fp4: choose each block's scale for the least error; slower to load, no other cost
   block_size: 64               # weights that share a scale: a power of two from 16 to 4096
   dtype: auto                  # auto: bfloat16 where the CPU has it natively, else float32
 
@@ -31,9 +32,15 @@ lora:
   alpha: 32                    # scale = alpha / rank
   dropout: 0.0
   targets: all-linear          # or a list of names (q_proj, v_proj), or a regular expression
+  rslora: false                # scale = alpha / sqrt(rank)
+  dora: false                  # train the length of each row of the adapted weights as well
+  init: default                # default | gaussian | pissa | pissa_niter_4 | loftq_5
+  # rank_pattern: {{down_proj: 32}}      # other ranks and alphas by name
+  # modules_to_save: [embed_tokens]    # trained whole beside the adapter
 
 optimizer:
   lr: 2e-4
+  lora_plus_ratio: 1.0         # learning rate of B as a multiple of lr (LoRA+: 16)
   schedule: cosine             # cosine | linear | constant
   warmup_steps: 5
   weight_decay: 0.0

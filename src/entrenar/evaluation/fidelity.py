@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entrenar.lora.attach import adapted_layers
+from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.lora.low_rank import AdapterLayer
 
 
@@ -47,6 +48,8 @@ def fused(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _with_fused_weight(layer: AdapterLayer, args: tuple[Tensor], _output: Tensor) -> Tensor:
-    x, bias = args[0], layer.member().bias
-    return F.linear(x, layer.merge_to_f32().to(x.dtype), bias)
+def _with_fused_weight(layer: AdapterLayer, args: tuple[Tensor], output: Tensor) -> Tensor:
+    x, weight = args[0], layer.merge_to_f32().to(output.dtype)
+    if isinstance(layer, EmbeddingLoRALayer):
+        return F.embedding(x, weight.t()) * getattr(layer.base, "embed_scale", 1.0)
+    return F.linear(x, weight, layer.base_bias())

@@ -5,22 +5,20 @@ adapter no model is needed: the tensors come straight from its files, one at a t
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.lazy_tensor import LazyTensor, Packed
-from entrenar.files.stored_tensor import StoredTensor
+from entrenar.files.peft import BaseFormat
 from entrenar.lora.low_rank import AdapterLayer
-from entrenar.models.load import build_on_meta, linear_weights
-from entrenar.models.match import match_tensors
 from entrenar.models.source import ModelSource
 from entrenar.quant.embedding import QuantizedEmbedding
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.registry import KEPT_FORMATS
-from entrenar.quant.tensor import QuantizedTensor, quantize
+from entrenar.quant.tensor import QuantizedTensor
 
 
 def fused_tensors(model: nn.Module) -> list[LazyTensor]:
@@ -37,35 +35,28 @@ def source_tensors(source: ModelSource, format: str | None) -> list[LazyTensor]:
     Raises:
         InputError: the files do not hold the architecture's tensors.
     """
-    model = build_on_meta(source, torch.float32)
-    tensors = match_tensors(model, source)
-    linear = linear_weights(model, model.get_output_embeddings()) if format else set()
+    base = BaseFormat(format=format, block_size=64, double_quant=False) if format else None
+    model = StreamedModel(source, None, base)
 
     def lazy(name: str) -> LazyTensor:
-        stored = tensors[name]
-        if format and name in linear:
-            return LazyTensor(name, stored.shape, partial(_rounded, stored, format))
         packed = None
-        if source.blocks and len(stored.shape) == 2:
+        if source.blocks and len(model.shape(name)) == 2 and not (format and name in model.linear):
             packed = Packed(source.blocks.type_of(name), source.blocks.packed(name).read)
-        return LazyTensor(name, stored.shape, stored.read, packed)
+        return LazyTensor(name, model.shape(name), lambda: model.fused(name).weight, packed=packed)
 
-    return [lazy(name) for name in tensors]
-
-
-def _rounded(stored: StoredTensor, format: str) -> Tensor:
-    return quantize(stored.read(), format=format).dequantize()
+    return [lazy(name) for name in model.names()]
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor]:
     fused = _fused_weight(f"{prefix}weight", module)
     if fused is not None:
         parts = {id(part) for part in module.parameters() if part.dtype == torch.uint8}
-        if parts and parts <= seen:  # a head over the embedding's storage
-            return
-        seen |= parts
+        if not isinstance(module, AdapterLayer):
+            if parts and parts <= seen:  # a head over the embedding's storage
+                return
+            seen |= parts
         yield fused
-        bias = getattr(getattr(module, "base", module), "bias", None)
+        bias = module.base_bias() if isinstance(module, AdapterLayer) else getattr(module, "bias", None)
         if bias is not None:
             yield _plain(f"{prefix}bias", cast(Tensor, bias))
         return
@@ -80,10 +71,12 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
 def _fused_weight(name: str, module: nn.Module) -> LazyTensor | None:
     """The weight of an adapted or quantized layer; None for any other module."""
     if isinstance(module, AdapterLayer):
+        if module.is_transposed:
+            return LazyTensor(name, (module.d_in, module.d_out), lambda: module.merge_to_f32().t())
         return LazyTensor(name, (module.d_out, module.d_in), module.merge_to_f32)
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         weight = module.quantized_weight
-        return LazyTensor(name, weight.shape, module.fused_weight, _packed(weight))
+        return LazyTensor(name, weight.shape, module.fused_weight, packed=_packed(weight))
     return None
 
 

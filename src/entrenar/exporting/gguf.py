@@ -84,7 +84,7 @@ def _renamed(tensor: LazyTensor, config: PretrainedConfig) -> LazyTensor:
         return lambda: llama_gguf.to_gguf(tensor.name, make(), config)
 
     packed = tensor.packed and Packed(tensor.packed.type, ordered(tensor.packed.make))
-    return LazyTensor(name, tensor.shape, ordered(tensor.make), packed)
+    return LazyTensor(name, tensor.shape, ordered(tensor.make), packed=packed)
 
 
 def _model_keys(config: PretrainedConfig) -> Metadata:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError, listing
 from entrenar.files.gguf_writer import GGUFTensor, write_gguf_file
+from entrenar.files.peft import PLAIN_ENDS, PeftAdapter, read_adapter
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.low_rank import AdapterLayer
@@ -35,9 +36,9 @@ def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
     """
     refuse_existing(path)
     llama_gguf.check_exportable(source.config)
+    _refuse_more(read_adapter(Path(adapter)), adapter)
     model = _hollow(source)
     load_adapter(model, adapter)
-    _refuse_more(model, adapter)
     layers = dict(adapted_layers(model))
     first = next(iter(layers.values()))
     alpha = first.scale * first.rank
@@ -72,16 +73,20 @@ def _hollow(source: ModelSource) -> PreTrainedModel:
     return model
 
 
-def _refuse_more(model: PreTrainedModel, adapter: str) -> None:
-    """InputError for anything trained beside A and B."""
-    known = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)}
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    more = [name for name, parameter in trained if id(parameter) not in known]
-    if more:
+def _refuse_more(adapter: PeftAdapter, directory: str) -> None:
+    """InputError for anything but W + scale·B·A of linear layers over the model's own weights."""
+    if adapter.starts_with_change:
         raise InputError(
-            f"{adapter} has trained parameters beside A and B, which a GGUF adapter cannot carry: {listing(more, 3)}; "
-            + _INSTEAD
+            f"{directory} was started with {adapter.init}, which changed the base, and a GGUF adapter is applied to "
+            f"the original: save it with save_adapter(model, directory, plain=True), or {_INSTEAD}"
         )
+    if adapter.is_plain:
+        return
+    more = [f"{name}.{end}" for name, parts in adapter.tensors.layers.items() for end in parts.keys() - PLAIN_ENDS]
+    raise InputError(
+        f"{directory} has trained parameters beside A and B of linear layers, which a GGUF adapter cannot carry: "
+        f"{listing(sorted([*more, *adapter.tensors.saved]), 3)}; {_INSTEAD}"
+    )
 
 
 def _gguf_name(layer: str, model: PreTrainedModel) -> str:

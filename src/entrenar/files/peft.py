@@ -1,11 +1,13 @@
 """PEFT adapter directory: `adapter_config.json` and `adapter_model.safetensors`, read strictly.
 
-Keys are `base_model.model.<layer path>.lora_A.weight` (rank, d_in) and `.lora_B.weight` (d_out, rank). peft loads a
-wrong prefix as an adapter without effect and only warns; here every key must be understood.
+Keys are `base_model.model.<layer path>.lora_A.weight` (rank, d_in) and `.lora_B.weight` (d_out, rank); DoRA adds
+`.lora_magnitude_vector` (d_out,); an embedding has `.lora_embedding_A` (rank, vocabulary) and `.lora_embedding_B`; a
+parameter that is trained whole stands under its own name. peft loads a wrong prefix as an adapter without effect and
+only warns; here every key must be understood, and every field of the config.
 """
 
 import json
-import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,19 +22,40 @@ from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata, wri
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+# What an initialisation took out of the base's weights (lora/initial.py), under the same keys; peft has no use for it.
+TAKEN_NAME = "entrenar_taken.safetensors"
 _BASE_KEY = "entrenar.base_format"
 _PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+# The ends of a layer's keys; the sets in which they belong together.
+_SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_embedding_A", ".lora_embedding_B")
+PLAIN_ENDS = {"lora_A.weight", "lora_B.weight"}
+_TOGETHER = (PLAIN_ENDS, {*PLAIN_ENDS, "lora_magnitude_vector"}, {"lora_embedding_A", "lora_embedding_B"})
+_BASE_BIAS, _BASE_WEIGHT = ".base_layer.bias", ".base_layer.weight"
 
-# What an adapter may say beyond plain LoRA, and the only value that this version understands.
+# What an adapter may be beyond what this version reads, and the value that says it is not.
 _PLAIN_ONLY: dict[str, Any] = {
-    "use_dora": False, "use_rslora": False, "bias": "none", "fan_in_fan_out": False, "rank_pattern": {},
-    "alpha_pattern": {}, "modules_to_save": None, "lora_bias": False, "layer_replication": None,
-    "megatron_config": None, "trainable_token_indices": None, "target_parameters": None, "use_qalora": False,
-    "alora_invocation_tokens": None, "arrow_config": None,
+    "lora_bias": False, "layer_replication": None, "megatron_config": None, "trainable_token_indices": None,
+    "target_parameters": None, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None,
+    "velora_config": None, "monteclora_config": None, "use_bdlora": None, "kasa_config": None,
+}  # fmt: skip
+# Fields that are read, and those that say how the adapter was made or chosen, which its tensors say too.
+_READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "use_rslora",
+    "use_dora", "bias", "rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights", "fan_in_fan_out",
+    "ensure_weight_tying",
+}  # fmt: skip
+_PASSED_OVER = {
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "runtime_config", "enable_lora",
 }  # fmt: skip
 # Initialisations that change the base weights as well, so that the adapter alone means nothing on the original base.
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_CHANGES_BASE = ("olora", "corda", "lora_ga", "mica")
+_STARTS = ("pissa", "loftq")
+_BIASES = ("none", "all", "lora_only")
+
+# Layer path → end of its key → tensor.
+LayerTensors = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +68,39 @@ class BaseFormat:
     format: str
     block_size: int
     double_quant: bool
+    search: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """The tensors of an adapter.
+
+    Attributes:
+        layers: of the adapted layers.
+        saved: parameter path → what is trained whole: modules_to_save and biases.
+        base: parameter path → weights of the base that peft writes beside an adapted embedding; never written here.
+    """
+
+    layers: LayerTensors = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    base: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer path → (A (rank, d_in), B (d_out, rank)) of every linear layer."""
+        return {
+            name: (parts["lora_A.weight"], parts["lora_B.weight"])
+            for name, parts in self.layers.items()
+            if parts.keys() >= PLAIN_ENDS
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftAdapter:
-    """A LoRA adapter as it stands on disk; `factors`: layer path → (A (rank, d_in), B (d_out, rank))."""
+    """A LoRA adapter as it stands on disk; the fields are those of peft's config, see lora/spec.py.
+
+    `taken`: what the initialisation took out of the base, layer path → its factors; only of `pissa` and `loftq`.
+    """
 
     rank: int
     alpha: float
@@ -57,7 +108,34 @@ class PeftAdapter:
     targets: list[str] | str
     base_model: str | None
     base_format: BaseFormat | None
-    factors: dict[str, tuple[Tensor, Tensor]] = field(repr=False)
+    rslora: bool = False
+    dora: bool = False
+    init: bool | str = True
+    bias: str = "none"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+    keeps_ties: bool = False
+    fan_in_fan_out: bool = False
+    tensors: AdapterTensors = field(repr=False)
+    taken: LayerTensors = field(repr=False, default_factory=dict)
+
+    @property
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer path → (A, B) of every linear layer."""
+        return self.tensors.factors
+
+    @property
+    def starts_with_change(self) -> bool:
+        """Whether its initialisation changed the base, so that it is not for the original weights."""
+        return bool(self.taken) or (isinstance(self.init, str) and self.init.startswith(_STARTS))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether factors of linear layers are all there is: W + scale·B·A over the original base."""
+        return self.factors.keys() == self.tensors.layers.keys() and not (
+            self.dora or self.tensors.saved or self.starts_with_change
+        )
 
 
 def write_adapter(directory: Path, adapter: PeftAdapter) -> None:
@@ -65,26 +143,32 @@ def write_adapter(directory: Path, adapter: PeftAdapter) -> None:
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.base_model,
         "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
-        "target_modules": adapter.targets, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-        "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+        "target_modules": adapter.targets, "bias": adapter.bias, "fan_in_fan_out": adapter.fan_in_fan_out,
+        "init_lora_weights": adapter.init, "use_rslora": adapter.rslora, "use_dora": adapter.dora,
+        "rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern,
+        "modules_to_save": adapter.modules_to_save or None, "ensure_weight_tying": adapter.keeps_ties,
         "inference_mode": True,
     }  # fmt: skip
     with atomic_directory(directory) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         note = {_BASE_KEY: json.dumps(asdict(adapter.base_format))} if adapter.base_format else {}
-        write_factors(temporary / WEIGHTS_NAME, adapter.factors, note)
+        write_tensors(temporary / WEIGHTS_NAME, adapter.tensors, note)
+        if adapter.taken:
+            write_tensors(temporary / TAKEN_NAME, AdapterTensors(adapter.taken))
 
 
-def write_factors(
-    file: Path, factors: dict[str, tuple[Tensor, Tensor]], metadata: dict[str, str] | None = None
-) -> None:
-    """Write factors under PEFT's keys, as float32."""
-    tensors = [
-        LazyTensor(f"{_PREFIX}{layer}.lora_{letter}.weight", tuple(factor.shape), factor.clone)
-        for layer, pair in factors.items()
-        for letter, factor in zip("AB", pair, strict=True)
-    ]
-    write_file(file, tensors, torch.float32, metadata)
+def write_tensors(file: Path, tensors: AdapterTensors, metadata: dict[str, str] | None = None) -> None:
+    """Write an adapter's tensors under PEFT's keys, as float32."""
+    named = {f"{layer}.{end}": tensor for layer, parts in tensors.layers.items() for end, tensor in parts.items()}
+    named |= {_file_name(name, tensors.layers): tensor for name, tensor in tensors.saved.items()}
+    lazy = [LazyTensor(f"{_PREFIX}{name}", tuple(tensor.shape), tensor.clone) for name, tensor in named.items()]
+    write_file(file, lazy, torch.float32, metadata)
+
+
+def _file_name(parameter: str, layers: Mapping[str, object]) -> str:
+    """A bias of an adapted layer belongs to peft's `base_layer`."""
+    owner, _, leaf = parameter.rpartition(".")
+    return f"{owner}{_BASE_BIAS}" if leaf == "bias" and owner in layers else parameter
 
 
 def read_base_format(directory: Path) -> BaseFormat | None:
@@ -102,9 +186,15 @@ def read_adapter(directory: Path) -> PeftAdapter:
     """Read an adapter directory.
 
     Raises:
-        InputError: a file missing or broken, a kind of adapter other than plain LoRA, or a key that is not understood.
+        InputError: a file missing or broken, a kind of adapter that is not read, or a field or key that is not
+            understood.
     """
     config = _read_config(directory / CONFIG_NAME)
+    saved = list(config.get("modules_to_save") or [])
+    keeps_ties = bool(config.get("ensure_weight_tying"))  # then what is tied to a saved module is there too
+    tensors = read_tensors(_weights_file(directory), None if keeps_ties else saved, config.get("bias") or "none")
+    _check_kinds(directory, tensors, dora=bool(config.get("use_dora")))
+    init = config.get("init_lora_weights", True)
     return PeftAdapter(
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
@@ -112,30 +202,80 @@ def read_adapter(directory: Path) -> PeftAdapter:
         targets=config["target_modules"],
         base_model=config.get("base_model_name_or_path"),
         base_format=read_base_format(directory),
-        factors=read_factors(_weights_file(directory)),
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        init=init,
+        bias=config.get("bias") or "none",
+        rank_pattern=dict(config.get("rank_pattern") or {}),
+        alpha_pattern=dict(config.get("alpha_pattern") or {}),
+        modules_to_save=saved,
+        keeps_ties=keeps_ties,
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        tensors=tensors,
+        taken=_read_taken(directory, init),
     )
 
 
-def read_factors(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer path → (A, B) from a safetensors file with PEFT's keys; strict."""
+def _read_taken(directory: Path, init: bool | str) -> LayerTensors:
+    """What a start took out of the base; peft itself makes pissa's again, and writes none for loftq."""
+    if (directory / TAKEN_NAME).is_file():
+        return read_tensors(directory / TAKEN_NAME).layers
+    if isinstance(init, str) and init.startswith("loftq"):
+        raise InputError(
+            f"{directory} was started with loftq, which changed the base's weights, and holds no {TAKEN_NAME} that "
+            "says how: save it from peft as plain LoRA over a base that was saved with it"
+        )
+    return {}
+
+
+def read_tensors(file: Path, modules_to_save: list[str] | None = None, bias: str = "all") -> AdapterTensors:
+    """The tensors of a safetensors file with PEFT's keys; strict.
+
+    Args:
+        modules_to_save: suffixes of modules whose parameters may be there too; None: any.
+        bias: `all` and `lora_only` allow biases.
+    """
     checkpoint = SafetensorsCheckpoint(file)
-    found: dict[str, dict[str, Tensor]] = {}
-    strange = []
+    found, strange = AdapterTensors(), []
     for key in checkpoint.names():
-        match = _KEY.fullmatch(key)
-        if match is None:
+        name = key.removeprefix(_PREFIX)
+        end = next((end for end in _SUFFIXES if name.endswith(end)), None)
+        if name == key or (end is not None and len(name) == len(end)):
             strange.append(key)
+        elif end is not None:
+            found.layers.setdefault(name.removesuffix(end), {})[end.removeprefix(".")] = checkpoint.read(key)
+        elif name.endswith(_BASE_WEIGHT):
+            found.base[f"{name.removesuffix(_BASE_WEIGHT)}.weight"] = checkpoint.read(key)
+        elif bias != "none" and name.rpartition(".")[2] == "bias":
+            found.saved[name.replace(_BASE_BIAS, ".bias")] = checkpoint.read(key)
+        elif modules_to_save is None or any(f".{module}." in f".{name}" for module in modules_to_save):
+            found.saved[name] = checkpoint.read(key)
         else:
-            found.setdefault(match["layer"], {})[match["factor"]] = checkpoint.read(key)
+            strange.append(key)
+    _check_keys(file, found, strange)
+    return found
+
+
+def _check_keys(file: Path, found: AdapterTensors, strange: list[str]) -> None:
     if strange:
         raise InputError(
-            f"{file} has keys that are not {_PREFIX}<layer>.lora_A|B.weight: {listing(sorted(strange), 3)}"
+            f"{file} has keys that are not {_PREFIX}<layer>.lora_A|B.weight or another part of an adapter that its "
+            f"config names: {listing(sorted(strange), 3)}"
         )
-    halves = [layer for layer, pair in found.items() if len(pair) != 2]
-    if halves or not found:
+    halves = [layer for layer, parts in found.layers.items() if parts.keys() not in _TOGETHER]
+    if halves or not (found.layers or found.saved):
         what = f"only one of lora_A and lora_B for {listing(halves, 3)}" if halves else "no tensors"
         raise InputError(f"{file} has {what}: save the adapter again")
-    return {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
+
+
+def _check_kinds(directory: Path, tensors: AdapterTensors, *, dora: bool) -> None:
+    """InputError unless each linear layer has a magnitude exactly when the config says DoRA."""
+    for layer, parts in tensors.layers.items():
+        if "lora_A.weight" in parts and ("lora_magnitude_vector" in parts) is not dora:
+            raise InputError(
+                f"{directory} has use_dora = {dora}, but {layer} has {'no' if dora else 'a'} "
+                "lora_magnitude_vector: save the adapter again"
+            )
 
 
 def _weights_file(directory: Path) -> Path:
@@ -159,11 +299,17 @@ def _read_config(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is a {config['peft_type']} adapter: only LORA is read")
     if not isinstance(config["r"], int) or config["r"] < 1:
         raise InputError(f"{file} has r = {config['r']!r}: the rank is a whole number from 1")
+    unknown = sorted(config.keys() - _READ - _PASSED_OVER - _PLAIN_ONLY.keys())
+    if unknown:
+        raise InputError(f"{file} has {listing(unknown)}, which this version does not know: what it means is not clear")
     for key, plain in _PLAIN_ONLY.items():
         if config.get(key, plain) not in (plain, None, False, {}, []):
-            raise InputError(
-                f"{file} has {key} = {config[key]!r}, which this version does not read: only plain LoRA is"
-            )
+            raise InputError(f"{file} has {key} = {config[key]!r}, which this version does not read")
+    if (config.get("bias") or "none") not in _BIASES:
+        raise InputError(f"{file} has bias = {config['bias']!r}: it is one of {', '.join(_BIASES)}")
+    for key, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("modules_to_save", list)):
+        if not isinstance(config.get(key) or kind(), kind):
+            raise InputError(f"{file} has {key} = {config[key]!r}: it must be a {kind.__name__}")
     for key in ("lora_alpha", "lora_dropout"):
         if not isinstance(config.get(key, 0.0), int | float) or isinstance(config.get(key), bool):
             raise InputError(f"{file} has {key} = {config[key]!r}: it must be a number")

@@ -174,15 +174,16 @@ def write_checkpoint(directory: Path, tensors: Sequence[LazyTensor], dtype: torc
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` (or one tensor) with their index.
 
     Args:
-        tensors: made and written one at a time, converted to `dtype` (float32, float16 or bfloat16).
+        tensors: made and written one at a time, converted to `dtype` (float32, float16 or bfloat16) or to their own.
     """
-    shards = split_shards(tensors, [tensor.numel * dtype.itemsize for tensor in tensors], max_shard_bytes)
+    sizes = [tensor.bytes_as(dtype) for tensor in tensors]
+    shards = split_shards(tensors, sizes, max_shard_bytes)
     names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
         write_file(directory / name, shard, dtype)
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        write_index(directory, weight_map, sum(tensor.numel for tensor in tensors) * dtype.itemsize)
+        write_index(directory, weight_map, sum(sizes))
 
 
 def split_shards(items: Sequence[Item], sizes: Sequence[int], limit: int) -> list[list[Item]]:
@@ -203,7 +204,7 @@ def write_file(
 ) -> None:
     """Write one file, tensor by tensor."""
     with path.open("wb") as file:
-        file.write(layout(((tensor.name, tensor.shape, dtype) for tensor in tensors), metadata).header)
+        file.write(layout(((tensor.name, tensor.shape, tensor.dtype or dtype) for tensor in tensors), metadata).header)
         for tensor in tensors:
-            data = tensor.make().to(dtype).contiguous()
+            data = tensor.make().to(tensor.dtype or dtype).contiguous()
             file.write(data.view(-1).view(torch.uint8).numpy().data)

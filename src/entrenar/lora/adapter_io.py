@@ -1,94 +1,162 @@
 """Save the adapters of a model as a PEFT directory, and load one onto a model: strict both ways."""
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
-from entrenar.files.peft import BaseFormat, PeftAdapter, read_adapter, write_adapter
-from entrenar.lora.attach import adapted_layers, attach_lora, match_targets, refuse_adapted
+from entrenar.files.peft import BaseFormat, LayerTensors, PeftAdapter, read_adapter, write_adapter
+from entrenar.lora.attach import (
+    adaptable_names,
+    adapted_layers,
+    make_layers,
+    match_targets,
+    refuse_adapted,
+    replace_modules,
+)
+from entrenar.lora.embedding import EmbeddingLoRALayer
+from entrenar.lora.initial import Original, Starter, start_again
+from entrenar.lora.low_rank import AdapterLayer
+from entrenar.lora.plain import as_plain
+from entrenar.lora.saved import saved_modules
+from entrenar.lora.spec import spec_of
+from entrenar.lora.tensors import adapter_tensors, set_tensors
 from entrenar.quant.registry import KEPT_FORMATS
 
-Factors = dict[str, tuple[Tensor, Tensor]]
 
-
-def save_adapter(model: nn.Module, directory: str | Path) -> None:
+def save_adapter(model: nn.Module, directory: str | Path, *, plain: bool = False) -> None:
     """Write the adapters of `model` as a PEFT adapter directory, which must not exist.
+
+    Args:
+        plain: write an adapter that was started with pissa or loftq as plain LoRA of twice the rank over the original
+            weights (lora/plain.py), for tools that do not change the base.
 
     Raises:
         InputError: the model has no adapters, or the directory is taken.
     """
-    layers = dict(adapted_layers(model))
-    if not layers:
-        raise InputError("this model has no adapters to save: call attach_lora first")
-    first = next(iter(layers.values()))
-    adapter = PeftAdapter(
-        rank=first.rank,
-        alpha=first.alpha,
-        dropout=first.dropout,
-        targets=_short_targets(model, list(layers)),
-        base_model=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        base_format=_base_format(model),
-        factors=adapter_factors(model),
-    )
-    write_adapter(Path(directory), adapter)
+    adapter = adapter_of(model)
+    write_adapter(Path(directory), as_plain(adapter) if plain else adapter)
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Attach the adapter of a PEFT directory to `model` and load its factors.
+def load_adapter(model: nn.Module, directory: str | Path, *, original: Original | None = None) -> None:
+    """Attach the adapter of a PEFT directory to `model` and load its tensors.
+
+    Args:
+        original: as for `attach_lora`; needed where an initialisation changed the base and that is quantized.
 
     Raises:
         InputError: a broken directory, or layers, shapes or targets that do not fit the model.
     """
-    adapter = read_adapter(Path(directory))
     refuse_adapted(model)
-    linear = match_targets(model, r".*")
-    unknown = [name for name in adapter.factors if name not in linear]
+    adapter = read_adapter(Path(directory))
+    replace_modules(model, layers_of(model, adapter, str(directory), start_again(adapter, original)))
+
+
+def adapter_of(model: nn.Module) -> PeftAdapter:
+    """The adapter of a model as it would stand on disk; its tensors are views of the live parameters."""
+    layers = dict(adapted_layers(model))
+    if not layers:
+        raise InputError("this model has no adapters to save: call attach_lora first")
+    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+    saved, tensors = saved_modules(model), adapter_tensors(model)
+    return PeftAdapter(
+        rank=rank,
+        alpha=alpha,
+        dropout=max(layer.dropout for layer in layers.values()),
+        targets=_short_targets(model, list(layers)),
+        base_model=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        base_format=_base_format(layers),
+        rslora=any(layer.rslora for layer in layers.values()),
+        dora=any("lora_magnitude_vector" in parts for parts in tensors.layers.values()),
+        init=next((layer.start for layer in layers.values() if layer.taken is not None), True),
+        bias=_bias(tensors.saved, saved, layers),
+        rank_pattern={name: layer.rank for name, layer in layers.items() if layer.rank != rank},
+        alpha_pattern={name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
+        modules_to_save=sorted(saved),
+        keeps_ties=_has_ties(saved),
+        fan_in_fan_out=any(layer.is_transposed and not _is_embedding(layer) for layer in layers.values()),
+        tensors=tensors,
+        taken=_taken(layers),
+    )
+
+
+def layers_of(model: nn.Module, adapter: PeftAdapter, source: str, start: Starter) -> dict[str, nn.Module]:
+    """Module path → what takes its place, filled with the adapter's tensors; the model stays as it is."""
+    names, known = list(adapter.tensors.layers), set(adaptable_names(model))
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise InputError(f"the adapter {directory} is for layers this model does not have: {listing(unknown, 3)}")
-    _check_shapes(model, adapter, str(directory))
-    attach_lora(model, adapter.rank, adapter.alpha, adapter.dropout, list(adapter.factors))
-    set_factors(model, adapter.factors, str(directory))
+        raise InputError(f"the adapter {source} is for layers this model does not have: {listing(unknown, 3)}")
+    _check_base(model, adapter.tensors.base, source)
+    replaced = make_layers(model, spec_of(adapter), names, start)
+    _check_shapes(replaced, adapter, source)
+    set_tensors(replaced, adapter.tensors, source)
+    return replaced
 
 
-def _check_shapes(model: nn.Module, adapter: PeftAdapter, source: str) -> None:
-    """InputError, before anything is attached, unless every factor fits its layer and the adapter's rank."""
-    for name, pair in adapter.factors.items():
-        layer = model.get_submodule(name)
-        wanted = ((adapter.rank, layer.in_features), (layer.out_features, adapter.rank))
-        got = tuple(tuple(factor.shape) for factor in pair)
+def _check_shapes(replaced: Mapping[str, nn.Module], adapter: PeftAdapter, source: str) -> None:
+    """InputError unless every pair of factors fits its layer and the adapter's rank."""
+    for name, parts in adapter.tensors.layers.items():
+        layer = replaced[name]
+        assert isinstance(layer, AdapterLayer)
+        ends = list(layer.file_tensors())[:2]
+        wanted = (tuple(layer.lora_a.shape), tuple(layer.lora_b.shape))
+        got = tuple(tuple(parts[end].shape) for end in ends if end in parts)
         if got != wanted:
             raise InputError(f"{source} has A and B of shapes {got} at {name}, where the model needs {wanted}")
 
 
-def adapter_factors(model: nn.Module) -> Factors:
-    """Layer path → (A, B), detached views of the live parameters."""
-    return {name: (layer.lora_a.detach(), layer.lora_b.detach()) for name, layer in adapted_layers(model)}
+def _check_base(model: nn.Module, base: Mapping[str, Tensor], source: str) -> None:
+    """InputError when the base's own weights, which peft writes beside an adapted embedding, are not the model's."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in base.items():
+        own = parameters.get(name)
+        if own is None or own.shape != tensor.shape or not torch.equal(own.float(), tensor.to(own.dtype).float()):
+            raise InputError(f"{source} was trained on another base: its {name} is not this model's")
 
 
-@torch.no_grad()
-def set_factors(model: nn.Module, factors: Factors, source: str) -> None:
-    """Copy factors into the adapters of `model`, which must be exactly theirs in name and shape."""
-    layers = dict(adapted_layers(model))
-    if layers.keys() != factors.keys():
-        odd = sorted(layers.keys() ^ factors.keys())
-        raise InputError(f"{source} and the model do not adapt the same layers: {listing(odd, 3)} only in one of them")
-    for name, layer in layers.items():
-        for target, value in zip((layer.lora_a, layer.lora_b), factors[name], strict=True):
-            if target.shape != value.shape:
-                raise InputError(f"{source} has shape {tuple(value.shape)} at {name}, the model {tuple(target.shape)}")
-            target.copy_(value)
-
-
-def _base_format(model: nn.Module) -> BaseFormat | None:
+def _base_format(layers: Mapping[str, AdapterLayer]) -> BaseFormat | None:
     """The format of the first quantized base below an adapter; a model is quantized in one format, or kept as it is."""
-    for _, layer in adapted_layers(model):
-        weight = getattr(layer, "base_weight_quantized", None)
+    for layer in layers.values():
+        weight = getattr(getattr(layer, "plain", layer), "base_weight_quantized", None)
         if weight is not None:
-            name = "keep" if weight.format in KEPT_FORMATS else weight.format
-            return BaseFormat(format=name, block_size=weight.block_size, double_quant=weight.is_double_quantized)
+            return BaseFormat(
+                format="keep" if weight.format in KEPT_FORMATS else weight.format,
+                block_size=weight.block_size,
+                double_quant=weight.is_double_quantized,
+                search=weight.searched,
+            )
     return None
+
+
+def _bias(trained: Mapping[str, Tensor], saved: Mapping[str, nn.Module], layers: Mapping[str, AdapterLayer]) -> str:
+    """Which of peft's words says what biases are trained beside `saved` modules."""
+    owners = {name.rpartition(".")[0] for name in trained if not name.startswith(tuple(f"{path}." for path in saved))}
+    if not owners:
+        return "none"
+    return "lora_only" if owners <= layers.keys() else "all"
+
+
+def _has_ties(saved: Mapping[str, nn.Module]) -> bool:
+    """Whether two modules that are trained whole share a parameter."""
+    parameters = [id(parameter) for module in saved.values() for parameter in module.parameters()]
+    return len(set(parameters)) < len(parameters)
+
+
+def _is_embedding(layer: AdapterLayer) -> bool:
+    return isinstance(layer, EmbeddingLoRALayer)
+
+
+def _taken(layers: Mapping[str, AdapterLayer]) -> LayerTensors:
+    """What initialisations took out of the base."""
+    return {
+        name: {"lora_A.weight": layer.taken[0], "lora_B.weight": layer.taken[1]}
+        for name, layer in layers.items()
+        if layer.taken is not None
+    }
 
 
 def _short_targets(model: nn.Module, names: list[str]) -> list[str]:

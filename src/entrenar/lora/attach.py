@@ -1,15 +1,21 @@
-"""Attach adapters to a model: replace the chosen linear layers by LoRA or QLoRA layers and freeze all else."""
+"""Attach adapters to a model: replace the chosen layers by adapted ones and freeze all else."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
 from entrenar.core.errors import InputError, listing
+from entrenar.lora.biases import copies_with_trained_bias, train_bias
+from entrenar.lora.dora import DoRALayer
+from entrenar.lora.embedding import EmbeddingLoRALayer
+from entrenar.lora.initial import Original, Starter, fresh_start
+from entrenar.lora.kinds import kind_of
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
-from entrenar.quant.linear import QuantizedLinear
+from entrenar.lora.saved import trainable_copies
+from entrenar.lora.spec import LoraSpec
 
 ALL_LINEAR = "all-linear"
 
@@ -20,31 +26,68 @@ def attach_lora(
     alpha: float = 32.0,
     dropout: float = 0.0,
     targets: str | Sequence[str] = ALL_LINEAR,
+    *,
+    rslora: bool = False,
+    dora: bool = False,
+    init: str = "default",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    bias: str = "none",
+    modules_to_save: Sequence[str] = (),
+    original: Original | None = None,
 ) -> list[str]:
     """Replace the target layers of `model` in place by adapted ones; every other parameter is frozen.
 
     Args:
         targets: "all-linear" (every linear layer but the output head), a list of name suffixes (`q_proj`,
             `mlp.down_proj`), or another string: a regular expression that must match the whole name, as in peft.
+            Embeddings can be named too.
+        rslora, dora, rank_pattern, alpha_pattern, bias, modules_to_save: see `LoraSpec`.
+        init: `default`, `gaussian`, `pissa`, `pissa_niter_N`, `loftq` or `loftq_N`, see lora/initial.py.
+        original: for pissa and loftq over a quantized base, the weights before that: `original_weights(path)`.
 
     Returns:
         The full names of the adapted layers.
 
     Raises:
-        InputError: a target that matches nothing (what exists is listed), a rank that does not fit a layer, or a
-            model that has adapters already.
+        InputError: a target that matches nothing (what exists is listed), a rank that does not fit a layer, a choice
+            that a layer cannot have, or a model that has adapters already.
     """
+    spec = LoraSpec(
+        rank=rank, alpha=alpha, dropout=dropout, targets=targets, rslora=rslora, dora=dora, init=init,
+        rank_pattern=rank_pattern or {}, alpha_pattern=alpha_pattern or {}, bias=bias, modules_to_save=modules_to_save,
+    )  # fmt: skip
+    return attach(model, spec, original)
+
+
+def attach(model: nn.Module, spec: LoraSpec, original: Original | None = None) -> list[str]:
+    """`attach_lora` for a spec."""
     refuse_adapted(model)
-    names = match_targets(model, targets)
-    adapted = {name: _adapt(name, model.get_submodule(name), rank, alpha, dropout) for name in names}
-    for name, layer in adapted.items():  # only now: an error above leaves the model as it was
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    model.requires_grad_(False)
-    for _, layer in adapted_layers(model):
-        layer.lora_a.requires_grad_(True)
-        layer.lora_b.requires_grad_(True)
+    names = match_targets(model, spec.targets)
+    unused = spec.unused_patterns(names)
+    if unused:
+        raise InputError(f"the rank or alpha pattern {listing(unused)!r} matches no adapted layer")
+    replace_modules(model, make_layers(model, spec, names, fresh_start(spec.init, original)))
     return names
+
+
+def make_layers(model: nn.Module, spec: LoraSpec, names: Sequence[str], start: Starter) -> dict[str, nn.Module]:
+    """Module path → what takes its place: adapted layers, copies that are trained whole. The model stays as it is."""
+    layers: dict[str, nn.Module] = {
+        name: adapt(name, model.get_submodule(name), spec, start).train(model.training) for name in names
+    }
+    layers |= trainable_copies(model, spec.modules_to_save, names)
+    return layers | (copies_with_trained_bias(model, list(layers)) if spec.bias == "all" else {})
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Freeze the model, put modules in their places, and return what was there."""
+    before = {name: model.get_submodule(name) for name in modules}
+    model.requires_grad_(False)
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return before
 
 
 def refuse_adapted(model: nn.Module) -> None:
@@ -54,40 +97,53 @@ def refuse_adapted(model: nn.Module) -> None:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
-    """Name and layer of every adapted layer, in the model's order."""
+    """Name and layer of every adapted layer, in the model's order; one that another is made over does not count."""
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, AdapterLayer):
+        if isinstance(module, AdapterLayer) and not name.startswith(inside):
+            inside = (f"{name}.",)
             yield name, module
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of all that is trained."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Full names of the linear layers that `targets` selects; see `attach_lora`."""
-    linear = _linear_names(model)
+    adaptable = adaptable_names(model)
     if targets == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        return [name for name in linear if model.get_submodule(name) is not head]
+        layers = {name: model.get_submodule(name) for name in adaptable}
+        return [name for name, layer in layers.items() if layer is not head and _is_linear(layer)]
     if isinstance(targets, str):
-        chosen = _by_regex(linear, targets)
+        chosen = _by_regex(adaptable, targets)
         missing = [] if chosen else [targets]
     else:
-        chosen = [name for name in linear if any(_has_suffix(name, target) for target in targets)]
-        missing = [target for target in targets if not any(_has_suffix(name, target) for name in linear)]
+        chosen = [name for name in adaptable if any(_has_suffix(name, target) for target in targets)]
+        missing = [target for target in targets if not any(_has_suffix(name, target) for name in adaptable)]
     if missing or not chosen:
-        known = sorted({name.rpartition(".")[2] for name in linear})
+        known = sorted({name.rpartition(".")[2] for name in adaptable})
         raise InputError(
-            f"LoRA target {listing(missing)!r} matches no linear layer: the model has {listing(known, 20)}"
+            f"LoRA target {listing(missing)!r} matches no linear layer or embedding: the model has {listing(known, 20)}"
         )
     return chosen
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    """Every linear layer, adapted or not; the parts inside an adapted layer do not count."""
+def adaptable_names(model: nn.Module) -> list[str]:
+    """Every linear layer and embedding, adapted or not; the parts inside an adapted layer do not count."""
     adapted = tuple(f"{name}." for name, _ in adapted_layers(model))
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear | AdapterLayer) and not name.startswith(adapted)
+        if (kind_of(module) or isinstance(module, AdapterLayer)) and not name.startswith(adapted)
     ]
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    kind = kind_of(layer)
+    return not isinstance(layer, EmbeddingLoRALayer) if kind is None else kind.is_linear
 
 
 def _by_regex(names: list[str], pattern: str) -> list[str]:
@@ -102,13 +158,20 @@ def _has_suffix(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _adapt(name: str, module: nn.Module, rank: int, alpha: float, dropout: float) -> nn.Module:
+def adapt(name: str, module: nn.Module, spec: LoraSpec, start: Starter) -> AdapterLayer:
+    """The adapted layer that takes the place of the module `name`; InputError names it."""
+    kind = kind_of(module)
+    assert kind is not None  # match_targets yields nothing else
     try:
-        if isinstance(module, QuantizedLinear):
-            layer: nn.Module = QLoRALayer(module.quantized_weight, rank, alpha, dropout, module.bias)
-        else:
-            assert isinstance(module, nn.Linear)  # match_targets yields nothing else
-            layer = LoRALayer(module.weight, rank, alpha, dropout, module.bias)
+        layer = kind.adapt(module, spec.for_layer(name))
+        if not isinstance(layer, LoRALayer | QLoRALayer):
+            if spec.dora:
+                raise InputError("DoRA is for linear layers: leave it out of the targets")
+            return layer
+        if not layer.lora_a.is_meta:
+            start(name, layer)
     except InputError as error:
         raise InputError(f"cannot adapt {name}: {error}") from None
-    return layer.train(module.training)
+    if spec.bias != "none":
+        train_bias(getattr(layer, "base", layer))
+    return DoRALayer(layer) if spec.dora else layer

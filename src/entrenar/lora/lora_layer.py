@@ -14,19 +14,26 @@ class LoRALayer(AdapterLayer):
     Args:
         base_weight: (d_out, d_in), any float dtype; held as it is, not copied.
         rank: 1 … min(d_out, d_in). alpha: numerator of the scale. dropout: on the adapter's input, while training.
-        bias: (d_out,), frozen.
+        bias: (d_out,), frozen. rslora: scale = alpha / √rank.
 
     Raises:
         InputError: base not 2-D, or rank or dropout out of range; the numbers are named.
     """
 
     def __init__(
-        self, base_weight: Tensor, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, bias: Tensor | None = None
+        self,
+        base_weight: Tensor,
+        rank: int = 16,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        bias: Tensor | None = None,
+        *,
+        rslora: bool = False,
     ) -> None:
         super().__init__()
         if not base_weight.is_floating_point():
             raise InputError(f"the base weight is {base_weight.dtype}: LoRA takes a float one (QLoRALayer quantizes)")
-        init_factors(self, tuple(base_weight.shape), base_weight.device, rank, alpha, dropout)
+        init_factors(self, tuple(base_weight.shape), base_weight.device, rank, alpha, dropout, rslora)
         self.base_weight = nn.Parameter(base_weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._unmerged: Tensor | None = None
@@ -47,6 +54,11 @@ class LoRALayer(AdapterLayer):
             return Member(weight, self.bias)
         return Member(weight, self.bias, self.lora_a, self.lora_b, self.scale)
 
+    @property
+    def runs_alone(self) -> bool:
+        """While dropout is at work or the bias is trained."""
+        return self.is_dropping or (self.bias is not None and self.bias.requires_grad)
+
     def trainable_params(self) -> list[nn.Parameter]:
         """[A, B]."""
         return [self.lora_a, self.lora_b]
@@ -66,8 +78,23 @@ class LoRALayer(AdapterLayer):
 
     def merge_to_f32(self) -> Tensor:
         """W₀ + scale·B·A, (d_out, d_in) float32, whether merged or not."""
-        base = self.base_weight.data if self._unmerged is None else self._unmerged
-        return base.float() + delta(self)
+        return self.base_to_f32() + delta(self)
+
+    def base_bias(self) -> Tensor | None:
+        """The bias (d_out,)."""
+        return self.bias
+
+    def base_to_f32(self) -> Tensor:
+        """W₀, (d_out, d_in) float32, whether merged or not."""
+        return (self.base_weight.data if self._unmerged is None else self._unmerged).float()
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """What holding a weight (d_out, d_in) float32 as this base does to it."""
+        return weight.to(self.base_weight.dtype).float()
+
+    def set_base(self, weight: Tensor) -> None:
+        """Hold another weight (d_out, d_in) in the base's dtype; a Parameter of its own, not the one given before."""
+        self.base_weight = nn.Parameter(weight.to(self.base_weight.dtype), requires_grad=False)
 
     def memory_stats(self) -> MemoryStats:
         """Bytes of base and adapter."""

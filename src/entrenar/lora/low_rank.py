@@ -1,8 +1,8 @@
-"""The low-rank factors that both adapter layers share (LoRA, Hu et al. 2021, section 4.1).
+"""The low-rank factors that the adapter layers share (LoRA, Hu et al. 2021, section 4.1).
 
-Δ = scale · B·A with A (rank, d_in), B (d_out, rank), scale = alpha / rank. A starts Kaiming-uniform with a = √5 (as in
-peft), B at zero, so that a fresh adapter changes nothing. Both are float32 whatever the base is; they are used in the
-dtype of x.
+Δ = scale · B·A with A (rank, d_in), B (d_out, rank), scale = alpha / rank (rsLoRA, Kalajdzievski 2023: alpha / √rank).
+A starts Kaiming-uniform with a = √5 (as in peft), B at zero, so that a fresh adapter changes nothing. Both are float32
+whatever the base is; they are used in the dtype of x.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.lora.spec import LayerSpec
 from entrenar.ops.adapted_linear import Member, adapted_linears, low_rank
 from entrenar.quant.linear import in_compute_dtype
 
@@ -32,14 +33,22 @@ class MemoryStats:
 
 
 class AdapterLayer(nn.Module):
-    """The interface of an adapted linear layer: what attach, save, fuse and export ask of it. It shares no code."""
+    """The interface of an adapted layer: what attach, save, fuse and export ask of it. It holds no computation.
+
+    `is_transposed`: the module it stands for keeps its weight as (d_in, d_out), as GPT-2's Conv1D does.
+    """
 
     rank: int
     alpha: float
     dropout: float
     scale: float
+    rslora: bool
     d_in: int
     d_out: int
+    is_transposed = False
+    # An initialisation that changed the base (lora/initial.py), and what it took: A₀ (rank, d_in), B₀ (d_out, rank).
+    start: str = "default"
+    taken: tuple[Tensor, Tensor] | None = None
     lora_a: nn.Parameter
     lora_b: nn.Parameter
 
@@ -48,8 +57,25 @@ class AdapterLayer(nn.Module):
         """Whether dropout is at work, so that the adapter's input is not the base's."""
         return bool(self.dropout) and self.training
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether the layer computes more than its `member` at present: dropout, a trained bias, a variant."""
+        return self.is_dropping
+
     def member(self) -> Member:
         """The layer, dropout aside, as ops/adapted_linear.py takes it."""
+        raise NotImplementedError
+
+    def base_bias(self) -> Tensor | None:
+        """The bias (d_out,) of the module it stands for."""
+        raise NotImplementedError
+
+    def file_tensors(self) -> dict[str, nn.Parameter]:
+        """What is saved of the layer, under the ends of PEFT's keys."""
+        return {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
+
+    def base_to_f32(self) -> Tensor:
+        """The base's weight, (d_out, d_in) float32."""
         raise NotImplementedError
 
     def merge_to_f32(self) -> Tensor:
@@ -58,7 +84,13 @@ class AdapterLayer(nn.Module):
 
 
 def init_factors(
-    layer: AdapterLayer, shape: tuple[int, ...], device: torch.device, rank: int, alpha: float, dropout: float
+    layer: AdapterLayer,
+    shape: tuple[int, ...],
+    device: torch.device,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    rslora: bool = False,
 ) -> None:
     """Give `layer` its fresh factors over a base of `shape` (d_out, d_in).
 
@@ -74,7 +106,8 @@ def init_factors(
     if not 0 <= dropout < 1:
         raise InputError(f"dropout {dropout} is not a probability: choose 0 or more, below 1")
     layer.d_out, layer.d_in = shape
-    layer.rank, layer.alpha, layer.dropout, layer.scale = rank, float(alpha), dropout, alpha / rank
+    layer.rank, layer.alpha, layer.dropout, layer.rslora = rank, float(alpha), dropout, rslora
+    layer.scale = LayerSpec(rank=rank, alpha=alpha, rslora=rslora).scale
     layer.lora_a = nn.Parameter(torch.empty(rank, layer.d_in, dtype=torch.float32, device=device))
     layer.lora_b = nn.Parameter(torch.zeros(layer.d_out, rank, dtype=torch.float32, device=device))
     nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))

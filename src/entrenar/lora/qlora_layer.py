@@ -9,7 +9,7 @@ from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer, MemoryStats, adapted_forward, delta, init_factors, memory_stats
 from entrenar.ops.adapted_linear import Member
 from entrenar.quant.linear import QuantizedLinear
-from entrenar.quant.tensor import QuantizedTensor, quantize
+from entrenar.quant.tensor import QuantizedTensor, quantize, requantize
 
 
 class QLoRALayer(AdapterLayer):
@@ -17,7 +17,7 @@ class QLoRALayer(AdapterLayer):
 
     Args:
         base_weight: (d_out, d_in) float, quantized here; or a QuantizedTensor, taken over as it is.
-        rank, alpha, dropout, bias: as in LoRALayer.
+        rank, alpha, dropout, bias, rslora: as in LoRALayer.
         format: number format of the base: int4, nf4, fp4 or int8.
         double_quant: hold the block scales in 8 bits.
 
@@ -36,9 +36,10 @@ class QLoRALayer(AdapterLayer):
         format: str = "nf4",
         double_quant: bool = False,
         block_size: int = 64,
+        rslora: bool = False,
     ) -> None:
         super().__init__()
-        init_factors(self, tuple(base_weight.shape), base_weight.device, rank, alpha, dropout)
+        init_factors(self, tuple(base_weight.shape), base_weight.device, rank, alpha, dropout, rslora)
         if isinstance(base_weight, Tensor):
             base_weight = quantize(base_weight, format=format, block_size=block_size, double_quant=double_quant)
         self.base = QuantizedLinear(base_weight, bias)
@@ -50,7 +51,7 @@ class QLoRALayer(AdapterLayer):
             raise InputError("this LoRALayer is merged: call unmerge() first, so that its adapter is not counted twice")
         new = cls(
             layer.base_weight, layer.rank, layer.alpha, layer.dropout, layer.bias,
-            format=format, double_quant=double_quant,
+            format=format, double_quant=double_quant, rslora=layer.rslora,
         )  # fmt: skip
         new.lora_a.data.copy_(layer.lora_a.data)
         new.lora_b.data.copy_(layer.lora_b.data)
@@ -79,6 +80,11 @@ class QLoRALayer(AdapterLayer):
         """The layer, dropout aside, as ops/adapted_linear.py takes it."""
         return Member(self.base.linear_weight(), self.base.bias, self.lora_a, self.lora_b, self.scale)
 
+    @property
+    def runs_alone(self) -> bool:
+        """While dropout is at work or the bias is trained."""
+        return self.is_dropping or (self.base.bias is not None and self.base.bias.requires_grad)
+
     def trainable_params(self) -> list[nn.Parameter]:
         """[A, B]."""
         return [self.lora_a, self.lora_b]
@@ -91,7 +97,23 @@ class QLoRALayer(AdapterLayer):
 
     def merge_to_f32(self) -> Tensor:
         """dequantize(W) + scale·B·A, (d_out, d_in) float32."""
-        return self.base.fused_weight() + delta(self)
+        return self.base_to_f32() + delta(self)
+
+    def base_bias(self) -> Tensor | None:
+        """The bias (d_out,)."""
+        return self.base.bias
+
+    def base_to_f32(self) -> Tensor:
+        """dequantize(W), (d_out, d_in) float32."""
+        return self.base.fused_weight()
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """What holding a weight (d_out, d_in) float32 as this base does to it."""
+        return requantize(weight, self.base_weight_quantized).dequantize()
+
+    def set_base(self, weight: Tensor) -> None:
+        """Hold another weight (d_out, d_in) in the base's format."""
+        self.base = QuantizedLinear(requantize(weight, self.base_weight_quantized), self.base.bias)
 
     def memory_stats(self) -> MemoryStats:
         """Bytes of base and adapter."""

@@ -18,6 +18,7 @@ from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import PeftAdapter, read_adapter
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
+from entrenar.lora.spec import spec_of
 from entrenar.merging.stack import Scratch, Source
 
 _LAYER = re.compile(r"(?P<before>(^|.*\.)(layers|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
@@ -189,8 +190,12 @@ def _tensors(stored: dict[str, StoredTensor]) -> dict[str, InputTensor]:
 
 
 def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
-    scale = adapter.alpha / adapter.rank
-    tensors = dict(model.tensors)
+    if not adapter.is_plain:
+        raise InputError(
+            f"the adapter {where} is more than W + scale·B·A over the original weights, and a merge lays only that "
+            "over: export the model with it (--to safetensors) and merge the result"
+        )
+    spec, tensors = spec_of(adapter), dict(model.tensors)
     for layer, (a, b) in adapter.factors.items():
         name = f"{layer}.weight"
         if name not in tensors:
@@ -201,11 +206,15 @@ def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
                 f"{where} has A and B of shapes {tuple(a.shape)} and {tuple(b.shape)} at {layer}, where the weight is "
                 f"{weight.shape}"
             )
-        source = AdaptedSource(weight.source, a.shape[1], a.float(), b.float() * scale)
+        source = AdaptedSource(weight.source, a.shape[1], a.float(), b.float() * spec.for_layer(layer).scale)
         tensors[name] = InputTensor(weight.shape, weight.dtype, source, weight.bytes)
     digest = hashlib.blake2b(model.fingerprint.encode(), digest_size=16)
     for layer, (a, b) in sorted(adapter.factors.items()):
-        digest.update(layer.encode() + a.float().numpy().tobytes() + b.float().numpy().tobytes())
+        digest.update(
+            f"{layer} {spec.for_layer(layer).scale}".encode()
+            + a.float().numpy().tobytes()
+            + b.float().numpy().tobytes()
+        )
     return InputModel(model.label, model.directory, model.config, tensors, digest.hexdigest())
 
 

@@ -31,6 +31,7 @@ def load(
     *,
     double_quant: bool = False,
     block_size: int = 64,
+    search: bool = False,
     dtype: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer, the linear layers (not the output head) quantized as they are read.
@@ -39,6 +40,7 @@ def load(
         path: a Hugging Face directory or id (safetensors), or a .gguf file (any part of a split one).
         quantize: a number format (`nf4`, `fp4`, `int4`, `int8`), "none", or for a .gguf "keep": linear layers, output
             head and embedding in the file's own blocks. None: "keep" for a .gguf, "none" for the rest.
+        search: choose each block's scale for the least error (nf4, fp4).
         dtype: of all that stays unquantized and of the computation; "auto" is bfloat16 where native, else float32.
 
     Raises:
@@ -46,25 +48,30 @@ def load(
     """
     source = open_source(path)
     quantize = quantize or (KEEP if source.blocks else UNQUANTIZED)
-    return load_source(source, quantize, double_quant, block_size, resolve_dtype(dtype)), source.tokenizer
+    model = load_source(source, quantize, double_quant, block_size, resolve_dtype(dtype), search=search)
+    return model, source.tokenizer
 
 
 def load_source(
-    source: ModelSource, quantize: str, double_quant: bool, block_size: int, dtype: torch.dtype
+    source: ModelSource, quantize: str, double_quant: bool, block_size: int, dtype: torch.dtype, *, search: bool = False
 ) -> PreTrainedModel:
     """Build and fill the model of an open source; see `load`."""
     if quantize not in (UNQUANTIZED, KEEP):
-        get_format(quantize)
+        get_format(quantize).encoder(search)
         check_block_size(block_size)
     model = build_on_meta(source, dtype)
     tensors = match_tensors(model, source)
     head = model.get_output_embeddings()
     if head is None:
         raise InputError(f"{source.path}: {type(model).__name__} has no output head, so it is not a language model")
+    packed = _packed_names(source, quantize)
+    for name in packed:
+        del tensors[name]
     kept = kept_types(model, source, dtype) if quantize == KEEP else {}
     if source.blocks:
         tensors |= {name: source.blocks.packed(name) for name in kept}
-    linear = linear_weights(model, head) if quantize not in (UNQUANTIZED, KEEP) else set()
+    quantizes = quantize not in (UNQUANTIZED, KEEP) and not packed
+    linear = linear_weights(model, head) if quantizes else set()
 
     def sink(name: str) -> PieceQuantizer | _PieceJoiner:
         stored = tensors[name]
@@ -72,12 +79,16 @@ def load_source(
             return _PieceJoiner(stored.shape, dtype, kept.get(name))
         return PieceQuantizer(
             stored.shape, stored.dtype,
-            format=quantize, block_size=block_size, double_quant=double_quant, name=f"{source.path}: {name}",
+            format=quantize, block_size=block_size, double_quant=double_quant, search=search,
+            name=f"{source.path}: {name}",
         )  # fmt: skip
 
     with closing(stream(list(tensors.values()), map(sink, tensors))) as filled:
         for name, held in zip(tensors, filled, strict=True):
             _place(model, name, held.finish(), dtype)
+    if source.packed is not None:
+        for name in packed:
+            _place(model, name, source.packed.quantized(name), dtype)
     _tie(model)
     _compute_buffers(model)
     head = model.get_output_embeddings()
@@ -86,6 +97,21 @@ def load_source(
     model.requires_grad_(False).eval()
     use_fast_forwards(model)
     return model
+
+
+def _packed_names(source: ModelSource, quantize: str) -> list[str]:
+    """Weights that the files hold quantized, which are taken over as they are.
+
+    Raises:
+        InputError: they are in another format than `quantize`: they are not quantized twice.
+    """
+    packed = source.packed.packed() if source.packed else {}
+    others = sorted({format for format, _ in packed.values()} - {quantize})
+    if others and quantize != UNQUANTIZED:
+        raise InputError(
+            f"{source.path} is quantized as {listing(others)} already: set quantize to that or to none to hold it so"
+        )
+    return list(packed)
 
 
 def kept_types(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) -> dict[str, str]:

@@ -11,17 +11,24 @@ from entrenar.models.source import ModelSource
 def match_tensors(model: PreTrainedModel, source: ModelSource) -> dict[str, StoredTensor]:
     """The source's tensor for each parameter, in the order of the files; a tied parameter may have none.
 
+    Of a weight that the source holds quantized (`ModelSource.packed`) it is the tensor of its codes.
+
     Raises:
         InputError: a parameter without a tensor or the reverse, a shape or dtype that does not fit, or a tied tensor
             with values of its own.
     """
     _check_names(model, source)
-    names = set(source.weights.names())
+    names, packed = set(source.weights.names()), source.packed.packed() if source.packed else {}
     found: dict[str, StoredTensor] = {}
     for name, parameter in model.named_parameters():
         if name in names:
             found[name] = source.weights.stored(name)
-            _check_fits(f"{source.path}: {name}", found[name], tuple(parameter.shape))
+            if name not in packed:
+                _check_fits(f"{source.path}: {name}", found[name], tuple(parameter.shape))
+            elif packed[name][1] != tuple(parameter.shape):
+                raise InputError(
+                    f"{source.path}: {name} has shape {packed[name][1]} but the config says {tuple(parameter.shape)}"
+                )
     _check_tied(model, source)
     return dict(sorted(found.items(), key=lambda item: (str(item[1].file.path), item[1].start)))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
+from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
 from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
@@ -48,6 +49,11 @@ class ModelSource:
         with _reading(self.path):
             return self.make_tokenizer()
 
+    @property
+    def packed(self) -> BitsandbytesWeights | None:
+        """The same weights as bitsandbytes quantized them; None for any other checkpoint."""
+        return self.weights if isinstance(self.weights, BitsandbytesWeights) else None
+
 
 def open_source(path: str, *, with_tokenizer: bool = True) -> ModelSource:
     """Open a model without reading its weights.
@@ -72,7 +78,12 @@ def _open_directory(path: str) -> ModelSource:
         has_generation = (directory / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(directory) if has_generation else None
     make_tokenizer = partial(AutoTokenizer.from_pretrained, directory, trust_remote_code=False)
-    return ModelSource(directory, config, make_tokenizer, SafetensorsCheckpoint(directory), generation)
+    checkpoint = SafetensorsCheckpoint(directory)
+    if not is_bitsandbytes(checkpoint.names()):
+        return ModelSource(directory, config, make_tokenizer, checkpoint, generation)
+    if hasattr(config, "quantization_config"):  # what transformers would load them with
+        delattr(config, "quantization_config")
+    return ModelSource(directory, config, make_tokenizer, BitsandbytesWeights(checkpoint), generation)
 
 
 def local_directory(path: str) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entrenar.core.errors import InputError
 from entrenar.ops.linear_weight import LinearWeight
 from entrenar.quant.scales import Parts
 
@@ -16,6 +17,7 @@ class Format:
 
     encode(flat (n,) float, block_size) → codes uint8 and the scale of every block, float32; blocks do not depend on
     each other, so that encoding whole blocks piece by piece gives the same;
+    search: the same, but each block's scale is chosen for the least squared error; None where there is no such search;
     hold(scales, double_quant) → the parts beside the codes, each a uint8 tensor;
     dequantize(parts, block_size, n, dtype) → (n,) dtype;
     linear_weight(parts, block_size, (d_out, d_in)) → what a linear layer multiplies by without a whole dequantized
@@ -28,10 +30,17 @@ class Format:
     hold: Callable[[Tensor, bool], Parts]
     dequantize: Callable[[Parts, int, int, torch.dtype], Tensor]
     linear_weight: Callable[[Parts, int, tuple[int, int]], LinearWeight] | None = None
+    search: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
 
-    def quantize(self, flat: Tensor, block_size: int, double_quant: bool) -> Parts:
+    def encoder(self, search: bool) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+        """`search` or `encode`; InputError where there is no search."""
+        if search and self.search is None:
+            raise InputError(f"{self.name} has no search for better scales: nf4 and fp4 have one")
+        return self.search if search and self.search else self.encode
+
+    def quantize(self, flat: Tensor, block_size: int, double_quant: bool, search: bool = False) -> Parts:
         """Flat (n,) float → all parts."""
-        codes, scales = self.encode(flat, block_size)
+        codes, scales = self.encoder(search)(flat, block_size)
         return {"codes": codes} | self.hold(scales, double_quant)
 
 

@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Module):
             raise InputError(f"a linear layer's weight has 2 dimensions, this one has shape {tuple(weight.shape)}")
         self.out_features, self.in_features = weight.shape
         self._layout = (weight.format, weight.shape, weight.dtype, weight.block_size)
-        self._part_names = tuple(weight.parts)
+        self._part_names, self._searched = tuple(weight.parts), weight.searched
         for name, part in weight.parts.items():
             held = part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=False)
             self.register_parameter(f"weight_{name}", held)
@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Module):
     def quantized_weight(self) -> QuantizedTensor:
         """The weight as it is held; its parts are the layer's own parameters."""
         parts = {name: self.get_parameter(f"weight_{name}").data for name in self._part_names}
-        return QuantizedTensor(*self._layout, parts)
+        return QuantizedTensor(*self._layout, parts, self._searched)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., d_in) → (..., d_out)."""
@@ -95,8 +95,10 @@ class _Joinable(Protocol):
 def can_join(layer: nn.Module) -> bool:
     """Whether a layer is frozen and has nothing but its member to compute: no dropout at work, no hook to be called."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    bias = layer._parameters.get("bias")
+    trained = bias is not None and bias.requires_grad
     known = hasattr(layer, "member") or (type(layer) is nn.Linear and not layer.weight.requires_grad)
-    return known and not getattr(layer, "is_dropping", False) and not any(hooks)
+    return known and not trained and not getattr(layer, "runs_alone", False) and not any(hooks)
 
 
 def member_of(layer: nn.Module) -> Member:

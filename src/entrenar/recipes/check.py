@@ -14,7 +14,7 @@ from entrenar.data.batches import batch_rows
 from entrenar.data.dataset import PreparedData
 from entrenar.data.encode import Example
 from entrenar.data.packing import computed_tokens, layout
-from entrenar.lora.attach import adapted_layers
+from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.models.source import open_source
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.memory import load_adapted, plan_memory
@@ -71,14 +71,14 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     model, libraries = load_adapted(config, source)
     plan = make_plan(config, data)
     memory = plan_memory(config.training, model, data, plan, libraries=libraries)
-    factors = [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
+    trained = [parameter for _, parameter in trained_parameters(model)]
     lengths = [len(example) for example in data.train.examples]
     return CheckReport(
         config=config,
         data=data,
         total_steps=plan.total_steps,
-        adapted_layers=len(factors) // 2,
-        trainable_parameters=sum(factor.numel() for factor in factors),
+        adapted_layers=len(list(adapted_layers(model))),
+        trainable_parameters=sum(parameter.numel() for parameter in trained),
         memory=memory,
         lengths=lengths,
         use=_token_use(replace(plan, micro_batch=memory.micro_batch), lengths),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from entrenar.core.config import Section
+from entrenar.lora.spec import LoraSpec
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -29,13 +30,31 @@ Memory = Annotated[Literal["auto", "min"] | int, BeforeValidator(_read_memory)]
 
 
 class ModelSection(Section):
-    """Which model, and how its base is held; `keep`, the default for a .gguf: in the file's own blocks."""
+    """Which model, and how its base is held; `keep`, the default for a .gguf: in the file's own blocks.
+
+    `quantize` may also be a mapping of the four keys that say how: `{format: nf4, search: true}`.
+    """
 
     path: str
     quantize: Literal["nf4", "fp4", "int4", "int8", "none", "keep"] = "nf4"
     double_quant: bool = False
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    search: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_quantize(cls, values: Any) -> Any:
+        """`quantize` as a mapping → the keys beside it."""
+        if not isinstance(values, dict) or not isinstance(values.get("quantize"), dict):
+            return values
+        given = dict(values["quantize"])
+        allowed = ("format", "double_quant", "block_size", "search")
+        wrong = [key for key in given if key not in allowed or key in values]
+        if wrong or "format" not in given:
+            raise ValueError(f"quantize takes {', '.join(allowed)}, each once and the format always: got {list(given)}")
+        named = given.pop("format")
+        return {**values, **given, "quantize": named}
 
     @model_validator(mode="before")
     @classmethod
@@ -48,6 +67,12 @@ class ModelSection(Section):
     def _keep_only_a_gguf(self) -> Self:
         if self.quantize == "keep" and not self.path.endswith(".gguf"):
             raise ValueError(f"quantize: keep holds a .gguf file's own blocks, and {self.path} is none: choose nf4")
+        return self
+
+    @model_validator(mode="after")
+    def _search_needs_a_codebook(self) -> Self:
+        if self.search and self.quantize not in ("nf4", "fp4"):
+            raise ValueError(f"search is for nf4 and fp4, not for {self.quantize}: leave it out")
         return self
 
 
@@ -69,18 +94,30 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    """The adapter."""
+    """The adapter; see lora/spec.py."""
 
     rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: Annotated[float, Field(ge=0)] = 32.0
     dropout: Fraction = 0.0
     targets: str | list[str] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    init: str = "default"
+    rank_pattern: dict[str, Positive] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] = Field(default_factory=list)
+
+    def spec(self) -> LoraSpec:
+        """The same for lora/attach.py."""
+        return LoraSpec(**dict(self))
 
 
 class OptimizerSection(Section):
-    """AdamW and its schedule."""
+    """AdamW and its schedule; `lora_plus_ratio`: learning rate of B as a multiple of `lr` (LoRA+)."""
 
     lr: Annotated[float, Field(gt=0)] = 2e-4
+    lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

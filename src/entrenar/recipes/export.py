@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import refuse_existing, write_text
@@ -13,15 +12,15 @@ from entrenar.exporting.fuse import fused_tensors, source_tensors
 from entrenar.exporting.gguf import Metadata, copied_metadata, metadata, write_gguf
 from entrenar.exporting.gguf_adapter import export_gguf_adapter, modelfile
 from entrenar.exporting.gguf_types import FILE_TYPES
-from entrenar.exporting.huggingface import export_huggingface
+from entrenar.exporting.safetensors_output import TYPES
 from entrenar.models.load import KEEP, UNQUANTIZED
 from entrenar.models.source import ModelSource, open_source
+from entrenar.recipes.export_safetensors import export_safetensors
 from entrenar.recipes.open_model import open_model
 from entrenar.recipes.verify import verify
 
 OnVerified = Callable[[list[Fidelity]], None]
-_SAFETENSORS_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_TYPES = {"safetensors": ("bf16", "f32", "f16"), "gguf": tuple(FILE_TYPES), "gguf-adapter": ("f32",)}
+_TYPES = {"safetensors": TYPES, "gguf": tuple(FILE_TYPES), "gguf-adapter": ("f32",)}
 
 
 def export(
@@ -32,6 +31,9 @@ def export(
     to: str = "safetensors",
     type: str | None = None,
     quantize: str | None = None,
+    base: str | None = None,
+    lossy: bool = False,
+    text: str | None = None,
     ollama: bool = False,
     on_verified: OnVerified | None = None,
     verify_on: str | Path | None = None,
@@ -42,6 +44,7 @@ def export(
         to: "safetensors" (a Hugging Face directory), "gguf" (one file) or "gguf-adapter" (the adapter alone, for
             llama.cpp's --lora over the same model). type: of the weights; the first listed in the error for a wrong
             one is the default. quantize: see `open_model`. ollama: write an Ollama Modelfile beside a GGUF adapter.
+        base, lossy, text: of "safetensors", see `export_safetensors`.
         on_verified: for "gguf": run the result against the live model and call this with KL and perplexity of every
             step. verify_on: a file of held-out text for it, in place of a page of prose.
 
@@ -55,6 +58,10 @@ def export(
     if type not in _TYPES[to]:
         raise InputError(f"{to} has no type {type!r} here: choose {', '.join(_TYPES[to])}")
     refuse_existing(output)
+    if to != "safetensors" and (base or lossy or text):
+        raise InputError(f"base, lossy and text are for safetensors, not for {to}: leave them out")
+    if to != "gguf" and (on_verified is not None or verify_on is not None):
+        raise InputError(f"what is verified is a GGUF's model, not {to}: leave it out")
     if ollama and to != "gguf-adapter":
         raise InputError(f"an Ollama Modelfile goes with a GGUF adapter, not with {to}: choose --to gguf-adapter")
     if to == "gguf-adapter":
@@ -64,9 +71,9 @@ def export(
         if live is not None and on_verified is not None:
             on_verified(verify(*live, output, verify_on))
     else:
-        # The base is fused in float32 arithmetic; unquantized tensors are read as they are.
-        loaded, tokenizer = open_model(model, adapter, quantize, dtype="float32")
-        export_huggingface(loaded, tokenizer, output, _SAFETENSORS_TYPES[type])
+        export_safetensors(
+            model, output, adapter=adapter, type=type, quantize=quantize, base=base, lossy=lossy, text=text
+        )
     return output
 
 

@@ -11,13 +11,14 @@ from entrenar.core.memory import anonymous_bytes, available_bytes
 from entrenar.data.batches import batch_rows
 from entrenar.data.dataset import PreparedData
 from entrenar.data.packing import layout, widest
-from entrenar.lora.attach import adapted_layers, attach_lora
+from entrenar.lora.attach import adapted_layers, attach, trained_parameters
 from entrenar.models.activations import decoder_layers, kept_per_token, ladder
 from entrenar.models.compute import resolve_dtype
 from entrenar.models.head import output_head, vocabulary_size
 from entrenar.models.linear_cross_entropy import LOGIT_BYTES
 from entrenar.models.load import KEEP, UNQUANTIZED, build_on_meta, kept_types, load_source
 from entrenar.models.match import is_tied
+from entrenar.models.original import weights_of
 from entrenar.models.source import ModelSource
 from entrenar.ops.linear_weight import DecodedWeight
 from entrenar.quant.linear import QuantizedLinear
@@ -65,13 +66,15 @@ def load_adapted(config: RunConfig, source: ModelSource) -> tuple[PreTrainedMode
     Raises:
         InputError: its weights alone exceed what may be held; nothing was loaded.
     """
-    section, lora = config.model, config.lora
+    section = config.model
     dtype = resolve_dtype(section.dtype)
     _refuse_large(source, config, dtype)  # imports the architecture's code, too
     libraries = anonymous_bytes()
-    model = load_source(source, section.quantize, section.double_quant, section.block_size, dtype)
+    model = load_source(
+        source, section.quantize, section.double_quant, section.block_size, dtype, search=section.search
+    )
     torch.manual_seed(config.training.seed)
-    attach_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets)
+    attach(model, config.lora.spec(), weights_of(source))
     return model, libraries
 
 
@@ -85,14 +88,15 @@ def memory_budget(section: TrainingSection) -> int | None:
 
 def held_bytes(model: nn.Module, libraries: int) -> Held:
     """What an adapted model holds all the time; AdamW: two float32 moments an element, a step counter a tensor."""
-    factors = [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
+    factors = [parameter for _, parameter in trained_parameters(model)]
     adapter = sum(factor.numel() * factor.element_size() for factor in factors)
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensors in (model.parameters(), model.buffers())
         for tensor in tensors
     }
-    base = sum(storages.values()) - adapter
+    taken = [factor for _, layer in adapted_layers(model) for factor in layer.taken or ()]
+    base = sum(storages.values()) - adapter + sum(factor.numel() * factor.element_size() for factor in taken)
     return Held(
         libraries=libraries, base=base, adapter=adapter, gradients=adapter, optimizer=2 * adapter + 4 * len(factors)
     )
@@ -152,12 +156,15 @@ def _base_bytes(model: PreTrainedModel, source: ModelSource, section: ModelSecti
     """Bytes of every base parameter once loaded: packed where quantized or kept, in the compute dtype elsewhere."""
     head, total = model.get_output_embeddings(), 0
     kept = kept_types(model, source, dtype) if section.quantize == KEEP else {}
+    packed = source.packed.packed() if source.packed else {}
     for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{owner}.{name}".removeprefix(".")
             quantized = name == "weight" and isinstance(module, nn.Linear) and module is not head
             if full_name in kept and source.blocks:
                 total += source.blocks.packed(full_name).size
+            elif full_name in packed and source.packed:
+                total += source.packed.packed_bytes(full_name)
             elif quantized and section.quantize not in (UNQUANTIZED, KEEP):
                 total += packed_bytes(parameter.numel(), section.quantize, section.block_size, section.double_quant)
             elif module is not head or not is_tied(model):

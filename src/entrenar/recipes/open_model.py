@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from entrenar.files.peft import read_base_format
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.models.load import load
+from entrenar.models.original import original_weights
 
 
 def open_model(
@@ -23,8 +24,13 @@ def open_model(
         loaded, tokenizer = load(model, quantize, dtype=dtype)
     else:
         loaded, tokenizer = load(
-            model, base.format, double_quant=base.double_quant, block_size=base.block_size, dtype=dtype
+            model,
+            base.format,
+            double_quant=base.double_quant,
+            block_size=base.block_size,
+            search=base.search,
+            dtype=dtype,
         )
     if adapter:
-        load_adapter(loaded, adapter)
+        load_adapter(loaded, adapter, original=original_weights(model))
     return loaded, tokenizer

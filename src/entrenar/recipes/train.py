@@ -16,11 +16,12 @@ from entrenar.core.memory import PeakMemory
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.adapter_io import save_adapter
-from entrenar.lora.attach import adapted_layers
+from entrenar.lora.attach import trained_parameters
 from entrenar.models.activations import set_keep
 from entrenar.models.isolation import isolates_documents
 from entrenar.models.source import ModelSource, open_source
 from entrenar.optim.adamw import make_adamw
+from entrenar.optim.groups import lora_plus_groups
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.memory import load_adapted, plan_memory
 from entrenar.recipes.run_directory import RunDirectory, open_run_directory
@@ -113,9 +114,9 @@ def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) 
     if plan.pack_to and not isolates_documents(model):
         say(f"no packing: {type(model).__name__} mixes documents that share a row, so each gets a row of its own")
         plan = replace(plan, pack_to=0)
-    parameters = [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
     options = config.optimizer
-    optimizer = make_adamw(parameters, options.lr, (options.beta1, options.beta2), options.eps, options.weight_decay)
+    groups = lora_plus_groups(trained_parameters(model), options.lora_plus_ratio)
+    optimizer = make_adamw(groups, options.lr, (options.beta1, options.beta2), options.eps, options.weight_decay)
     state = State(data.fingerprint)
     if directory.checkpoint:
         state = load_checkpoint(directory.checkpoint, model, optimizer, data.fingerprint)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from entrenar.core.atomic import atomic_directory
 from entrenar.core.errors import InputError
-from entrenar.files.peft import WEIGHTS_NAME, read_factors, write_factors
-from entrenar.lora.adapter_io import adapter_factors, set_factors
+from entrenar.files.peft import WEIGHTS_NAME, read_tensors, write_tensors
+from entrenar.lora.tensors import adapter_tensors, set_tensors
 from entrenar.training.state import State
 
 STEP, BEST = "step", "best"
@@ -33,7 +33,7 @@ def save_checkpoint(
     if target.exists():
         shutil.rmtree(target)
     with atomic_directory(target) as temporary:
-        write_factors(temporary / WEIGHTS_NAME, adapter_factors(model))
+        write_tensors(temporary / WEIGHTS_NAME, adapter_tensors(model))
         save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
         (temporary / _STATE).write_text(json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8")
         manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
@@ -60,14 +60,14 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     state = State(**json.loads((path / _STATE).read_text(encoding="utf-8")))
     if state.fingerprint != fingerprint:
         raise InputError(f"{path} was trained on other data (rows, template or lengths changed): choose another output")
-    set_factors(model, read_factors(path / WEIGHTS_NAME), str(path))
+    set_tensors(dict(model.named_modules()), read_tensors(path / WEIGHTS_NAME), str(path))
     _set_optimizer(model, optimizer, load_file(path / _OPTIMIZER))
     return state
 
 
 def load_factors(path: Path, model: nn.Module) -> None:
     """Put only the adapter of a checkpoint back."""
-    set_factors(model, read_factors(path / WEIGHTS_NAME), str(path))
+    set_tensors(dict(model.named_modules()), read_tensors(path / WEIGHTS_NAME), str(path))
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

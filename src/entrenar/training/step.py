@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from entrenar.data.batches import Batch
 from entrenar.models.forward import target_loss
+from entrenar.optim.groups import LR_RATIO
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,6 @@ def update(
     result = StepResult(loss, float(norm))
     if result.is_finite:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(LR_RATIO, 1.0)
         optimizer.step()
     return result

@@ -8,13 +8,17 @@ from torch import Tensor
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.linear_weight import CodebookWeight, LinearWeight
 from entrenar.ops.quantize_codebook import quantize_codebook
+from entrenar.ops.search_codebook import search_codebook
 from entrenar.quant.codebooks import codebook
 from entrenar.quant.format import Format
 from entrenar.quant.scales import Parts, hold_dynamic, scale_tensors
 
 
 def four_bit_format(
-    name: str, encode: Callable[[Tensor, int], tuple[Tensor, Tensor]], hold: Callable[[Tensor, bool], Parts]
+    name: str,
+    encode: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    hold: Callable[[Tensor, bool], Parts],
+    search: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
 ) -> Format:
     """The registry row of a format of 4-bit codes into the codebook `name`."""
 
@@ -26,7 +30,9 @@ def four_bit_format(
         table = codebook(name, parts["codes"].device)
         return CodebookWeight(parts["codes"], scale_tensors(parts), table, block_size, shape)
 
-    return Format(name=name, bits=4, encode=encode, hold=hold, dequantize=dequantize, linear_weight=linear_weight)
+    return Format(
+        name=name, bits=4, encode=encode, hold=hold, dequantize=dequantize, linear_weight=linear_weight, search=search
+    )
 
 
 def codebook_format(name: str) -> Format:
@@ -35,4 +41,7 @@ def codebook_format(name: str) -> Format:
     def encode(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         return quantize_codebook(flat, codebook(name, flat.device), block_size)
 
-    return four_bit_format(name, encode, hold_dynamic)
+    def search(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        return search_codebook(flat, codebook(name, flat.device), block_size)
+
+    return four_bit_format(name, encode, hold_dynamic, search)

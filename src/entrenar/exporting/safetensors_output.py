@@ -1,0 +1,125 @@
+"""Write a fused base as a Hugging Face directory, tensor by tensor from its files, with a report of what survived."""
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from entrenar.core.atomic import atomic_directory
+from entrenar.core.errors import InputError
+from entrenar.exporting.fidelity import REPORT_NAME, Fidelity, ModuleFidelity, measure, weighted_survival
+from entrenar.exporting.huggingface import MAX_SHARD_BYTES
+from entrenar.exporting.streaming import StreamedModel
+from entrenar.files.bitsandbytes import Layout, four_bit_tensors, quantization_config
+from entrenar.files.lazy_tensor import LazyTensor
+from entrenar.files.safetensors import write_checkpoint
+from entrenar.models.source import ModelSource
+from entrenar.quant.tensor import QuantizedTensor, quantize
+
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# Scales are searched for and doubly quantized: 4.127 bits a weight, and the least error that bitsandbytes' layout has.
+FOUR_BIT = {"nf4": Layout("nf4", 64, double_quant=True, dtype=torch.bfloat16)}
+TYPES = ("bf16", "f32", "f16", "nf4")
+_TRIED_LAYERS = 3
+
+
+@dataclass
+class _Writer:
+    """What is to be written, and what has been measured on the way."""
+
+    model: StreamedModel
+    type: str
+    measured: list[ModuleFidelity] = field(default_factory=list)
+
+    def tensors(self) -> list[LazyTensor]:
+        """Every tensor of the output, in the order of the files."""
+        return [tensor for name in self.model.names() for tensor in self._tensors_of(name)]
+
+    def _tensors_of(self, name: str) -> list[LazyTensor]:
+        shape = self.model.shape(name)
+        if self.type in FOUR_BIT and name in self.model.linear:
+            layout = FOUR_BIT[self.type]
+            return four_bit_tensors(name, (shape[0], shape[1]), layout, lambda: self.four_bit(name))
+        return [LazyTensor(name, shape, lambda: self._float(name))]
+
+    def four_bit(self, name: str) -> QuantizedTensor:
+        """A weight, fused and quantized."""
+        fused, layout = self.model.fused(name), FOUR_BIT[self.type]
+        made = quantize(
+            fused.weight.to(torch.bfloat16) if fused.before is None else fused.weight,
+            format=layout.format, block_size=layout.block_size, double_quant=layout.double_quant, search=True,
+            name=name,
+        )  # fmt: skip
+        self.measured.append(measure(name, fused, made.dequantize()))
+        return made
+
+    def _float(self, name: str) -> Tensor:
+        fused = self.model.fused(name)
+        dtype = FLOATS.get(self.type, torch.bfloat16)
+        written = fused.weight.to(dtype)
+        if fused.before is not None:
+            self.measured.append(measure(name, fused, written))
+        return written
+
+
+def export_streamed(
+    source: ModelSource,
+    model: StreamedModel,
+    directory: Path,
+    type: str,
+    base: str,
+    *,
+    lossy: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Fidelity:
+    """Write `directory`, which must not exist.
+
+    Args:
+        type: one of TYPES. base: `dequantized` or `original`, for the report. lossy: write a 4-bit type although the
+            change would be lost in it.
+
+    Raises:
+        InputError: a 4-bit type of a dequantized base, unless `lossy`: the share that would survive is named.
+    """
+    writer = _Writer(model, type)
+    if type in FOUR_BIT and base == "dequantized" and not lossy:
+        _refuse_loss(writer)
+    with atomic_directory(directory) as temporary:
+        write_checkpoint(temporary, writer.tensors(), FLOATS.get(type, torch.bfloat16), max_shard_bytes)
+        report = Fidelity(base, type, writer.measured)
+        (temporary / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+        _write_config(temporary, source, model, type)
+    return report
+
+
+def _refuse_loss(writer: _Writer) -> None:
+    names = [name for name in writer.model.names() if writer.model.is_adapted(name) and name in writer.model.linear]
+    for name in names[:_TRIED_LAYERS]:
+        writer.four_bit(name)
+    share = weighted_survival(writer.measured)
+    writer.measured.clear()
+    if share is not None:
+        raise InputError(
+            f"{writer.type} of a dequantized base would keep about {share:.1%} of what was trained, because its values "
+            "snap back to where they were: use base original, or ask for lossy"
+        )
+
+
+def _write_config(directory: Path, source: ModelSource, model: StreamedModel, type: str) -> None:
+    config = copy.deepcopy(source.config)
+    config.dtype = FLOATS.get(type, torch.bfloat16)
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
+    if type in FOUR_BIT:
+        skipped = [name for name, module in model.meta.named_modules() if module is model.meta.get_output_embeddings()]
+        config.quantization_config = quantization_config(FOUR_BIT[type], skipped)
+    if model.is_untied:
+        config.get_text_config().tie_word_embeddings = False
+    config.architectures = [model.meta.__class__.__name__]
+    config.save_pretrained(directory)
+    if source.generation is not None:
+        source.generation.save_pretrained(directory)
+    source.tokenizer.save_pretrained(directory)

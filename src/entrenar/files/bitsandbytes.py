@@ -1,0 +1,209 @@
+"""bitsandbytes' checkpoints: 4-bit weights (nf4, fp4, plain or double quantized) and LLM.int8, both ways.
+
+A 4-bit weight `W` (out, in) is `W` U8 (numel / 2, 1) with `W.absmax`, `W.quant_map` (16,), with double quantization
+also `W.nested_absmax` and `W.nested_quant_map` (256,), and `W.quant_state.bitsandbytes__<format>`, a JSON text as U8.
+An int8 weight is `W` I8 (out, in) with `SCB` F32 (out,) beside it: W = q · SCB / 127. Nothing is quantized again.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entrenar.core.errors import InputError
+from entrenar.files.lazy_tensor import LazyTensor
+from entrenar.files.safetensors import SafetensorsCheckpoint
+from entrenar.ops.blocks import block_count
+from entrenar.quant.codebooks import codebook, dynamic_map
+from entrenar.quant.scales import GROUP, as_bytes, as_float
+from entrenar.quant.tensor import QuantizedTensor
+
+_STATE = ".quant_state.bitsandbytes__"
+_FORMATS = ("nf4", "fp4")
+_NESTED_STATE = {"nested_blocksize": GROUP, "nested_dtype": "float32"}
+# As wide as any number that JSON writes for an offset: the header is written before the offset is known.
+_OFFSET_ROOM = 26
+_OFFSET_BYTES = 4  # held as float32
+_CPU = torch.device("cpu")
+
+
+class BitsandbytesWeights:
+    """The tensors of a checkpoint without bitsandbytes' own beside the weights; see `models.source.Weights`."""
+
+    def __init__(self, checkpoint: SafetensorsCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        names = set(checkpoint.names())
+        self._states = {name.split(_STATE)[0]: name for name in names if _STATE in name}
+        self._int8 = {
+            f"{name.removesuffix('SCB')}weight" for name in names if name.rpartition(".")[2] == "SCB"
+        }  # fmt: skip
+        self.stored = checkpoint.stored
+        beside = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        hidden = {f"{weight}.{part}" for weight in self._states for part in beside} | set(self._states.values())
+        for weight in self._int8:
+            owner = weight.removesuffix("weight")
+            hidden |= {f"{owner}SCB", f"{owner}weight_format"}
+        self._names = [name for name in checkpoint.names() if name not in hidden]
+
+    def names(self) -> list[str]:
+        """Every weight's name."""
+        return self._names
+
+    def packed(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name → number format and shape of every quantized weight."""
+        found = {name: (key.split(_STATE)[1], tuple(self._state(name)["shape"])) for name, key in self._states.items()}
+        return found | {name: ("int8", self.checkpoint.tensors[name].shape) for name in self._int8}
+
+    def packed_bytes(self, name: str) -> int:
+        """Bytes of a quantized weight as `quantized` holds it."""
+        if name in self._int8:
+            return self._bytes(name) + self._bytes(f"{name.removesuffix('weight')}SCB")
+        nested = f"{name}.nested_absmax"
+        beside = self._bytes(nested) + _OFFSET_BYTES if nested in self.checkpoint.tensors else 0
+        return self._bytes(name) + self._bytes(f"{name}.absmax") + beside
+
+    def _bytes(self, name: str) -> int:
+        return self.checkpoint.tensors[name].size
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """A quantized weight, its bytes as they are.
+
+        Raises:
+            InputError: a codebook, block size or layout that is not bitsandbytes' usual one.
+        """
+        return self._four_bit(name) if name in self._states else self._eight_bit(name)
+
+    def _state(self, name: str) -> dict[str, Any]:
+        key = self._states[name]
+        try:
+            state = json.loads(bytes(self.checkpoint.read(key).tolist()))
+            return {"format": key.split(_STATE)[1], **state}
+        except (ValueError, TypeError):
+            raise InputError(f"{self._where(name)} has a broken quant_state: fetch or save it again") from None
+
+    def _where(self, name: str) -> str:
+        return f"{self.checkpoint.tensors[name].file.path}: {name}"
+
+    def _four_bit(self, name: str) -> QuantizedTensor:
+        state, read = self._state(name), self.checkpoint.read
+        format = state["format"]
+        known = format in _FORMATS and torch.equal(read(f"{name}.quant_map"), codebook(format, _CPU))
+        if not known:
+            raise InputError(f"{self._where(name)} is {format} with a codebook of its own: only nf4 and fp4 are read")
+        parts = {"codes": read(name).view(-1)}
+        if "nested_blocksize" in state:
+            if state["nested_blocksize"] != GROUP or not torch.equal(
+                read(f"{name}.nested_quant_map"), dynamic_map(_CPU)
+            ):
+                raise InputError(f"{self._where(name)} has scales of another layout: blocks of {GROUP} are read")
+            parts["scales"] = read(f"{name}.absmax")
+            parts["nested_scales"] = as_bytes(read(f"{name}.nested_absmax"))
+            parts["offset"] = as_bytes(torch.tensor([state["nested_offset"]]))
+        else:
+            parts["scales"] = as_bytes(read(f"{name}.absmax"))
+        dtype = getattr(torch, state["dtype"])
+        return QuantizedTensor(format, tuple(state["shape"]), dtype, state["blocksize"], parts)
+
+    def _eight_bit(self, name: str) -> QuantizedTensor:
+        codes = self.checkpoint.read(name)
+        largest = self.checkpoint.read(f"{name.removesuffix('weight')}SCB")
+        if codes.dtype != torch.int8 or codes.dim() != 2 or largest.shape != codes.shape[:1]:
+            raise InputError(f"{self._where(name)} is not an LLM.int8 weight with a scale a row: save it again")
+        parts = {"codes": codes.view(torch.uint8).view(-1), "scales": as_bytes(largest / 127)}
+        return QuantizedTensor("int8", tuple(codes.shape), torch.float16, codes.shape[1], parts)
+
+
+def is_bitsandbytes(names: Iterable[str]) -> bool:
+    """Whether names of tensors are those of such a checkpoint."""
+    return any(_STATE in name or name.rpartition(".")[2] == "SCB" for name in names)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a 4-bit weight is to be written; `dtype`: what it is dequantized to."""
+
+    format: str
+    block_size: int
+    double_quant: bool
+    dtype: torch.dtype
+
+
+def four_bit_tensors(
+    name: str, shape: tuple[int, int], layout: Layout, make: Callable[[], QuantizedTensor]
+) -> list[LazyTensor]:
+    """The tensors of one 4-bit weight, in the order they are to be written; `make` is called once, for the first."""
+    count = shape[0] * shape[1]
+    blocks = block_count(count, layout.block_size)
+    held = _Held(make)
+    text = len(_state_text(shape, layout, None))
+    lazy = partial(_lazy, held)
+    plain = [
+        lazy(name, (block_count(count, 2), 1), torch.uint8, lambda q: q.parts["codes"].view(-1, 1)),
+        lazy(f"{name}.quant_map", (16,), torch.float32, lambda q: codebook(q.format, _CPU)),
+    ]
+    state = lazy(
+        f"{name}{_STATE}{layout.format}", (text,), torch.uint8, lambda q: _state_bytes(shape, layout, q), last=True
+    )
+    if not layout.double_quant:
+        return [*plain, lazy(f"{name}.absmax", (blocks,), torch.float32, lambda q: as_float(q.parts["scales"])), state]
+    groups = (block_count(blocks, GROUP),)
+    return [
+        *plain,
+        lazy(f"{name}.absmax", (blocks,), torch.uint8, lambda q: q.parts["scales"]),
+        lazy(f"{name}.nested_absmax", groups, torch.float32, lambda q: as_float(q.parts["nested_scales"])),
+        lazy(f"{name}.nested_quant_map", (256,), torch.float32, lambda _: dynamic_map(_CPU)),
+        state,
+    ]
+
+
+def quantization_config(layout: Layout, skipped: list[str]) -> dict[str, Any]:
+    """What config.json says of a 4-bit checkpoint; `skipped`: modules that stay in 16 bits."""
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
+        "bnb_4bit_quant_type": layout.format, "bnb_4bit_use_double_quant": layout.double_quant,
+        "bnb_4bit_compute_dtype": _dtype_name(layout), "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": skipped,
+    }  # fmt: skip
+
+
+class _Held:
+    """A weight that is made for the first of its tensors and let go after the last."""
+
+    def __init__(self, make: Callable[[], QuantizedTensor]) -> None:
+        self._make, self._weight = make, None
+
+    def take(self, use: Callable[[QuantizedTensor], Tensor], last: bool) -> Tensor:
+        weight = self._weight or self._make()
+        self._weight = None if last else weight
+        return use(weight)
+
+
+def _lazy(
+    held: _Held, name: str, shape: tuple[int, ...], dtype: torch.dtype, use: Callable[[QuantizedTensor], Tensor],
+    last: bool = False,
+) -> LazyTensor:  # fmt: skip
+    return LazyTensor(name, shape, lambda: held.take(use, last), dtype=dtype)
+
+
+def _state_text(shape: tuple[int, int], layout: Layout, offset: float | None) -> str:
+    state: dict[str, Any] = {
+        "quant_type": layout.format, "blocksize": layout.block_size, "dtype": _dtype_name(layout), "shape": list(shape),
+    }  # fmt: skip
+    if not layout.double_quant:
+        return json.dumps(state)
+    # JSON allows spaces after its value.
+    text = json.dumps(state | _NESTED_STATE | {"nested_offset": 0.0 if offset is None else offset})
+    return text.ljust(len(json.dumps(state | _NESTED_STATE | {"nested_offset": 0.0})) + _OFFSET_ROOM)
+
+
+def _state_bytes(shape: tuple[int, int], layout: Layout, weight: QuantizedTensor) -> Tensor:
+    offset = as_float(weight.parts["offset"]).item() if layout.double_quant else None
+    return torch.tensor(list(_state_text(shape, layout, offset).encode()), dtype=torch.uint8)
+
+
+def _dtype_name(layout: Layout) -> str:
+    return str(layout.dtype).removeprefix("torch.")

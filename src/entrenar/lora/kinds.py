@@ -1,0 +1,58 @@
+"""Which modules can be adapted, and by which layer: one row for each kind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from entrenar.lora.embedding import EmbeddingLoRALayer
+from entrenar.lora.lora_layer import LoRALayer
+from entrenar.lora.low_rank import AdapterLayer
+from entrenar.lora.qlora_layer import QLoRALayer
+from entrenar.lora.spec import LayerSpec
+from entrenar.quant.linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of modules; `is_linear`: "all-linear" means it too."""
+
+    module: type[nn.Module]
+    adapt: Callable[[Any, LayerSpec], AdapterLayer]
+    is_linear: bool = True
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The row of a module, None if it cannot be adapted."""
+    return next((kind for kind in KINDS if isinstance(module, kind.module)), None)
+
+
+def _quantized(module: QuantizedLinear, spec: LayerSpec) -> QLoRALayer:
+    weight = module.quantized_weight
+    return QLoRALayer(weight, spec.rank, spec.alpha, spec.dropout, module.bias, rslora=spec.rslora)
+
+
+def _linear(module: nn.Linear, spec: LayerSpec) -> LoRALayer:
+    return LoRALayer(module.weight, spec.rank, spec.alpha, spec.dropout, module.bias, rslora=spec.rslora)
+
+
+def _conv1d(module: Conv1D, spec: LayerSpec) -> LoRALayer:
+    """GPT-2's linear layer keeps its weight as (d_in, d_out)."""
+    layer = LoRALayer(module.weight.t(), spec.rank, spec.alpha, spec.dropout, module.bias, rslora=spec.rslora)
+    layer.is_transposed = True
+    return layer
+
+
+def _embedding(module: nn.Embedding, spec: LayerSpec) -> EmbeddingLoRALayer:
+    """Ids cannot be dropped: as in peft, dropout is for the linear layers beside it."""
+    return EmbeddingLoRALayer(module, spec.rank, spec.alpha, rslora=spec.rslora)
+
+
+KINDS = (
+    Kind(QuantizedLinear, _quantized),
+    Kind(nn.Linear, _linear),
+    Kind(Conv1D, _conv1d),
+    Kind(nn.Embedding, _embedding, is_linear=False),
+)

@@ -1,0 +1,42 @@
+"""An adapter whose initialisation changed the base, as plain LoRA over the original: (W − B₀·A₀) + s·B·A = W + Δ.
+
+Δ = s·B·A − B₀·A₀ has twice the rank (PiSSA, Meng et al. 2024, appendix C). Over a quantized base the format's rounding
+of W − B₀·A₀ stays behind: the original has none of it.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from entrenar.core.errors import InputError
+from entrenar.files.peft import AdapterTensors, PeftAdapter
+from entrenar.lora.spec import spec_of
+
+
+def as_plain(adapter: PeftAdapter) -> PeftAdapter:
+    """The adapter itself if nothing was taken out of its base, else one of scale 1 and twice the rank.
+
+    Raises:
+        InputError: DoRA, whose rows' lengths do not let themselves be taken apart.
+    """
+    if not adapter.taken:
+        return adapter
+    if adapter.dora:
+        raise InputError("a DoRA adapter that was started with a change of the base cannot be written as plain LoRA")
+    spec = spec_of(adapter)
+    scales = {name: spec.for_layer(name).scale for name in adapter.taken}
+    layers = dict(adapter.tensors.layers)
+    for name, taken in adapter.taken.items():
+        a, b = layers[name]["lora_A.weight"], layers[name]["lora_B.weight"]
+        layers[name] = {
+            "lora_A.weight": torch.cat([a, taken["lora_A.weight"]]),
+            "lora_B.weight": torch.cat([b * scales[name], -taken["lora_B.weight"]], dim=1),
+        }
+    ranks = {name: len(parts["lora_A.weight"]) for name, parts in layers.items() if name in scales}
+    rank = max(ranks.values())
+    pattern = {name: own for name, own in ranks.items() if own != rank}
+    return replace(
+        adapter, rank=rank, alpha=float(rank), rank_pattern=pattern, rslora=False, init=True, taken={},
+        alpha_pattern={name: float(own) for name, own in pattern.items()},
+        tensors=AdapterTensors(layers, adapter.tensors.saved),
+    )  # fmt: skip

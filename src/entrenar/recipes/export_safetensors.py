@@ -1,0 +1,77 @@
+"""Export as a Hugging Face directory: open files and adapter, fuse tensor by tensor, measure on text."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from entrenar.core.atomic import write_text
+from entrenar.core.errors import InputError
+from entrenar.data.dataset import load_dataset
+from entrenar.evaluation.perplexity import kl_divergence, perplexity
+from entrenar.exporting.fidelity import REPORT_NAME, Fidelity
+from entrenar.exporting.safetensors_output import FOUR_BIT, export_streamed
+from entrenar.exporting.streaming import StreamedModel
+from entrenar.files.peft import BaseFormat, read_adapter
+from entrenar.models.load import KEEP, UNQUANTIZED, load
+from entrenar.models.source import open_source
+from entrenar.recipes.open_model import open_model
+
+BASES = ("dequantized", "original")
+
+
+def export_safetensors(
+    model: str,
+    output: Path,
+    *,
+    adapter: str | None,
+    type: str,
+    quantize: str | None = None,
+    base: str | None = None,
+    lossy: bool = False,
+    text: str | None = None,
+) -> Fidelity:
+    """Write `model`, fused with `adapter`, as a directory with its fidelity.json.
+
+    Args:
+        base: `dequantized`, the model that was trained (the default of 16 and 32 bits), or `original`, the weights as
+            the files have them (the default of 4 bits).
+        text: rows to measure loss and KL on, the written model against the live one.
+    """
+    if base is not None and base not in BASES:
+        raise InputError(f"there is no base {base!r}: choose {' or '.join(BASES)}")
+    source, held = open_source(model), _held(adapter, quantize)
+    if source.packed:
+        if base == "original":
+            raise InputError(f"{model} holds quantized weights alone, no original ones: leave base out")
+        base, held = "dequantized", None
+    chosen = base or ("original" if type in FOUR_BIT or held is None else "dequantized")
+    read = read_adapter(Path(adapter)) if adapter else None
+    streamed = StreamedModel(source, read, held if chosen == "dequantized" else None)
+    report = export_streamed(source, streamed, output, type, chosen, lossy=lossy)
+    if text is not None:
+        report = replace(report, text=_on_text(model, output, adapter, quantize, text))
+        write_text(output / REPORT_NAME, json.dumps(report.to_json(), indent=1) + "\n")
+    return report
+
+
+def _held(adapter: str | None, quantize: str | None) -> BaseFormat | None:
+    """How the base is held under the adapter, as asked, else as the adapter says; None: as its files have it."""
+    if quantize is not None:
+        held = BaseFormat(format=quantize, block_size=64, double_quant=False)
+    else:
+        held = read_adapter(Path(adapter)).base_format if adapter else None
+    return None if held is None or held.format in (UNQUANTIZED, KEEP) else held
+
+
+def _on_text(model: str, output: Path, adapter: str | None, quantize: str | None, text: str) -> dict[str, float]:
+    """Loss and perplexity of the live and the written model, and KL(live ‖ written), in nats per token."""
+    live, tokenizer = open_model(model, adapter, quantize)
+    written, _ = load(str(output))
+    dataset = load_dataset(Path(text), tokenizer, 2048)
+    if not len(dataset):
+        raise InputError(f"{text} leaves no row to measure on: check its rows")
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    losses = {name: perplexity(each, dataset, 4, pad) for name, each in (("live", live), ("written", written))}
+    found = {f"{name}_loss": measured.loss for name, measured in losses.items()}
+    found |= {f"{name}_perplexity": measured.perplexity for name, measured in losses.items()}
+    return found | {"kl": kl_divergence(written, live, dataset, 4, pad), "tokens": losses["live"].tokens}

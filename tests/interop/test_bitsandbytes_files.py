@@ -1,0 +1,109 @@
+"""bitsandbytes' checkpoints: what transformers writes is read here without a change, and the reverse."""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as functional
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from entrenar.core.errors import InputError
+from entrenar.lora.adapter_io import save_adapter
+from entrenar.lora.attach import adapted_layers, attach_lora
+from entrenar.models.load import load
+from entrenar.quant.linear import QuantizedLinear
+from entrenar.recipes.export import export
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
+IDS = torch.tensor([[1, 40, 80, 120, 7, 9, 200]])
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.float()
+
+
+@pytest.fixture(params=["nf4", "fp4 nested"])
+def theirs(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A 4-bit directory as transformers and bitsandbytes write it."""
+    options = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=request.param[:3], bnb_4bit_use_double_quant="nested" in request.param,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=options, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def test_their_checkpoint_is_held_byte_by_byte(theirs: Path) -> None:
+    model, _ = load(str(theirs), dtype="float32")
+    stored = load_file(theirs / "model.safetensors")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(layer.get_parameter("weight_codes"), stored[f"{name}.weight"].view(-1))
+    peer = AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), logits(peer), atol=1e-4, rtol=1e-4)
+
+
+def test_another_format_is_not_laid_over_theirs(theirs: Path) -> None:
+    with pytest.raises(InputError, match="quantized as"):
+        load(str(theirs), "int4")
+
+
+def test_an_adapter_on_their_base_is_fused_with_it(theirs: Path, tmp_path: Path) -> None:
+    model, _ = load(str(theirs), dtype="float32")
+    attach_lora(model, rank=4)
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_b, std=0.05)
+    save_adapter(model, tmp_path / "adapter")
+    path = export(str(theirs), tmp_path / "out", adapter=str(tmp_path / "adapter"), type="f32")
+    torch.testing.assert_close(logits(load(str(path), dtype="float32")[0]), logits(model), atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="lossy"):
+        export(str(theirs), tmp_path / "four", adapter=str(tmp_path / "adapter"), type="nf4")
+
+
+def test_our_nf4_is_loaded_by_them_to_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = export(str(tiny_model_dir), tmp_path / "ours", type="nf4")
+    peer = AutoModelForCausalLM.from_pretrained(path)
+    ours, _ = load(str(path), dtype="bfloat16")
+    stored = load_file(path / "model.safetensors")
+    layers = {n: m for n, m in ours.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        weight: Any = peer.get_submodule(name).weight
+        assert torch.equal(weight.data.view(-1), stored[f"{name}.weight"].view(-1))
+        value = functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert torch.equal(value, layer.quantized_weight.dequantize(torch.bfloat16))
+    torch.testing.assert_close(logits(peer), logits(ours), atol=0.1, rtol=0.1)
+    again = export(str(path), tmp_path / "again", type="f32")
+    assert torch.equal(
+        load_file(again / "model.safetensors")["model.layers.0.mlp.up_proj.weight"],
+        layers["model.layers.0.mlp.up_proj"].quantized_weight.dequantize(),
+    )
+
+
+def test_llm_int8_is_read_row_by_row(tiny_model_dir: Path, tmp_path: Path) -> None:
+    options = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=options, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "theirs")
+    ours, _ = load(str(tmp_path / "theirs"), dtype="float32")
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    layer = ours.get_submodule(name)
+    assert isinstance(layer, QuantizedLinear)
+    expected = stored[f"{name}.weight"].float() * stored[f"{name}.SCB"][:, None] / 127
+    torch.testing.assert_close(layer.fused_weight(), expected)
+
+
+def test_a_codebook_of_its_own_is_refused(theirs: Path) -> None:
+    file = theirs / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight.quant_map"] *= 0.5
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match="codebook of its own"):
+        load(str(theirs))
