@@ -67,7 +67,7 @@ def adapted(smollm2: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-# q8_0: llama.cpp rounds activations to 8 bits too, which alone costs about 5e-3, by its kernels for the CPU.
+# q8_0: llama.cpp rounds activations to 8 bits too, which alone costs 3.4e-3 with its AVX2 kernels; in all 5.0e-3.
 @pytest.mark.parametrize(("type", "bound"), [("f16", 1e-3), ("bf16", 1e-3), ("q8_0", 7e-3)])
 def test_logits_of_the_exported_model_are_those_of_the_live_one(
     adapted: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, type: str, bound: float
@@ -83,7 +83,9 @@ def test_logits_of_the_exported_model_are_those_of_the_live_one(
     assert mean_kl(model, tmp_path / "m.gguf", ids) > 10 * bound
     for _, layer in adapted_layers(model):
         layer.lora_b.data.neg_()
-    assert mean_kl(plain, tmp_path / "m.gguf", ids) < bound
+    theirs_alone = mean_kl(plain, tmp_path / "m.gguf", ids)
+    assert theirs_alone < bound
+    assert mean_kl(model, tmp_path / "m.gguf", ids) < theirs_alone + 2e-3  # what the file itself lost
 
 
 @pytest.mark.parametrize(

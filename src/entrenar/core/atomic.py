@@ -28,9 +28,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _fsync(temporary)
+            fsync(temporary)
             temporary.replace(path)
-            _fsync(path.parent)
+            fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -45,10 +45,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
-                _fsync(file)
-            _fsync(temporary)
+                fsync(file)
+            fsync(temporary)
             temporary.rename(path)
-            _fsync(path.parent)
+            fsync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -63,7 +63,8 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file, or a directory's names, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,7 +6,6 @@ those that are done and notes them in the journal: a merge that was killed goes 
 same bytes.
 """
 
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entrenar.core.atomic import fsync
 from entrenar.core.errors import EntrenarError, InputError
 from entrenar.files.stream import one_openmp_thread_each
 from entrenar.merging.journal import NAME as JOURNAL
@@ -51,18 +51,10 @@ def working(output: Path) -> Iterator[Path]:
         raise
     (directory / JOURNAL).unlink()
     for file in directory.iterdir():
-        _fsync(file)
-    _fsync(directory)
+        fsync(file)
+    fsync(directory)
     directory.rename(output)
-    _fsync(output.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(output.parent)
 
 
 def execute(plan: MergePlan, files: OutputFiles, digest: str, seed: int, progress: Progress) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _nearest(scaled: Tensor, midpoints: Tensor, order: Tensor) -> Tensor:
 
 
 def _native(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    codes, absmax = _fake(flat, codebook, block_size)
+    codes, absmax = empty_codes(flat, codebook, block_size)
     _quantize(
         flat.contiguous(), codebook.contiguous(), codes, absmax,
         flat.numel(), block_size, native.DTYPES[flat.dtype], native.threads(),
@@ -61,12 +61,14 @@ def _native(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Te
     return codes, absmax
 
 
-def _fake(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - one signature
+def empty_codes(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - one signature
+    """Room for codes, two a byte, and for one number a block."""
     codes = flat.new_empty(block_count(flat.numel(), 2), dtype=torch.uint8)
     return codes, flat.new_empty(block_count(flat.numel(), block_size), dtype=torch.float32)
 
 
-def _accepts(flat: Tensor, codebook: Tensor, block_size: int) -> bool:
+def takes_codebook(flat: Tensor, codebook: Tensor, block_size: int) -> bool:
+    """Whether the native kernels serve."""
     return flat.dtype in native.DTYPES and codebook.dtype == torch.float32 and block_size % 16 == 0
 
 
@@ -74,6 +76,6 @@ define(
     "quantize_codebook(Tensor flat, Tensor codebook, int block_size) -> (Tensor, Tensor)",
     reference=_reference,
     native_cpu=_native,
-    fake=_fake,
-    accepts=_accepts,
+    fake=empty_codes,
+    accepts=takes_codebook,
 )

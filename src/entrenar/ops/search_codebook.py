@@ -14,6 +14,7 @@ from entrenar.ops import native
 from entrenar.ops.blocks import block_count, chunks
 from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import pack_nibbles
+from entrenar.ops.quantize_codebook import empty_codes, takes_codebook
 
 # csrc/codebook4/search.h has the same numbers.
 SHARES = (0.84, 0.94, 1.04)
@@ -88,7 +89,7 @@ def _whole_blocks(flat: Tensor, block_size: int) -> Tensor:
 
 def _native(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     padded = _whole_blocks(flat.contiguous(), block_size)
-    codes, scales = _fake(padded, codebook, block_size)
+    codes, scales = empty_codes(padded, codebook, block_size)
     _search(
         padded, codebook.contiguous(), codes, scales,
         padded.numel(), block_size, native.DTYPES[flat.dtype], native.threads(),
@@ -96,19 +97,10 @@ def _native(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Te
     return codes[: block_count(flat.numel(), 2)].clone() if padded is not flat else codes, scales
 
 
-def _fake(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001 - one signature
-    codes = flat.new_empty(block_count(flat.numel(), 2), dtype=torch.uint8)
-    return codes, flat.new_empty(block_count(flat.numel(), block_size), dtype=torch.float32)
-
-
-def _accepts(flat: Tensor, codebook: Tensor, block_size: int) -> bool:
-    return flat.dtype in native.DTYPES and codebook.dtype == torch.float32 and block_size % 16 == 0
-
-
 define(
     "search_codebook(Tensor flat, Tensor codebook, int block_size) -> (Tensor, Tensor)",
     reference=_reference,
     native_cpu=_native,
-    fake=_fake,
-    accepts=_accepts,
+    fake=empty_codes,
+    accepts=takes_codebook,
 )
