@@ -37,8 +37,8 @@ class Row:
     limit: float
 
 
-# A turn is warm calls for this long, then timed calls for as long; at least one of each. After a pause Linux may keep two
-# threads on one core for some milliseconds: a turn of 5 ms then measures half a machine.
+# A turn is warm calls for this long, then timed calls for as long; at least one of each. After a pause Linux may keep
+# two threads on one core for some milliseconds: a turn of 5 ms then measures half a machine.
 TURN = 0.02
 
 
