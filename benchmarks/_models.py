@@ -16,6 +16,15 @@ LLAMA_1B = LlamaConfig(
     vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
     num_key_value_heads=4, max_position_embeddings=2048,
 )  # fmt: skip
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+)  # fmt: skip - Llama 2's
 LLAMA_135M = LlamaConfig(
     vocab_size=49152,
     hidden_size=576,

@@ -151,7 +151,7 @@ def report(rows: list[Row], path: str | None) -> None:
     print(f"{'metric':34} {'shape':>10} {'ours':>9} {'peer':>9} {'unit':8} {'ratio':>7} {'limit':>6}  peer")
     for row in rows:
         missed = "" if row.ratio >= row.limit else "  below the limit"
-        numbers = f"{row.ours:9.2f} {row.peer:9.3f} {row.unit:8} {row.ratio:7.2f} {row.limit:6.2f}"
+        numbers = f"{row.ours:9.4g} {row.peer:9.4g} {row.unit:8} {row.ratio:7.3g} {row.limit:6.2f}"
         print(f"{row.metric:34} {row.shape:>10} {numbers}  {row.peer_name}{missed}")
     if path:
         Path(path).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
