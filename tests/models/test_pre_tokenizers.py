@@ -30,6 +30,9 @@ _SPLITS = [
     ("smollm", "x·=·(y)_z", "x|·=|·(|y|)_|z"),
     ("smollm", "½·٣x", "½|·|٣|x"),
     ("qwen2", "ñandú·漢字!", "ñandú|·漢字|!"),
+    ("dbrx", "It·costs·1234·euros", "It|·costs|·|123|4|·euros"),
+    ("gpt-4o", "myHTTPServer's·1234·a/b//↵c", "my|HTTPServer's|·|123|4|·a|/b|//↵|c"),
+    ("tekken", "myHTTPServer's·1234·a/b//↵c", "my|HTTPServer|'s|·|1|2|3|4|·a|/b|//↵|c"),
 ]
 
 
@@ -66,18 +69,20 @@ def _split(regex: str) -> dict[str, object]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
-# As the `tokenizer.json` of GPT-2, SmolLM2, Llama 3 and Qwen 2.5 have it.
+# As the `tokenizer.json` of GPT-2, SmolLM2, Llama 3, DBRX and Qwen 2.5 have it.
 _PUBLISHED = {
     "gpt-2": _BYTES | {"use_regex": True},
     "smollm": _sequence({"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}),
     "llama-bpe": _sequence(_split(_LLAMA3_REGEX), _BYTES | {"use_regex": False}),
+    "dbrx": _sequence(_split(_LLAMA3_REGEX), _BYTES | {"use_regex": False}),
     "qwen2": _sequence(_split(_QWEN2_REGEX), _BYTES | {"use_regex": False, "trim_offsets": False}),
 }
 
 
 @pytest.mark.parametrize("name", _PUBLISHED)
 def test_published_tokenizers_have_their_llama_cpp_name(name: str) -> None:
-    state = json.loads(Tokenizer(BPE()).to_str()) | {"pre_tokenizer": _PUBLISHED[name]}
+    model = BPE(ignore_merges=name == "llama-bpe")
+    state = json.loads(Tokenizer(model).to_str()) | {"pre_tokenizer": _PUBLISHED[name]}
     tokenizer = Tokenizer.from_str(json.dumps(state))
     assert name_of(tokenizer) == name
     text = "In 2024, it's 1234567 · x²!\n\n  Ça va?"
@@ -91,8 +96,8 @@ def test_other_names_of_the_same_split(alias: str, name: str) -> None:
 
 
 def test_an_unknown_name_is_an_input_error_that_lists_the_known() -> None:
-    with pytest.raises(InputError, match=r"x\.gguf splits text by 'tekken'.*gpt-2, smollm, llama-bpe, qwen2"):
-        by_name("tekken", "x.gguf")
+    with pytest.raises(InputError, match=r"x\.gguf splits text by 'falcon'.*gpt-2, smollm, llama-bpe, dbrx, qwen2"):
+        by_name("falcon", "x.gguf")
 
 
 @pytest.mark.parametrize("splitter", [

@@ -19,7 +19,8 @@ from entrenar.files.peft import PLAIN_ENDS, PeftAdapter, read_adapter
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.low_rank import AdapterLayer
-from entrenar.models import llama_gguf
+from entrenar.models.gguf_families import family_of
+from entrenar.models.gguf_family import Family
 from entrenar.models.load import build_on_meta
 from entrenar.models.match import is_tied
 from entrenar.models.source import ModelSource
@@ -35,7 +36,7 @@ def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
             for, parameters beside A and B, a tied output head.
     """
     refuse_existing(path)
-    llama_gguf.check_exportable(source.config)
+    family = family_of(source.config)
     _refuse_more(read_adapter(Path(adapter)), adapter)
     model = _hollow(source)
     load_adapter(model, adapter)
@@ -43,13 +44,15 @@ def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
     first = next(iter(layers.values()))
     alpha = first.scale * first.rank
     keys = {
-        "general.architecture": llama_gguf.ARCHITECTURE, "general.type": gguf.GGUFType.ADAPTER,
+        "general.architecture": family.architecture, "general.type": gguf.GGUFType.ADAPTER,
         "general.name": Path(adapter).name, gguf.Keys.Adapter.TYPE: "lora", gguf.Keys.Adapter.LORA_ALPHA: float(alpha),
     }  # fmt: skip
     tensors = [
-        GGUFTensor(f"{_gguf_name(name, model)}.lora_{suffix}", tuple(factor.shape), "f32", partial(_bytes, factor))
+        GGUFTensor(
+            f"{_gguf_name(family, name, model)}.lora_{suffix}", tuple(factor.shape), "f32", partial(_bytes, factor)
+        )
         for name, layer in layers.items()
-        for suffix, factor in zip("ab", _factors(name, layer, alpha, source.config), strict=True)
+        for suffix, factor in zip("ab", _factors(family, name, layer, alpha, source.config), strict=True)
     ]
     with atomic_file(path) as temporary:
         write_gguf_file(temporary, keys, tensors)
@@ -89,8 +92,8 @@ def _refuse_more(adapter: PeftAdapter, directory: str) -> None:
     )
 
 
-def _gguf_name(layer: str, model: PreTrainedModel) -> str:
-    name = llama_gguf.gguf_name(f"{layer}.weight")
+def _gguf_name(family: Family, layer: str, model: PreTrainedModel) -> str:
+    name = family.gguf_name(f"{layer}.weight")
     if name is None:
         raise InputError(f"GGUF has no place for an adapter of {layer}: {_INSTEAD}")
     if name == "output.weight" and is_tied(model):
@@ -98,7 +101,9 @@ def _gguf_name(layer: str, model: PreTrainedModel) -> str:
     return name
 
 
-def _factors(name: str, layer: AdapterLayer, alpha: float, config: PretrainedConfig) -> tuple[Tensor, Tensor]:
+def _factors(
+    family: Family, name: str, layer: AdapterLayer, alpha: float, config: PretrainedConfig
+) -> tuple[Tensor, Tensor]:
     """A, and B in llama.cpp's row order and for its scale alpha / rank."""
     b = layer.lora_b.detach().float() * (layer.scale * layer.rank / alpha)
-    return layer.lora_a.detach().float(), llama_gguf.to_gguf(f"{name}.weight", b, config).contiguous()
+    return layer.lora_a.detach().float(), family.to_gguf(f"{name}.weight", b, config).contiguous()

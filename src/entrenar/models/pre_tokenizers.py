@@ -19,6 +19,14 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+# A word is capitals, then small letters; either may be missing, letters without case count as both.
+_HEAD, _CAPITALS, _SMALL = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT_FORMS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+
+def _cased(tail: str, digits: str) -> str:
+    return f"{_HEAD}{_CAPITALS}*{_SMALL}+{tail}|{_HEAD}{_CAPITALS}+{_SMALL}*{tail}|{digits}{_REST}"
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,10 @@ PRE_TOKENIZERS = {
         )
     ),
     "llama-bpe": PreTokenizer(lambda: _split_then_bytes(_LLAMA3), ignore_merges=True),
+    "dbrx": PreTokenizer(lambda: _split_then_bytes(_LLAMA3)),  # Phi-4's too
     "qwen2": PreTokenizer(lambda: _split_then_bytes(_QWEN2), normalizer=norm.NFC),
+    "gpt-4o": PreTokenizer(lambda: _split_then_bytes(_cased(_SHORT_FORMS, r"\p{N}{1,3}"))),  # Phi-4-mini's
+    "tekken": PreTokenizer(lambda: _split_then_bytes(_cased("", r"\p{N}")), ignore_merges=True),  # Mistral's
 }
 _ALIASES = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
@@ -60,9 +71,9 @@ def by_name(name: str, source: str) -> PreTokenizer:
 
 def name_of(tokenizer: Tokenizer) -> str:
     """llama.cpp's name of a tokenizer's split; InputError when it is none of the table's."""
-    mine = _signature(tokenizer.pre_tokenizer)
+    mine = _signature(tokenizer.pre_tokenizer), getattr(tokenizer.model, "ignore_merges", False)
     for name, row in PRE_TOKENIZERS.items():
-        if _signature(row.make()) == mine:
+        if (_signature(row.make()), row.ignore_merges) == mine:
             return name
     raise InputError(
         f"this tokenizer splits text in a way that GGUF export has no name for: it knows {', '.join(PRE_TOKENIZERS)}"

@@ -1,5 +1,6 @@
-"""The Llama family in GGUF: names, hyper-parameters, row order and rotary factors, against gguf and transformers."""
+"""Families in GGUF: names, hyper-parameters, row order and rotary factors, against gguf and transformers."""
 
+from copy import deepcopy
 from typing import Any
 
 import gguf
@@ -7,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, LlamaConfig, MistralConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from entrenar.core.errors import InputError
-from entrenar.models import llama_gguf as family
+from entrenar.models.gguf_families import FAMILIES, family_of, family_of_file
+from entrenar.models.gguf_family import Family, head_dim
+from entrenar.models.rope_factors import LLAMA3, factor_tensors
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -27,6 +30,7 @@ def _llama(**changes: Any) -> LlamaConfig:
 
 
 _CONFIG = _llama()
+family = family_of_file({"general.architecture": "llama"}, "x.gguf")
 
 
 def _parameter_names(config: PretrainedConfig) -> list[str]:
@@ -34,17 +38,16 @@ def _parameter_names(config: PretrainedConfig) -> list[str]:
         return [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
 
 
-@pytest.mark.parametrize(
-    "config",
-    [_llama(attention_bias=True, mlp_bias=True), MistralConfig(**_SIZES)],
-    ids=["llama", "mistral"],
-)
-def test_names_are_those_of_the_gguf_package_both_ways(config: PretrainedConfig) -> None:
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, _SIZES["num_hidden_layers"])
-    names = _parameter_names(config)
-    expected = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names]
-    assert [family.gguf_name(name) for name in names] == expected
-    assert [family.hf_name(str(name)) for name in expected] == names
+@pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.architecture)
+def test_names_are_those_of_the_gguf_package_both_ways(row: Family) -> None:
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == row.architecture)
+    table = gguf.get_tensor_name_map(arch, _SIZES["num_hidden_layers"])
+    for model_type in row.model_types:
+        biases = {"attention_bias": True, "mlp_bias": True} if row.architecture == "llama" else {}
+        names = _parameter_names(AutoConfig.for_model(model_type, **deepcopy(_SIZES | biases)))
+        expected = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names]
+        assert [row.gguf_name(name) for name in names] == expected
+        assert [row.hf_name(str(name)) for name in expected] == names
 
 
 @pytest.mark.parametrize("name", [
@@ -130,7 +133,7 @@ def test_rotary_factors_turn_default_frequencies_into_transformers_llama3_ones(
     config = _llama(rope_parameters=rope, head_dim=head_dim, max_position_embeddings=2**17)
     expected, attention = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
-    factors = family.rope_factors(config)
+    factors = factor_tensors(config).get(LLAMA3)
     assert factors is not None
     assert factors.shape == (head_dim // 2,)
     assert attention == 1.0
@@ -138,34 +141,32 @@ def test_rotary_factors_turn_default_frequencies_into_transformers_llama3_ones(
 
 
 def test_plain_rotary_embeddings_have_no_factors() -> None:
-    assert family.rope_factors(_CONFIG) is None
+    assert not factor_tensors(_CONFIG)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("extra", [{}, {"head_dim": 12}], ids=["derived head size", "head size of its own"])
 def test_a_config_survives_gguf_metadata(tied: bool, extra: dict[str, Any]) -> None:
     config = _llama(**extra, tie_word_embeddings=tied)
-    metadata = {f"llama.{key}": value for key, value in family.metadata_from_config(config).items()}
+    metadata = {f"llama.{key}": value for key, value in family.metadata(config).items()}
     tokens = {f"tokenizer.ggml.{name}_token_id": value for name, value in (("bos", 1), ("eos", 2), ("padding", 2))}
-    back = family.config_from_metadata(
-        {"general.architecture": "llama"} | metadata | tokens, "x.gguf", config.vocab_size, tied
-    )
-    assert back.to_dict() == config.to_dict()
+    back = family.config({"general.architecture": "llama"} | metadata | tokens, "x.gguf", config.vocab_size, tied)
+    assert back.to_dict() == config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
 
 
 def test_metadata_keys_are_the_gguf_packages() -> None:
     known = {value for name, value in vars(gguf.Keys.LLM).items() if name.isupper()}
     known |= {value for group in (gguf.Keys.Attention, gguf.Keys.Rope) for value in vars(group).values()}
-    assert {f"{{arch}}.{key}" for key in family.metadata_from_config(_CONFIG)} <= known
+    assert {f"{{arch}}.{key}" for key in family.metadata(_CONFIG)} <= known
 
 
 def test_what_is_optional_in_metadata_has_llama_cpps_defaults() -> None:
     """As many key heads as heads, heads that share the width evenly, θ = 10000."""
-    metadata = {f"llama.{key}": value for key, value in family.metadata_from_config(_CONFIG).items()}
+    metadata = {f"llama.{key}": value for key, value in family.metadata(_CONFIG).items()}
     for key in ("attention.head_count_kv", "attention.key_length", "rope.freq_base"):
         del metadata[f"llama.{key}"]
-    config = family.config_from_metadata(metadata | {"general.architecture": "llama"}, "x.gguf", 90, tied=True)
-    assert (config.num_key_value_heads, family.head_dim(config)) == (6, 8)
+    config = family.config(metadata | {"general.architecture": "llama"}, "x.gguf", 90, tied=True)
+    assert (config.num_key_value_heads, head_dim(config)) == (6, 8)
     assert config.to_dict()["rope_parameters"]["rope_theta"] == 10000.0
 
 
@@ -175,18 +176,18 @@ def test_the_family_can_be_exported(rope_type: str) -> None:
         "rope_type": rope_type, "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }  # fmt: skip
-    family.check_exportable(_llama(rope_parameters=rope))
-    family.check_exportable(MistralConfig(**_SIZES, sliding_window=None))
+    family_of(_llama(rope_parameters=rope))
+    family_of(MistralConfig(**_SIZES, sliding_window=None))
 
 
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    (Qwen2Config(**_SIZES), "'qwen2' is not in this version: it writes llama, mistral"),
+    (BloomConfig(), "'bloom' is not in this version: it writes llama, mistral, qwen2, qwen3, smollm3, phi3"),
     (_llama(rope_parameters=_LINEAR_ROPE), "rope type 'linear'"),
     (MistralConfig(**_SIZES, sliding_window=32), "sliding window"),
-], ids=["qwen2", "linear rotary", "sliding window"])  # fmt: skip
+], ids=["bloom", "linear rotary", "sliding window"])  # fmt: skip
 def test_what_would_be_exported_wrongly_is_refused(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        family.check_exportable(config)
+        family_of(config)
