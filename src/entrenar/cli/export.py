@@ -43,6 +43,12 @@ def export(
         typer.Option(help="Run a GGUF against the live model: KL and perplexity [default: where there is an adapter]."),
     ] = None,
     verify_on: Annotated[str | None, typer.Option(help="Held-out text to verify a GGUF on, a file.")] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="gguf, K types: text like what the model will see, a file; errors count by their effect on it."
+        ),
+    ] = None,
 ) -> None:
     """Fuse a model with its adapter and write it as a Hugging Face directory or a GGUF; or write the adapter alone."""
     from entrenar.exporting.fidelity import fidelity_table
@@ -51,7 +57,7 @@ def export(
     wanted = verify if verify is not None else to == "gguf" and (adapter is not None or verify_on is not None)
     path = run(
         model, output, adapter=adapter, to=to, type=type, quantize=quantize, base=base, lossy=lossy, text=text,
-        ollama=ollama, on_verified=_show if wanted else None, verify_on=verify_on,
+        ollama=ollama, on_verified=_show if wanted else None, verify_on=verify_on, calibrate_on=calibrate,
     )  # fmt: skip
     for line in fidelity_table(path):
         typer.echo(line)

@@ -20,7 +20,7 @@ from entrenar.files.lazy_tensor import LazyTensor, Packed
 from entrenar.models.gguf_families import family_of
 from entrenar.models.gguf_family import Family
 from entrenar.models.rope_factors import factor_tensors
-from entrenar.ops.gguf_blocks import quantize_gguf
+from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES, quantize_gguf
 from entrenar.ops.linear_gguf import FLOAT_TYPES
 
 Metadata = dict[str, Value | bytes]
@@ -44,12 +44,21 @@ def copied_metadata(raw: Mapping[str, bytes]) -> Metadata:
     return {key: entry for key, entry in raw.items() if not key.startswith(_OF_ONE_FILE)}
 
 
-def write_gguf(fused: list[LazyTensor], config: PretrainedConfig, keys: Metadata, path: Path, type: str) -> None:
+def write_gguf(
+    fused: list[LazyTensor],
+    config: PretrainedConfig,
+    keys: Metadata,
+    path: Path,
+    type: str,
+    importance: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write `path`, which must not exist, tensor by tensor; norms and biases stay float32.
 
     Args:
         fused: the model's tensors under their transformers names. keys: see above.
         type: one of gguf_types.py's, llama.cpp's mixtures; see there for what falls back to another.
+        importance: transformers' name of a weight → (columns,) float32, how much an error in each column counts; K
+            types use it.
 
     Raises:
         InputError: a model that this version does not write as GGUF.
@@ -60,14 +69,26 @@ def write_gguf(fused: list[LazyTensor], config: PretrainedConfig, keys: Metadata
     for name, factors in factor_tensors(config).items():
         tensors.append(LazyTensor(name, tuple(factors.shape), partial(torch.clone, factors)))
     file_type, shape = FILE_TYPES[type], _choice(config, tensors)
+    weights = _of_columns(importance or {}, family, shape.tied)
     typed = [(tensor, type_of(tensor.name, tensor.shape, file_type, shape)) for tensor in tensors]
     made = {"general.file_type": int(file_type.number), "general.quantization_version": gguf.GGML_QUANT_VERSION}
     with atomic_file(path) as temporary:
         write_gguf_file(
             temporary,
             {**keys, **made},
-            [GGUFTensor(tensor.name, tensor.shape, kind, partial(_encode, tensor, kind)) for tensor, kind in typed],
+            [
+                GGUFTensor(tensor.name, tensor.shape, kind, partial(_encode, tensor, kind, weights.get(tensor.name)))
+                for tensor, kind in typed
+            ],
         )
+
+
+def _of_columns(importance: Mapping[str, Tensor], family: Family, tied: bool) -> dict[str, Tensor]:
+    """By the name in the file; a tied embedding counts as the head that it is."""
+    named = {str(family.gguf_name(name)): columns for name, columns in importance.items()}
+    if tied and "output.weight" in named:
+        named["token_embd.weight"] = named.pop("output.weight")
+    return named
 
 
 def _choice(config: PretrainedConfig, tensors: list[LazyTensor]) -> Model:
@@ -108,7 +129,7 @@ def _vocabulary_keys(words: Vocabulary) -> Metadata:
     return found | ({"tokenizer.chat_template": words.chat_template} if words.chat_template else {})
 
 
-def _encode(tensor: LazyTensor, type: str) -> Tensor:
+def _encode(tensor: LazyTensor, type: str, importance: Tensor | None) -> Tensor:
     """The tensor's bytes, (..., bytes a row) uint8; blocks that are of the type already are taken as they are."""
     if tensor.packed is not None and tensor.packed.type == type:
         return tensor.packed.make()
@@ -117,4 +138,4 @@ def _encode(tensor: LazyTensor, type: str) -> Tensor:
         return values.to(FLOAT_TYPES[type]).contiguous().view(torch.uint8)
     if not all(end.isfinite() for end in values.aminmax()):
         raise InputError(f"{tensor.name} holds a NaN or an infinity, which {type} cannot hold: check the model")
-    return quantize_gguf(values, type)
+    return quantize_gguf(values, type, importance if type in IMPORTANCE_TYPES else None)

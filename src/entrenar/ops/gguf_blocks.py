@@ -25,7 +25,8 @@ _K_QUANTIZERS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "q5_k": quantize_q5_k,
     "q6_k": quantize_q6_k,
 }
-QUANTIZED_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *_K_QUANTIZERS)
+IMPORTANCE_TYPES = tuple(_K_QUANTIZERS)
+QUANTIZED_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *IMPORTANCE_TYPES)
 DEQUANTIZED_TYPES = (*QUANTIZED_TYPES, "q2_k", "q3_k", "iq4_nl")
 _CHUNK_BLOCKS = 4096  # super-blocks that the K reference works on at a time
 
@@ -49,10 +50,10 @@ def quantize_gguf(weight: Tensor, type: str, importance: Tensor | None = None) -
             f"a {weight.dtype} tensor of shape {tuple(weight.shape)} cannot be quantized to {type}: give a float "
             f"matrix whose rows are a multiple of {_block(type)[0]}"
         )
-    if importance is not None and (type not in _K_QUANTIZERS or importance.shape != weight.shape[1:]):
+    if importance is not None and (type not in IMPORTANCE_TYPES or importance.shape != weight.shape[1:]):
         raise InputError(
             f"importance of shape {tuple(importance.shape)} does not fit: it is one number for each of the "
-            f"{weight.shape[1]} columns, and only {', '.join(_K_QUANTIZERS)} use it"
+            f"{weight.shape[1]} columns, and only {', '.join(IMPORTANCE_TYPES)} use it"
         )
     return call("quantize_gguf", weight, type, None if importance is None else importance.float())
 

@@ -15,6 +15,8 @@ from entrenar.exporting.gguf_types import FILE_TYPES
 from entrenar.exporting.safetensors_output import TYPES
 from entrenar.models.load import KEEP, UNQUANTIZED
 from entrenar.models.source import ModelSource, open_source
+from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES
+from entrenar.recipes.calibrate import calibrate
 from entrenar.recipes.export_safetensors import export_safetensors
 from entrenar.recipes.open_model import open_model
 from entrenar.recipes.verify import verify
@@ -37,6 +39,7 @@ def export(
     ollama: bool = False,
     on_verified: OnVerified | None = None,
     verify_on: str | Path | None = None,
+    calibrate_on: str | Path | None = None,
 ) -> Path:
     """Write `model`, fused with `adapter`, as a new file or directory; or the adapter alone.
 
@@ -47,6 +50,8 @@ def export(
         base, lossy, text: of "safetensors", see `export_safetensors`.
         on_verified: for "gguf": run the result against the live model and call this with KL and perplexity of every
             step. verify_on: a file of held-out text for it, in place of a page of prose.
+        calibrate_on: for "gguf": a file of text like what the model will see; an error in a column of a weight then
+            counts as much as what that column is multiplied by there (llama.cpp's importance matrix).
 
     Raises:
         InputError: an unknown kind or type, a taken output, or a model or adapter that cannot be written so.
@@ -60,14 +65,16 @@ def export(
     refuse_existing(output)
     if to != "safetensors" and (base or lossy or text):
         raise InputError(f"base, lossy and text are for safetensors, not for {to}: leave them out")
-    if to != "gguf" and (on_verified is not None or verify_on is not None):
-        raise InputError(f"what is verified is a GGUF's model, not {to}: leave it out")
+    if to != "gguf" and (on_verified is not None or verify_on is not None or calibrate_on is not None):
+        raise InputError(f"what is calibrated and verified is a GGUF's model, not {to}: leave it out")
+    if calibrate_on is not None and FILE_TYPES[type].most not in IMPORTANCE_TYPES:
+        raise InputError(f"nothing in {type} is calibrated: only mixtures of {', '.join(IMPORTANCE_TYPES)} are")
     if ollama and to != "gguf-adapter":
         raise InputError(f"an Ollama Modelfile goes with a GGUF adapter, not with {to}: choose --to gguf-adapter")
     if to == "gguf-adapter":
         _adapter_alone(model, adapter, output, ollama)
     elif to == "gguf":
-        live = _gguf(model, adapter, output, type, quantize, loads=on_verified is not None)
+        live = _gguf(model, adapter, output, type, quantize, calibrate_on, loads=on_verified is not None)
         if live is not None and on_verified is not None:
             on_verified(verify(*live, output, verify_on))
     else:
@@ -78,17 +85,27 @@ def export(
 
 
 def _gguf(
-    model: str, adapter: str | None, output: Path, type: str, quantize: str | None, loads: bool
+    model: str,
+    adapter: str | None,
+    output: Path,
+    type: str,
+    quantize: str | None,
+    calibrate_on: str | Path | None,
+    *,
+    loads: bool,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """Write it; the live model and its tokenizer, if there is an adapter or `loads` asks for them."""
-    if adapter is None and not loads:
+    """Write it; the live model and its tokenizer, if there is an adapter or text, or `loads` asks for them."""
+    if adapter is None and calibrate_on is None and not loads:
         source = open_source(model, with_tokenizer=False)
         tensors = source_tensors(source, None if quantize in (None, UNQUANTIZED, KEEP) else quantize)
         write_gguf(tensors, source.config, _keys(source), output, type)
         return None
     loaded, tokenizer = open_model(model, adapter, quantize, dtype="float32")
     keys = _keys(open_source(model, with_tokenizer=False))
-    write_gguf(fused_tensors(loaded), loaded.config, keys, output, type)
+    found = calibrate(loaded, tokenizer, calibrate_on) if calibrate_on is not None else None
+    if found is not None:
+        keys |= found.keys
+    write_gguf(fused_tensors(loaded), loaded.config, keys, output, type, found and found.importance)
     return loaded, tokenizer
 
 

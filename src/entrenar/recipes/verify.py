@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entrenar.core.errors import InputError
 from entrenar.evaluation.fidelity import Fidelity, fidelity, fused, log_probabilities
 from entrenar.models.load import KEEP, load
+from entrenar.recipes.text import read_text, token_ids
 
 MAX_TOKENS = 512
+_PURPOSE = "verify on"
 # Measured on unless a file is named: ordinary prose that no model was tuned on.
 TEXT = """The ferry left at ten past seven, later than the timetable said, for a tractor had to be lashed to the deck
 with rope that nobody could find. Marta counted the passengers twice: thirty-one, if one did not include the dog, which
@@ -37,22 +36,11 @@ def verify(
     Raises:
         InputError: the text cannot be read, or is too short to measure on.
     """
-    ids = _ids(tokenizer, text)
+    content = TEXT if text is None else read_text(text, _PURPOSE)
+    ids = token_ids(tokenizer, content, str(text), _PURPOSE, MAX_TOKENS)
     reference = log_probabilities(live, ids)
     steps = [fidelity("live", reference, reference, ids)]
     with fused(live):
         steps.append(fidelity("fused", reference, log_probabilities(live, ids), ids))
     written, _ = load(str(gguf), KEEP, dtype="float32")
     return [*steps, fidelity("quantized", reference, log_probabilities(written, ids), ids)]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str | Path | None) -> Tensor:
-    """The first tokens of a text, (T,) int64."""
-    try:
-        content = TEXT if text is None else Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the text {text} to verify on: {error}; name a UTF-8 file") from None
-    encoded: list[int] = tokenizer(content)["input_ids"][:MAX_TOKENS]  # pyright: ignore
-    if len(encoded) < 2:
-        raise InputError(f"{text} has {len(encoded)} tokens: name a longer text to verify on")
-    return torch.tensor(encoded)
