@@ -1,11 +1,14 @@
 """Random checkpoints for the benchmarks that need a model of some size: made once, in the temporary directory."""
 
+import json
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.safetensors import write_checkpoint
@@ -38,7 +41,7 @@ LLAMA_135M = LlamaConfig(
 
 
 def random_checkpoint(name: str, config: LlamaConfig) -> Path:
-    """The directory of a bf16 checkpoint, its tokenizer (SmolLM2's) included; written tensor by tensor if missing."""
+    """The directory of a bf16 checkpoint, its tokenizer included; written tensor by tensor if missing."""
     directory = Path(tempfile.gettempdir()) / "entrenar-benchmarks" / name
     complete = directory / "complete"
     if complete.is_file():
@@ -47,7 +50,7 @@ def random_checkpoint(name: str, config: LlamaConfig) -> Path:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.config.save_pretrained(directory)
-    open_source(str(TOKENIZER)).tokenizer.save_pretrained(directory)
+    _tokenizer(config.vocab_size).save_pretrained(directory)
     tensors = [
         LazyTensor(name, tuple(parameter.shape), partial(_random, tuple(parameter.shape)))
         for name, parameter in model.named_parameters()
@@ -55,6 +58,19 @@ def random_checkpoint(name: str, config: LlamaConfig) -> Path:
     write_checkpoint(directory, tensors, torch.bfloat16, max_shard_bytes=5_000_000_000)
     complete.touch()
     return directory
+
+
+def _tokenizer(words: int) -> PreTrainedTokenizerBase:
+    """SmolLM2's, or the first so many words of it."""
+    whole = open_source(str(TOKENIZER)).tokenizer
+    if len(whole) <= words:
+        return whole
+    backend: Any = whole.backend_tokenizer
+    state = json.loads(backend.to_str())
+    vocab = {token: index for token, index in whole.get_vocab().items() if index < words}
+    merges = [pair for pair in state["model"]["merges"] if "".join(pair) in vocab and set(pair) <= vocab.keys()]
+    state["model"] |= {"vocab": vocab, "merges": merges}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **whole.special_tokens_map)
 
 
 def _random(shape: tuple[int, ...]) -> torch.Tensor:
