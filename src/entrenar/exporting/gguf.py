@@ -1,4 +1,4 @@
-"""Write a fused model of the Llama family as GGUF in any type of gguf_types.py, tensor by tensor."""
+"""Write a fused model of a family of gguf_families.py as GGUF, in any type of gguf_types.py, tensor by tensor."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,7 +17,9 @@ from entrenar.exporting.gguf_types import FILE_TYPES, Model, type_of
 from entrenar.exporting.gguf_vocabulary import Vocabulary, vocabulary
 from entrenar.files.gguf_writer import GGUFTensor, Value, write_gguf_file
 from entrenar.files.lazy_tensor import LazyTensor, Packed
-from entrenar.models import llama_gguf
+from entrenar.models.gguf_config import check_exportable, metadata_from_config
+from entrenar.models.gguf_families import Family, family_of
+from entrenar.models.gguf_rope import rope_tensors
 from entrenar.ops.gguf_blocks import quantize_gguf
 from entrenar.ops.linear_gguf import FLOAT_TYPES
 
@@ -33,7 +35,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
 
 def metadata(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Metadata:
     """The keys of a GGUF for a model and its tokenizer; InputError for a tokenizer that is not written."""
-    llama_gguf.check_exportable(config)
+    check_exportable(config)
     return _model_keys(config) | _vocabulary_keys(vocabulary(tokenizer, cast(Any, config).vocab_size))
 
 
@@ -53,11 +55,10 @@ def write_gguf(fused: list[LazyTensor], config: PretrainedConfig, keys: Metadata
         InputError: a model that this version does not write as GGUF.
     """
     refuse_existing(path)
-    llama_gguf.check_exportable(config)
-    tensors = [_renamed(tensor, config) for tensor in fused]
-    factors = llama_gguf.rope_factors(config)
-    if factors is not None:
-        tensors.append(LazyTensor(llama_gguf.ROPE_FACTORS, tuple(factors.shape), lambda: factors))
+    check_exportable(config)
+    tensors = [_renamed(tensor, config, family_of(config)) for tensor in fused]
+    for name, factors in rope_tensors(config).items():
+        tensors.append(LazyTensor(name, tuple(factors.shape), partial(torch.clone, factors)))
     file_type, shape = FILE_TYPES[type], _choice(config, tensors)
     typed = [(tensor, type_of(tensor.name, tensor.shape, file_type, shape)) for tensor in tensors]
     made = {"general.file_type": int(file_type.number), "general.quantization_version": gguf.GGML_QUANT_VERSION}
@@ -75,25 +76,24 @@ def _choice(config: PretrainedConfig, tensors: list[LazyTensor]) -> Model:
     return Model(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, tied)
 
 
-def _renamed(tensor: LazyTensor, config: PretrainedConfig) -> LazyTensor:
-    name = llama_gguf.gguf_name(tensor.name)
+def _renamed(tensor: LazyTensor, config: PretrainedConfig, family: Family) -> LazyTensor:
+    name = family.gguf_name(tensor.name)
     if name is None:
-        raise InputError(f"GGUF has no place for {tensor.name} in the {llama_gguf.ARCHITECTURE} architecture")
+        raise InputError(f"GGUF has no place for {tensor.name} in the {family.architecture} architecture")
 
     def ordered(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        return lambda: llama_gguf.to_gguf(tensor.name, make(), config)
+        return lambda: family.to_gguf(tensor.name, make(), config)
 
     packed = tensor.packed and Packed(tensor.packed.type, ordered(tensor.packed.make))
     return LazyTensor(name, tensor.shape, ordered(tensor.make), packed=packed)
 
 
 def _model_keys(config: PretrainedConfig) -> Metadata:
-    own = llama_gguf.metadata_from_config(config)
     return {
-        "general.architecture": llama_gguf.ARCHITECTURE,
+        "general.architecture": family_of(config).architecture,
         "general.type": gguf.GGUFType.MODEL,
         "general.name": Path(config.name_or_path or "model").stem,
-        **{f"{llama_gguf.ARCHITECTURE}.{key}": value for key, value in own.items()},
+        **metadata_from_config(config),
     }
 
 

@@ -19,7 +19,8 @@ from entrenar.files.peft import PLAIN_ENDS, PeftAdapter, read_adapter
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.low_rank import AdapterLayer
-from entrenar.models import llama_gguf
+from entrenar.models.gguf_config import check_exportable
+from entrenar.models.gguf_families import Family, family_of
 from entrenar.models.load import build_on_meta
 from entrenar.models.match import is_tied
 from entrenar.models.source import ModelSource
@@ -35,19 +36,22 @@ def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
             for, parameters beside A and B, a tied output head.
     """
     refuse_existing(path)
-    llama_gguf.check_exportable(source.config)
+    check_exportable(source.config)
     _refuse_more(read_adapter(Path(adapter)), adapter)
     model = _hollow(source)
     load_adapter(model, adapter)
     layers = dict(adapted_layers(model))
+    family = family_of(source.config)
     first = next(iter(layers.values()))
     alpha = first.scale * first.rank
     keys = {
-        "general.architecture": llama_gguf.ARCHITECTURE, "general.type": gguf.GGUFType.ADAPTER,
+        "general.architecture": family.architecture, "general.type": gguf.GGUFType.ADAPTER,
         "general.name": Path(adapter).name, gguf.Keys.Adapter.TYPE: "lora", gguf.Keys.Adapter.LORA_ALPHA: float(alpha),
     }  # fmt: skip
     tensors = [
-        GGUFTensor(f"{_gguf_name(name, model)}.lora_{suffix}", tuple(factor.shape), "f32", partial(_bytes, factor))
+        GGUFTensor(
+            f"{_gguf_name(name, model, family)}.lora_{suffix}", tuple(factor.shape), "f32", partial(_bytes, factor)
+        )
         for name, layer in layers.items()
         for suffix, factor in zip("ab", _factors(name, layer, alpha, source.config), strict=True)
     ]
@@ -89,8 +93,8 @@ def _refuse_more(adapter: PeftAdapter, directory: str) -> None:
     )
 
 
-def _gguf_name(layer: str, model: PreTrainedModel) -> str:
-    name = llama_gguf.gguf_name(f"{layer}.weight")
+def _gguf_name(layer: str, model: PreTrainedModel, family: Family) -> str:
+    name = family.gguf_name(f"{layer}.weight")
     if name is None:
         raise InputError(f"GGUF has no place for an adapter of {layer}: {_INSTEAD}")
     if name == "output.weight" and is_tied(model):
@@ -101,4 +105,4 @@ def _gguf_name(layer: str, model: PreTrainedModel) -> str:
 def _factors(name: str, layer: AdapterLayer, alpha: float, config: PretrainedConfig) -> tuple[Tensor, Tensor]:
     """A, and B in llama.cpp's row order and for its scale alpha / rank."""
     b = layer.lora_b.detach().float() * (layer.scale * layer.rank / alpha)
-    return layer.lora_a.detach().float(), llama_gguf.to_gguf(f"{name}.weight", b, config).contiguous()
+    return layer.lora_a.detach().float(), family_of(config).to_gguf(f"{name}.weight", b, config).contiguous()

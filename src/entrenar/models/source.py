@@ -16,7 +16,9 @@ from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
 from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
-from entrenar.models import llama_gguf
+from entrenar.models.gguf_config import config_from_metadata
+from entrenar.models.gguf_families import Family, family_of
+from entrenar.models.gguf_rope import ROPE_TENSORS, head_dim
 from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
 
 
@@ -107,35 +109,38 @@ def _open_gguf(path: Path) -> ModelSource:
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{path} has no token_embd.weight: it is not a language model")
     rows, tied = file.tensors["token_embd.weight"].shape[0], "output.weight" not in file.tensors
+    rope = {name: file.stored(name).read() for name in ROPE_TENSORS if name in file.tensors}
     with _reading(path):
-        config = llama_gguf.config_from_metadata(file.metadata, str(path), rows, tied)
-    if llama_gguf.ROPE_FACTORS in file.tensors:
-        llama_gguf.set_rope_factors(config, file.stored(llama_gguf.ROPE_FACTORS).read(), str(path))
-    config.attention_bias = "blk.0.attn_q.bias" in file.tensors
-    config.architectures = ["LlamaForCausalLM"]
+        config = config_from_metadata(file.metadata, str(path), rows, tied, rope)
+    for switch, bias in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias")):
+        if hasattr(config, switch):
+            setattr(config, switch, bias in file.tensors)
     config._name_or_path = str(path)
-    weights = GGUFWeights(file, config)
+    weights = GGUFWeights(file, config, family_of(config))
     make_tokenizer = partial(tokenizer_from_metadata, file.metadata, str(path))
     return ModelSource(path, config, make_tokenizer, weights, blocks=weights)
 
 
 class GGUFWeights:
-    """The tensors of a Llama-family GGUF under transformers' names and in its row order."""
+    """The tensors of a GGUF under transformers' names, and with the values and in the row order they have there."""
 
-    def __init__(self, file: GGUFModel, config: PretrainedConfig) -> None:
+    def __init__(self, file: GGUFModel, config: PretrainedConfig, family: Family) -> None:
         self._file = file
         self._config = config
+        self._family = family
         # A tensor the family does not have keeps its own name, and so is reported as unexpected.
-        weights = [name for name in file.tensors if name != llama_gguf.ROPE_FACTORS]
-        self._names = {llama_gguf.hf_name(name) or name: name for name in weights}
+        weights = [name for name in file.tensors if name not in ROPE_TENSORS]
+        self._names = {family.hf_name(name) or name: name for name in weights}
 
     def names(self) -> Iterable[str]:
         """Every tensor, by its transformers name."""
         return self._names
 
     def stored(self, name: str) -> StoredTensor:
-        """Where one tensor lies; decoded it is dequantized and in transformers' row order."""
-        return self._in_our_order(name, self._file.stored(self._names[name]))
+        """Where one tensor lies; decoded it is dequantized and as transformers has it."""
+        found = self._in_our_order(name, self._file.stored(self._names[name]))
+        offset = self._family.offset(name)
+        return replace(found, decode=lambda raw: found.decode(raw) - offset) if offset else found
 
     def packed(self, name: str) -> StoredTensor:
         """The same tensor's bytes as they stand, in transformers' row order: (..., bytes of a row) uint8."""
@@ -152,14 +157,14 @@ class GGUFWeights:
 
     def _in_our_order(self, name: str, found: StoredTensor) -> StoredTensor:
         """Rows of q and k reordered: whole rows, so that it does not matter what they are held as."""
-        if not llama_gguf.is_rotary(name):
+        if not self._family.reorders(name):
             return found
         columns = found.shape[1:]
 
         def decode(raw: Tensor) -> Tensor:
-            return llama_gguf.from_gguf(name, found.decode(raw).view(-1, *columns), self._config).view(-1)
+            return self._family.in_our_order(found.decode(raw).view(-1, *columns), self._config).view(-1)
 
-        return replace(found, decode=decode, group=llama_gguf.head_dim(self._config) * math.prod(columns))
+        return replace(found, decode=decode, group=head_dim(self._config) * math.prod(columns))
 
 
 def _download(model_id: str) -> Path:

@@ -1,0 +1,47 @@
+"""llama.cpp loads every family's GGUF, and its logits are those of the transformers model it was made of."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf_models import MODELS, make_model
+from llama_cpp import Llama
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from entrenar.exporting.gguf import export_gguf
+
+pytestmark = pytest.mark.interop
+
+# Relative to the largest logit, with keys and values in f32 there. f16 rounds weights, and in llama.cpp activations.
+F32, F16 = 2e-5, 5e-3
+
+
+def relative_error(model: PreTrainedModel, path: Path, ids: list[int], context: int = 512) -> float:
+    """The largest difference of logits over every position, by the largest logit."""
+    with torch.no_grad():
+        ours = model(input_ids=torch.tensor([ids])).logits[0]
+    other = Llama(str(path), n_ctx=context, logits_all=True, verbose=False, type_k=0, type_v=0)
+    try:
+        other.eval(ids)
+        theirs = torch.tensor(np.array(other.scores[: len(ids)]))
+    finally:
+        other.close()
+    return ((ours - theirs).abs().max() / ours.abs().max()).item()
+
+
+def tokens(rows: int, count: int = 64) -> list[int]:
+    return torch.randint(3, rows, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.mark.parametrize(("type", "bound"), [("f32", F32), ("f16", F16)])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(
+    name: str, type: str, bound: float, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make_model(name, len(tiny_tokenizer))
+    export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type)
+    error = relative_error(model, tmp_path / "m.gguf", tokens(len(tiny_tokenizer)))
+    print(json.dumps({"family": name, "type": type, "error": error}))  # noqa: T201
+    assert error < bound
