@@ -1,19 +1,23 @@
 """Every family to GGUF and back: the same tensors, logits, config, tokens and chat template."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from gguf_models import MODELS, make_model
+from gguf_models import LONGROPE, MODELS, PHI3_LONG, make_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import export_gguf
 from entrenar.files.gguf import GGUFFile
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.gguf_families import FAMILIES
+from entrenar.models.gguf_rope import rope_tensors, set_rope_tensors
 from entrenar.models.load import load
+from entrenar.models.source import open_source
 from entrenar.recipes.export import export
 
 
@@ -68,3 +72,35 @@ def test_its_blocks_are_trained_on_and_the_adapter_has_its_places(
     for tensor, info in adapter.tensors.items():
         owner, _, factor = tensor.rpartition(".")
         assert info.shape[factor == "lora_a"] == weights.tensors[owner].shape[factor == "lora_a"]
+
+
+def test_phi_s_long_and_short_factors_travel_both_ways(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Within the original context and beyond it, and from GGUF to GGUF."""
+    rows = len(tiny_tokenizer)
+    model = make_model("phi3", rows, **PHI3_LONG)
+    export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f32")
+    back, _ = load(str(tmp_path / "m.gguf"), dtype="float32")
+    assert back.config.rope_parameters == LONGROPE
+    for length in (24, 300):
+        torch.testing.assert_close(logits(back, rows, length), logits(model, rows, length), rtol=1e-4, atol=1e-4)
+    again = GGUFFile(export(str(tmp_path / "m.gguf"), tmp_path / "again.gguf", to="gguf", type="f32"))
+    for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
+        assert torch.equal(again.read(name), GGUFFile(tmp_path / "m.gguf").read(name))
+
+
+def test_an_attention_factor_of_its_own_travels_too(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    changes = PHI3_LONG | {"rope_parameters": LONGROPE | {"attention_factor": 1.5}}
+    export_gguf(make_model("phi3", len(tiny_tokenizer), **changes), tiny_tokenizer, tmp_path / "m.gguf", "f32")
+    assert open_source(str(tmp_path / "m.gguf")).config.to_dict()["rope_parameters"]["attention_factor"] == 1.5
+
+
+@pytest.mark.parametrize("change", [lambda long: long[:-1], lambda long: None], ids=["too few", "missing"])
+def test_factors_that_do_not_fit_are_an_error(
+    change: Callable[[Tensor], Tensor | None], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = make_model("phi3", len(tiny_tokenizer), **PHI3_LONG).config
+    tensors = rope_tensors(config)
+    found = change(tensors.pop("rope_factors_long.weight"))
+    tensors |= {} if found is None else {"rope_factors_long.weight": found}
+    with pytest.raises(InputError, match=r"x\.gguf has no rope_factors_long\.weight of 4 rotary factors"):
+        set_rope_tensors(config, tensors, None, "x.gguf")

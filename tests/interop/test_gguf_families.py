@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_models import MODELS, make_model
+from gguf_models import MODELS, PHI3_LONG, make_model
 from llama_cpp import Llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -45,3 +45,12 @@ def test_logits_are_those_of_transformers(
     error = relative_error(model, tmp_path / "m.gguf", tokens(len(tiny_tokenizer)))
     print(json.dumps({"family": name, "type": type, "error": error}))  # noqa: T201
     assert error < bound
+
+
+@pytest.mark.parametrize(("context", "count"), [(256, 64), (512, 300)], ids=["short", "long"])
+def test_longrope_is_transformers_within_and_beyond_the_original_context(
+    context: int, count: int, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make_model("phi3", len(tiny_tokenizer), **PHI3_LONG)
+    export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f32")
+    assert relative_error(model, tmp_path / "m.gguf", tokens(len(tiny_tokenizer), count), context) < F32

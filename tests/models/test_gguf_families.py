@@ -1,5 +1,6 @@
 """Families in GGUF: names, hyper-parameters, row order and rotary factors, against gguf and transformers."""
 
+from copy import deepcopy
 from typing import Any
 
 import gguf
@@ -25,7 +26,7 @@ _SIZES: dict[str, Any] = {
 
 
 def _llama(**changes: Any) -> LlamaConfig:
-    return LlamaConfig(**(_SIZES | changes))
+    return LlamaConfig(**deepcopy(_SIZES | changes))
 
 
 _CONFIG = _llama()
@@ -37,7 +38,7 @@ def _parameter_names(config: PretrainedConfig) -> list[str]:
 
 
 def _hollow(model_type: str, **changes: Any) -> PretrainedConfig:
-    return AutoConfig.for_model(model_type, **(_SIZES | changes))
+    return AutoConfig.for_model(model_type, **deepcopy(_SIZES | changes))
 
 
 _CONFIGS = {
@@ -45,6 +46,7 @@ _CONFIGS = {
     "mistral": _hollow("mistral", sliding_window=None),
     "qwen2": _hollow("qwen2"),
     "qwen3": _hollow("qwen3", head_dim=12, attention_bias=True),
+    "phi3": _hollow("phi3", sliding_window=100, original_max_position_embeddings=64),
 }
 
 
@@ -128,7 +130,7 @@ def _rotate_pairs(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "part"), [
-    ("llama", "v_proj"), ("llama", "o_proj"), *((name, "q_proj") for name in _CONFIGS if name[:5] == "qwen"),
+    ("llama", "v_proj"), ("llama", "o_proj"), *((name, "q_proj") for name in _CONFIGS if "qwen" in name),
 ])  # fmt: skip
 def test_other_rows_stay_where_they_are(name: str, part: str) -> None:
     """Values everywhere; and queries where llama.cpp rotates halves, as transformers does."""

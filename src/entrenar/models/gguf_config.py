@@ -10,7 +10,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from entrenar.core.errors import InputError
 from entrenar.models.gguf_families import Family, family_in, family_of
-from entrenar.models.gguf_rope import head_dim, rope_parameters, rope_tensors, rotary_dim, set_rope_tensors
+from entrenar.models.gguf_rope import (
+    effective_rope,
+    head_dim,
+    rope_parameters,
+    rope_tensors,
+    rotary_dim,
+    set_rope_tensors,
+)
 
 # Of a config, what does not change what the model computes, or what the tensors or the vocabulary say.
 _SAID_ELSEWHERE = {
@@ -86,6 +93,8 @@ def _effective(name: str, config: PretrainedConfig) -> Any:
     """A setting as far as it has an effect: not a window that no layer has, or that no text reaches beyond."""
     if name == "head_dim":
         return head_dim(config)
+    if name == "rope_parameters":
+        return effective_rope(config)
     value: Any = getattr(config, name, None)
     if name == "sliding_window" and value:
         text: Any = config

@@ -29,6 +29,9 @@ _APART = {
 }  # fmt: skip
 _LLAMA = {**_SHARED, **_APART, "post_attention_layernorm": "ffn_norm"}
 _HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_PHI3 = {
+    **_SHARED, "post_attention_layernorm": "ffn_norm", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
+}  # fmt: skip
 _GEMMA = {
     **_SHARED, **_APART, "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
@@ -86,6 +89,10 @@ FAMILIES = {
         ),
         Family(architecture="qwen2", model_types=("qwen2",), stems=_LLAMA, own_head_size=False),
         Family(architecture="qwen3", model_types=("qwen3",), stems=_LLAMA | _HEAD_NORMS),
+        Family(
+            architecture="phi3", model_types=("phi3",), stems=_PHI3, rope_types=("default", "longrope"),
+            own_head_size=False, more_keys=gguf_keys.phi3_keys, more_arguments=gguf_keys.phi3_arguments,
+        ),
     )
 }  # fmt: skip
 

@@ -71,6 +71,16 @@ def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
     return rope.get("full_attention", rope)
 
 
+def effective_rope(config: PretrainedConfig) -> dict[str, Any]:
+    """The rotary settings without those that only say another way, or to another one, what these say."""
+    rope: dict[str, Any] = config.rope_parameters  # pyright: ignore[reportAttributeAccessIssue]
+    if rope.get("rope_type") == "longrope":
+        rope = {key: value for key, value in rope.items() if key != "factor"}
+        rope["attention_factor"] = attention_factor(config)
+    spoken = {key: value | {"type": None} if isinstance(value, dict) else value for key, value in rope.items()}
+    return {"partial_rotary_factor": 1.0} | spoken | {"type": None}
+
+
 def _set(config: PretrainedConfig, changes: dict[str, Any]) -> None:
     config.rope_parameters = rope_parameters(config) | changes  # pyright: ignore[reportAttributeAccessIssue]
 
