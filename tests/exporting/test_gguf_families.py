@@ -43,7 +43,7 @@ def test_there_and_back_it_is_the_same_model(
     assert again.keys() == dict(model.named_parameters()).keys()
     for parameter, tensor in model.named_parameters():
         assert torch.equal(again[parameter], tensor), parameter
-    torch.testing.assert_close(logits(back, rows), logits(model, rows), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(back, rows), logits(model, rows), rtol=1e-4, atol=1e-4)
     assert tokenizer.chat_template == tiny_tokenizer.chat_template
     text = "Switch on 12 lamps — naïve <|im_end|>\n\n 東京"
     assert tokenizer(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]

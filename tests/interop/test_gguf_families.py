@@ -14,8 +14,9 @@ from entrenar.exporting.gguf import export_gguf
 
 pytestmark = pytest.mark.interop
 
-# Relative to the largest logit, with keys and values in f32 there. f16 rounds weights, and in llama.cpp activations.
-F32, F16 = 2e-5, 5e-3
+# Relative to the largest logit, with keys and values in f32 there. f16 rounds weights, and in llama.cpp activations,
+# which the large random weights amplify from layer to layer: measured 1e-3 to 3e-3 for two layers, 9e-3 for five.
+F32, F16 = 2e-5, 2e-2
 
 
 def relative_error(model: PreTrainedModel, path: Path, ids: list[int], context: int = 512) -> float:

@@ -12,6 +12,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": False, "tie_word_embeddings": True, "head_dim": 16},
     "qwen3": {},
     "phi3": {"head_dim": 16},
+    "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 5},
 }
 
 LONGROPE: dict[str, Any] = {

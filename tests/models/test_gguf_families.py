@@ -47,6 +47,7 @@ _CONFIGS = {
     "qwen2": _hollow("qwen2"),
     "qwen3": _hollow("qwen3", head_dim=12, attention_bias=True),
     "phi3": _hollow("phi3", sliding_window=100, original_max_position_embeddings=64),
+    "smollm3": _hollow("smollm3", num_hidden_layers=5),
 }
 
 
@@ -55,7 +56,7 @@ def test_names_are_those_of_the_gguf_package_both_ways(name: str) -> None:
     config = _CONFIGS[name]
     family = family_of(config)
     architectures = {known: number for number, known in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(architectures[family.architecture], _SIZES["num_hidden_layers"])
+    table = gguf.get_tensor_name_map(architectures[family.architecture], 12)
     names = _parameter_names(config)
     expected = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names]
     assert [family.gguf_name(name) for name in names] == expected
@@ -240,6 +241,7 @@ _REFUSED = {
     "sliding layers": (
         _hollow("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1), "layer_types = .*sliding",
     ),
+    "layers that do not rotate": (_hollow("smollm3", no_rope_layer_interval=2), "no_rope_layers = .1, 0, 1. .*1, 1, 1"),
     "head size": (_hollow("qwen2", head_dim=12), "head_dim = 12 .* with 8"),
     "activation": (_llama(hidden_act="gelu"), "hidden_act = gelu .* with silu"),
 }  # fmt: skip

@@ -93,6 +93,10 @@ FAMILIES = {
             architecture="phi3", model_types=("phi3",), stems=_PHI3, rope_types=("default", "longrope"),
             own_head_size=False, more_keys=gguf_keys.phi3_keys, more_arguments=gguf_keys.phi3_arguments,
         ),
+        Family(
+            architecture="smollm3", model_types=("smollm3",), stems=_LLAMA, rotates_pairs=True,
+            more_arguments=gguf_keys.smollm3_arguments,
+        ),
     )
 }  # fmt: skip
 
