@@ -104,3 +104,11 @@ def test_factors_that_do_not_fit_are_an_error(
     tensors |= {} if found is None else {"rope_factors_long.weight": found}
     with pytest.raises(InputError, match=r"x\.gguf has no rope_factors_long\.weight of 4 rotary factors"):
         set_rope_tensors(config, tensors, None, "x.gguf")
+
+
+def test_a_head_of_its_own_is_refused_where_llama_cpp_has_none(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make_model("gemma2", len(tiny_tokenizer), tie_word_embeddings=False)
+    with pytest.raises(InputError, match=r"no place for lm_head\.weight in the gemma2 architecture"):
+        export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f16")

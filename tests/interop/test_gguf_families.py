@@ -17,6 +17,7 @@ pytestmark = pytest.mark.interop
 # Relative to the largest logit, with keys and values in f32 there. f16 rounds weights, and in llama.cpp activations,
 # which the large random weights amplify from layer to layer: measured 1e-3 to 3e-3 for two layers, 9e-3 for five.
 F32, F16 = 2e-5, 2e-2
+GELU = 2e-3  # llama.cpp looks it up in a table of f16
 
 
 def relative_error(model: PreTrainedModel, path: Path, ids: list[int], context: int = 512) -> float:
@@ -45,7 +46,7 @@ def test_logits_are_those_of_transformers(
     export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", type)
     error = relative_error(model, tmp_path / "m.gguf", tokens(len(tiny_tokenizer)))
     print(json.dumps({"family": name, "type": type, "error": error}))  # noqa: T201
-    assert error < bound
+    assert error < (max(bound, GELU) if "gemma" in name else bound)
 
 
 @pytest.mark.parametrize(("context", "count"), [(256, 64), (512, 300)], ids=["short", "long"])

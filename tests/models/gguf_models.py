@@ -13,6 +13,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "phi3": {"head_dim": 16},
     "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 5},
+    "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
 }
 
 LONGROPE: dict[str, Any] = {

@@ -48,6 +48,7 @@ _CONFIGS = {
     "qwen3": _hollow("qwen3", head_dim=12, attention_bias=True),
     "phi3": _hollow("phi3", sliding_window=100, original_max_position_embeddings=64),
     "smollm3": _hollow("smollm3", num_hidden_layers=5),
+    "gemma2": _hollow("gemma2", head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=20.0),
 }
 
 
@@ -242,6 +243,13 @@ _REFUSED = {
         _hollow("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1), "layer_types = .*sliding",
     ),
     "layers that do not rotate": (_hollow("smollm3", no_rope_layer_interval=2), "no_rope_layers = .1, 0, 1. .*1, 1, 1"),
+    "scale of scores": (
+        _hollow("gemma2", head_dim=12, query_pre_attn_scalar=8), "query_pre_attn_scalar = 8 .* with 12",
+    ),
+    "no cap": (
+        _hollow("gemma2", head_dim=12, query_pre_attn_scalar=12, attn_logit_softcapping=None),
+        "attn_logit_softcapping = None .* with 50",
+    ),
     "head size": (_hollow("qwen2", head_dim=12), "head_dim = 12 .* with 8"),
     "activation": (_llama(hidden_act="gelu"), "hidden_act = gelu .* with silu"),
 }  # fmt: skip

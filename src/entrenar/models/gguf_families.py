@@ -36,6 +36,7 @@ _GEMMA = {
     **_SHARED, **_APART, "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
+_TIED_GEMMA = {theirs: ours for theirs, ours in _GEMMA.items() if theirs != "lm_head"}  # Gemma 2 has no other there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,10 @@ FAMILIES = {
         Family(
             architecture="smollm3", model_types=("smollm3",), stems=_LLAMA, rotates_pairs=True,
             more_arguments=gguf_keys.smollm3_arguments,
+        ),
+        Family(
+            architecture="gemma2", model_types=("gemma2",), stems=_TIED_GEMMA, norm_offset=1.0,
+            more_keys=gguf_keys.gemma2_keys, more_arguments=gguf_keys.gemma2_arguments,
         ),
     )
 }  # fmt: skip
