@@ -56,3 +56,29 @@ def test_longrope_is_transformers_within_and_beyond_the_original_context(
     model = make_model("phi3", len(tiny_tokenizer), **PHI3_LONG)
     export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f32")
     assert relative_error(model, tmp_path / "m.gguf", tokens(len(tiny_tokenizer), count), context) < F32
+
+
+_THETAS = {"sliding_attention": 5000.0, "full_attention": 200000.0}
+_PLAIN = {name: {"rope_type": "default", "rope_theta": theta} for name, theta in _THETAS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("gemma2", {"sliding_window": 20}),
+        ("gemma2", {"attn_logit_softcapping": 50.0}),
+        ("gemma2", {"final_logit_softcapping": 30.0}),
+        ("gemma3_text", {"sliding_window": 20}),
+        ("gemma3_text", {"rope_parameters": _PLAIN}),
+        ("gemma3_text", {"rope_parameters": _PLAIN | {"sliding_attention": _PLAIN["full_attention"]}}),
+    ],
+)
+def test_the_bound_of_gelu_hides_no_setting(
+    name: str, change: dict[str, object], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Another setting in the same model would be seen."""
+    rows = len(tiny_tokenizer)
+    export_gguf(make_model(name, rows), tiny_tokenizer, tmp_path / "m.gguf", "f32")
+    error = relative_error(make_model(name, rows, **change), tmp_path / "m.gguf", tokens(rows))
+    print(json.dumps({"family": name, "change": str(change), "error": error}))  # noqa: T201
+    assert error > 5 * GELU

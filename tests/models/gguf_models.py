@@ -14,7 +14,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"head_dim": 16},
     "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 5},
     "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
-}
+    "gemma3_text": {
+        "query_pre_attn_scalar": 32, "num_hidden_layers": 7,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 200000.0, "factor": 8.0},
+        },
+    },
+}  # fmt: skip
 
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,

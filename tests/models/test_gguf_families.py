@@ -41,6 +41,10 @@ def _hollow(model_type: str, **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **deepcopy(_SIZES | changes))
 
 
+_LOCAL_AND_GLOBAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 200000.0, "factor": 8.0},
+}
 _CONFIGS = {
     "llama": _llama(attention_bias=True, mlp_bias=True),
     "mistral": _hollow("mistral", sliding_window=None),
@@ -49,6 +53,9 @@ _CONFIGS = {
     "phi3": _hollow("phi3", sliding_window=100, original_max_position_embeddings=64),
     "smollm3": _hollow("smollm3", num_hidden_layers=5),
     "gemma2": _hollow("gemma2", head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=20.0),
+    "gemma3_text": _hollow(
+        "gemma3_text", head_dim=12, query_pre_attn_scalar=12, num_hidden_layers=7, rope_parameters=_LOCAL_AND_GLOBAL
+    ),
 }
 
 
@@ -245,6 +252,10 @@ _REFUSED = {
     "layers that do not rotate": (_hollow("smollm3", no_rope_layer_interval=2), "no_rope_layers = .1, 0, 1. .*1, 1, 1"),
     "scale of scores": (
         _hollow("gemma2", head_dim=12, query_pre_attn_scalar=8), "query_pre_attn_scalar = 8 .* with 12",
+    ),
+    "another pattern of layers": (
+        _hollow("gemma3_text", head_dim=12, query_pre_attn_scalar=12, num_hidden_layers=7, sliding_window_pattern=4,
+                rope_parameters=_LOCAL_AND_GLOBAL), "layer_types = .* in its architecture gemma3",
     ),
     "no cap": (
         _hollow("gemma2", head_dim=12, query_pre_attn_scalar=12, attn_logit_softcapping=None),

@@ -102,6 +102,11 @@ FAMILIES = {
             architecture="gemma2", model_types=("gemma2",), stems=_TIED_GEMMA, norm_offset=1.0,
             more_keys=gguf_keys.gemma2_keys, more_arguments=gguf_keys.gemma2_arguments,
         ),
+        Family(
+            architecture="gemma3", model_types=("gemma3_text",), stems=_GEMMA | _HEAD_NORMS, norm_offset=1.0,
+            rope_types=("default", "linear"), more_keys=gguf_keys.gemma3_keys,
+            more_arguments=gguf_keys.gemma3_arguments,
+        ),
     )
 }  # fmt: skip
 
