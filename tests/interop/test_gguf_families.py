@@ -1,12 +1,14 @@
 """llama.cpp loads every family's GGUF, and its logits are those of the transformers model it was made of."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf_models import MODELS, PHI3_LONG, make_model
+from gguf_tokenizers import TOKENIZERS, random_text
 from llama_cpp import Llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -82,3 +84,17 @@ def test_the_bound_of_gelu_hides_no_setting(
     error = relative_error(make_model(name, rows, **change), tmp_path / "m.gguf", tokens(rows))
     print(json.dumps({"family": name, "change": str(change), "error": error}))  # noqa: T201
     assert error > 5 * GELU
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TOKENIZERS if "transformers 5" not in kind])
+def test_text_is_split_as_llama_cpp_splits_it(kind: str, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    export_gguf(make_model("llama", len(tokenizer) + 3), tokenizer, tmp_path / "m.gguf", "f16")
+    source = random.Random(1)
+    other = Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    try:
+        for _ in range(500):
+            text = random_text(source)
+            assert other.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"], text
+    finally:
+        other.close()

@@ -14,7 +14,7 @@ from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError
 from entrenar.exporting.fuse import fused_tensors
 from entrenar.exporting.gguf_types import FILE_TYPES, Model, type_of
-from entrenar.exporting.gguf_vocabulary import Vocabulary, vocabulary
+from entrenar.exporting.gguf_vocabulary import vocabulary
 from entrenar.files.gguf_writer import GGUFTensor, Value, write_gguf_file
 from entrenar.files.lazy_tensor import LazyTensor, Packed
 from entrenar.models.gguf_config import check_exportable, metadata_from_config
@@ -36,7 +36,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
 def metadata(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Metadata:
     """The keys of a GGUF for a model and its tokenizer; InputError for a tokenizer that is not written."""
     check_exportable(config)
-    return _model_keys(config) | _vocabulary_keys(vocabulary(tokenizer, cast(Any, config).vocab_size))
+    return _model_keys(config) | vocabulary_metadata(tokenizer, cast(Any, config).vocab_size)
 
 
 def copied_metadata(raw: Mapping[str, bytes]) -> Metadata:
@@ -97,7 +97,9 @@ def _model_keys(config: PretrainedConfig) -> Metadata:
     }
 
 
-def _vocabulary_keys(words: Vocabulary) -> Metadata:
+def vocabulary_metadata(tokenizer: PreTrainedTokenizerBase, rows: int) -> Metadata:
+    """The keys of a tokenizer for a model with `rows` embeddings; InputError as `vocabulary`."""
+    words = vocabulary(tokenizer, rows)
     keys: dict[str, Value | None] = {
         "model": words.model, "pre": words.pre, "tokens": words.tokens, "token_type": words.types,
         "merges": words.merges, "scores": words.scores, "add_bos_token": words.adds_bos,
