@@ -13,6 +13,10 @@ from llama_cpp import Llama
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from entrenar.exporting.gguf import export_gguf
+from entrenar.lora.adapter_io import save_adapter
+from entrenar.lora.attach import adapted_layers, attach_lora
+from entrenar.models.load import load
+from entrenar.recipes.export import export
 
 pytestmark = pytest.mark.interop
 
@@ -22,11 +26,16 @@ F32, F16 = 2e-5, 2e-2
 GELU = 2e-3  # llama.cpp looks it up in a table of f16
 
 
-def relative_error(model: PreTrainedModel, path: Path, ids: list[int], context: int = 512) -> float:
+def relative_error(
+    model: PreTrainedModel, path: Path, ids: list[int], context: int = 512, lora: Path | None = None
+) -> float:
     """The largest difference of logits over every position, by the largest logit."""
     with torch.no_grad():
         ours = model(input_ids=torch.tensor([ids])).logits[0]
-    other = Llama(str(path), n_ctx=context, logits_all=True, verbose=False, type_k=0, type_v=0)
+    other = Llama(
+        str(path), n_ctx=context, logits_all=True, verbose=False, type_k=0, type_v=0,
+        lora_path=str(lora) if lora else None,
+    )  # fmt: skip
     try:
         other.eval(ids)
         theirs = torch.tensor(np.array(other.scores[: len(ids)]))
@@ -58,6 +67,23 @@ def test_longrope_is_transformers_within_and_beyond_the_original_context(
     model = make_model("phi3", len(tiny_tokenizer), **PHI3_LONG)
     export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f32")
     assert relative_error(model, tmp_path / "m.gguf", tokens(len(tiny_tokenizer), count), context) < F32
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma3_text"])
+def test_an_adapter_is_applied(name: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Over every linear layer, a fused one of Phi-3 included; without it the logits are others."""
+    rows, base = len(tiny_tokenizer), tmp_path / "m.gguf"
+    export_gguf(make_model(name, rows, initializer_range=0.1), tiny_tokenizer, base, "f32")
+    model, _ = load(str(base), dtype="float32")
+    attach_lora(model, rank=4, alpha=8.0)
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_b, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    lora = export(str(base), tmp_path / "a.gguf", to="gguf-adapter", adapter=str(tmp_path / "adapter"))
+    error = relative_error(model, base, tokens(rows), lora=lora)
+    print(json.dumps({"family": name, "adapter": True, "error": error}))  # noqa: T201
+    assert error < (GELU if "gemma" in name else 5e-4)
+    assert relative_error(model, base, tokens(rows)) > 0.05
 
 
 _THETAS = {"sliding_attention": 5000.0, "full_attention": 200000.0}
