@@ -271,3 +271,38 @@ def test_what_would_be_exported_wrongly_is_refused(case: str) -> None:
     config, message = _REFUSED[case]
     with pytest.raises(InputError, match=message):
         check_exportable(config)
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {"rope.scaling.factor": 2.0}, {"rope.scale_linear": 2.0},
+], ids=["yarn", "linear by default", "linear of old"])  # fmt: skip
+def test_frequencies_scaled_otherwise_are_an_error(changes: dict[str, Any]) -> None:
+    metadata = metadata_from_config(_CONFIGS["qwen2"]) | {f"qwen2.{key}": value for key, value in changes.items()}
+    with pytest.raises(InputError, match=r"x\.gguf scales its rotary frequencies \((yarn by 4|linear by 2).* qwen2"):
+        config_from_metadata(metadata | {"general.architecture": "qwen2"}, "x.gguf", 90, tied=True)
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope.scaling.type": "none"}, {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+    {"rope.scaling.factor": 0.0},
+], ids=["none", "by one", "zero"])  # fmt: skip
+def test_a_scaling_that_does_nothing_is_none(changes: dict[str, Any]) -> None:
+    metadata = metadata_from_config(_CONFIGS["qwen2"]) | {f"qwen2.{key}": value for key, value in changes.items()}
+    config = config_from_metadata(metadata | {"general.architecture": "qwen2"}, "x.gguf", 90, tied=True)
+    assert config.to_dict()["rope_parameters"]["rope_type"] == "default"
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [
+    (None, "sssssfs"), (3, "ssfssfs"), ([True, False, True, False, True, False, True], "sfsfsfs"),
+])  # fmt: skip
+def test_a_file_may_say_which_layers_slide(pattern: int | list[bool] | None, expected: str) -> None:
+    metadata = metadata_from_config(_CONFIGS["gemma3_text"]) | {"general.architecture": "gemma3"}
+    said = {} if pattern is None else {"gemma3.attention.sliding_window_pattern": pattern}
+    config = config_from_metadata(metadata | said, "x.gguf", 90, tied=True)
+    assert "".join(layer[0] for layer in config.to_dict()["layer_types"]) == expected
+
+
+def test_longrope_under_its_old_name_can_be_exported() -> None:
+    """As Phi-3's config.json has it, with a factor that follows from the contexts."""
+    rope = {"type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    check_exportable(_hollow("phi3", rope_parameters=None, rope_scaling=rope, original_max_position_embeddings=64))

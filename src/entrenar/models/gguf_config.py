@@ -53,6 +53,7 @@ def config_from_metadata(
         arguments = _shared_arguments(keys, family) | family.more_arguments(keys)
     except KeyError as missing:
         raise InputError(f"{source} lacks the key {prefix}{missing.args[0]}: export it again") from None
+    _check_scaling(keys, family, source)
     tokens = {
         f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -63,6 +64,17 @@ def config_from_metadata(
     set_rope_tensors(config, rope or {}, keys.get("rope.scaling.attn_factor"), source)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     return config
+
+
+def _check_scaling(keys: dict[str, Any], family: Family, source: str) -> None:
+    """InputError for frequencies scaled in a way that the family is not read with."""
+    kind = keys.get("rope.scaling.type", "linear")  # llama.cpp's default where there is a factor
+    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0)) or 1
+    if kind not in ("none", *family.rope_types) and (factor != 1 or kind != "linear"):
+        raise InputError(
+            f"{source} scales its rotary frequencies ({kind} by {factor}), which this version does not read in the "
+            f"architecture {family.architecture}: load the model's Hugging Face directory"
+        )
 
 
 def check_exportable(config: PretrainedConfig) -> None:

@@ -85,7 +85,7 @@ def gemma3_keys(config: PretrainedConfig) -> dict[str, Any]:
 def gemma3_arguments(keys: Keys) -> dict[str, Any]:
     """See `gemma3_keys`; every sixth layer attends to everything."""
     everywhere: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 1e6)}
-    if keys.get("rope.scaling.type") == "linear":
+    if keys.get("rope.scaling.type", "linear") == "linear" and keys.get("rope.scaling.factor", 1) not in (0, 1):
         everywhere |= {"rope_type": "linear", "factor": keys["rope.scaling.factor"]}
     local = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
     return _gemma(keys, "gemma3", period=6) | {
@@ -100,6 +100,14 @@ def _caps(config: PretrainedConfig) -> dict[str, float]:
     return {name: float(getattr(config, name)) for name in names if getattr(config, name)}
 
 
+def _sliding(keys: Keys, period: int) -> list[bool]:
+    """Which layers slide: all but every `period`-th, unless the file has another period, or a switch for each layer."""
+    pattern = keys.get("attention.sliding_window_pattern", period)
+    if isinstance(pattern, list):
+        return [bool(slides) for slides in pattern]
+    return [pattern == 0 or bool((layer + 1) % pattern) for layer in range(keys["block_count"])]
+
+
 def _gemma(keys: Keys, architecture: str, period: int) -> dict[str, Any]:
     """The window and its layers, and the scale of scores, which llama.cpp takes from the number of layers."""
     layers, heads = keys["block_count"], keys["attention.head_count"]
@@ -107,6 +115,6 @@ def _gemma(keys: Keys, architecture: str, period: int) -> dict[str, Any]:
     large = layers == _LAYERS_OF_27B[architecture]
     return {
         "sliding_window": keys.get("attention.sliding_window", 4096),
-        "layer_types": [_SLIDING if (layer + 1) % period else _FULL for layer in range(layers)],
+        "layer_types": [_SLIDING if slides else _FULL for slides in _sliding(keys, period)],
         "query_pre_attn_scalar": shared if large else keys.get("attention.key_length", shared),
     }
