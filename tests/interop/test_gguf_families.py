@@ -10,7 +10,7 @@ import torch
 from gguf_models import MODELS, PHI3_LONG, make_model
 from gguf_tokenizers import TOKENIZERS, random_text
 from llama_cpp import Llama
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from entrenar.exporting.gguf import export_gguf
 from entrenar.lora.adapter_io import save_adapter
@@ -67,6 +67,18 @@ def test_longrope_is_transformers_within_and_beyond_the_original_context(
     model = make_model("phi3", len(tiny_tokenizer), **PHI3_LONG)
     export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f32")
     assert relative_error(model, tmp_path / "m.gguf", tokens(len(tiny_tokenizer), count), context) < F32
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])  # of the others it leaves out settings of ours
+def test_transformers_own_reader_gives_the_model_back(
+    name: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = make_model(name, len(tiny_tokenizer))
+    export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f32")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    ids = torch.tensor([tokens(len(tiny_tokenizer))])
+    with torch.no_grad():
+        torch.testing.assert_close(back(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gemma3_text"])
