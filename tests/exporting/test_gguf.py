@@ -5,23 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import GGUF_FAMILIES, make_gguf_family
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import export_gguf
 from entrenar.exporting.gguf_types import FILE_TYPES
 from entrenar.files.gguf import GGUFFile
-from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.forward import target_loss
 from entrenar.models.load import load
 from entrenar.recipes.export import export
-
-# The library's own, or of training; or rounded to float32, so that the logits must tell.
-_NOT_IN_A_FILE = {
-    "_name_or_path", "architectures", "dtype", "initializer_range", "transformers_version", "max_window_layers",
-    "partial_rotary_factor", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("type", FILE_TYPES)
@@ -43,46 +34,6 @@ def test_from_hugging_face_to_gguf_and_back_tensors_are_equal(tiny_model_dir: Pa
     one, other = (AutoModelForCausalLM.from_pretrained(directory) for directory in (tiny_model_dir, back))
     for (name, parameter), (_, again) in zip(one.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(parameter, again), name
-
-
-@pytest.mark.parametrize("case", GGUF_FAMILIES)
-def test_every_family_there_and_back(case: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Tensors, what the config says of the model, and logits."""
-    model = make_gguf_family(case, len(tiny_tokenizer))
-    export_gguf(model, tiny_tokenizer, tmp_path / "m.gguf", "f32")
-    back, _ = load(str(tmp_path / "m.gguf"), "none", dtype="float32")
-    # Offsets of norms round twice.
-    for (name, one), (again, other) in zip(model.named_parameters(), back.named_parameters(), strict=True):
-        assert name == again
-        torch.testing.assert_close(other, one, rtol=0, atol=1e-6 if name.endswith("norm.weight") else 0)
-    ids = torch.randint(0, 90, (1, 100))
-    with torch.no_grad():
-        torch.testing.assert_close(back(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-    said, heard = (
-        {key: value for key, value in m.config.to_dict().items() if key not in _NOT_IN_A_FILE} for m in (model, back)
-    )
-    heard["rms_norm_eps"] = pytest.approx(heard["rms_norm_eps"])
-    assert case == "mistral" or said.items() <= heard.items()
-
-
-@pytest.mark.parametrize("case", GGUF_FAMILIES)
-def test_an_adapter_is_trained_on_the_blocks_of_every_family(
-    case: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """Kept as it is: the linear layers' gradients are those over the dequantized file."""
-    export_gguf(make_gguf_family(case, len(tiny_tokenizer)), tiny_tokenizer, tmp_path / "m.gguf", "q8_0")
-    ids = torch.randint(0, 90, (2, 30))
-    found = []
-    for quantize in ("keep", "none"):
-        model, _ = load(str(tmp_path / "m.gguf"), quantize, dtype="float32")
-        torch.manual_seed(0)
-        attach_lora(model, rank=4, alpha=8)
-        for _, layer in adapted_layers(model):
-            torch.nn.init.normal_(layer.lora_b, std=0.1)
-        target_loss(model, ids, torch.arange(30).expand(2, -1), torch.ones(2, 30, dtype=torch.bool)).backward()
-        found.append({name: layer.lora_b.grad for name, layer in adapted_layers(model)})
-    assert len(found[0]) >= 8
-    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
 
 
 def test_blocks_of_the_type_are_taken_over_and_not_quantized_again(

@@ -7,14 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import make_gguf_family
 from llama_cpp import Llama
 from torch import Tensor
 
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.load import load
-from entrenar.models.source import open_source
 from entrenar.recipes.export import export
 from entrenar.recipes.open_model import open_model
 
@@ -88,23 +86,3 @@ def test_on_the_untouched_blocks_the_adapter_adds_no_error(
     adapted = mean_kl(live_logits(str(smollm2), str(adapter), ids), smollm2, lora, ids)
     print(f"KL on the Q4_1 base: bare {bare:.2e}, with the adapter {adapted:.2e}")  # noqa: T201
     assert adapted <= 1.5 * bare
-
-
-@pytest.mark.parametrize("case", ["qwen2", "phi3", "gemma3"])
-def test_llama_cpp_applies_an_adapter_of_other_families(case: str, smollm2: Path, tmp_path: Path) -> None:
-    base, tokenizer = tmp_path / "base", open_source(str(smollm2)).tokenizer
-    make_gguf_family(case, len(tokenizer)).save_pretrained(base)
-    tokenizer.save_pretrained(base)
-    model, _ = load(str(base), "none", dtype="float32")
-    torch.manual_seed(0)
-    attach_lora(model, rank=4, alpha=8)
-    for _, layer in adapted_layers(model):
-        torch.nn.init.normal_(layer.lora_b, std=0.3)
-    save_adapter(model, tmp_path / "adapter")
-    path = export(str(base), tmp_path / "m.gguf", to="gguf", type="f32")
-    lora = export(str(base), tmp_path / "lora.gguf", adapter=str(tmp_path / "adapter"), to="gguf-adapter")
-    ids = torch.randint(3, 40000, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids])).logits[0]
-    assert mean_kl(logits, path, None, ids) > 1e-2
-    assert mean_kl(logits, path, lora, ids) < 1e-4

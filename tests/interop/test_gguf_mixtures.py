@@ -7,6 +7,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 import torch
+from gguf_models import MODELS, make_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.exporting.gguf import export_gguf
@@ -17,11 +18,22 @@ from entrenar.recipes.export import export
 pytestmark = pytest.mark.interop
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "narrow", "shared heads"])
+_OTHERS = [name for name in MODELS if name not in ("llama", "mistral")]
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "narrow", "shared heads", *_OTHERS])
 def original(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
     """A random model as an f32 GGUF: 17 layers, so that every eighth and third is met; rows of 256, or of 288."""
+    path = tmp_path_factory.mktemp("original") / "f32.gguf"
+    if request.param in _OTHERS:
+        model = make_model(
+            request.param, len(tiny_tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=17,
+            num_attention_heads=8, head_dim=32,
+        )  # fmt: skip
+        export_gguf(model, tiny_tokenizer, path, "f32")
+        return path
     hidden, heads = (288, 9) if request.param == "narrow" else (256, 8)
     config = LlamaConfig(
         vocab_size=len(tiny_tokenizer), hidden_size=hidden, intermediate_size=512, num_hidden_layers=17,
@@ -29,7 +41,6 @@ def original(
         tie_word_embeddings=request.param != "untied", max_position_embeddings=128,
     )  # fmt: skip
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("original") / "f32.gguf"
     export_gguf(LlamaForCausalLM(config), tiny_tokenizer, path, "f32")
     return path
 

@@ -1,21 +1,16 @@
 """llama.cpp loads our GGUF, splits text as we do, and its logits are ours."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unicodedata import is_normalized
 
 import numpy as np
 import pytest
 import torch
-from families import GGUF_FAMILIES, make_gguf_family
 from llama_cpp import Llama
 from tokenizers import Tokenizer, decoders
 from tokenizers import normalizers as norm
 from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,8 +23,6 @@ from entrenar.exporting.gguf import export_gguf
 from entrenar.files.gguf import GGUFFile
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.load import load
-from entrenar.models.pre_tokenizers import PRE_TOKENIZERS
-from entrenar.models.source import open_source
 from entrenar.recipes.export import export
 
 pytestmark = pytest.mark.interop
@@ -120,55 +113,6 @@ def test_the_chat_template_travels(smollm2: Path, tmp_path: Path) -> None:
         assert other.metadata[key] == GGUFFile(smollm2).metadata[key]
 
 
-def trained_tokenizer(pre: str) -> PreTrainedTokenizerFast:
-    """A small byte-level vocabulary of the text above, split as `pre` says."""
-    row = PRE_TOKENIZERS[pre]
-    backend = Tokenizer(BPE(ignore_merges=row.ignore_merges))
-    backend.pre_tokenizer, backend.decoder = row.make(), decoders.ByteLevel()
-    if row.normalizer:
-        backend.normalizer = row.normalizer()
-    trainer = BpeTrainer(
-        vocab_size=700, special_tokens=["<s>", "</s>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator([TEXT, *_strings(500)], trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    wrapped.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    return wrapped
-
-
-def _strings(count: int) -> list[str]:
-    """Text of many scripts with digits, signs and white space: the places where splits differ."""
-    draw = random.Random(0)
-    alphabet = "abcXYZéÉßñ漢字かкиЖ١٢①½ 0123456789 '’.,!?/_-()\n\t  🙂́"
-    words = ["don't", "I'LL", "HTTPServer", "x²", "12345", "  ", "\n\n", "\r\n", "naïve", "a/b//\n"]
-    lengths = [draw.randint(1, 20) for _ in range(count)]
-    return ["".join(draw.choice(words if draw.random() < 0.3 else alphabet) for _ in range(n)) for n in lengths]
-
-
-def _comparable(pre: str, text: str) -> bool:
-    """llama.cpp composes no characters, as Qwen's tokenizer does, and takes no letter but a to z for a small one."""
-    if pre == "qwen2":
-        return is_normalized("NFC", text)
-    return pre not in ("gpt-4o", "tekken") or text.isascii()
-
-
-@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
-def test_tokens_are_llama_cpps_and_come_back_from_the_file(pre: str, tmp_path: Path) -> None:
-    tokenizer = trained_tokenizer(pre)
-    model = make_gguf_family("llama", len(tokenizer))
-    export_gguf(model, tokenizer, tmp_path / "m.gguf", "f16")
-    back = open_source(str(tmp_path / "m.gguf")).tokenizer
-    assert back.chat_template == tokenizer.chat_template
-    strings = _strings(2000)
-    assert [back(text)["input_ids"] for text in strings] == [tokenizer(text)["input_ids"] for text in strings]
-    strings = [text for text in strings if _comparable(pre, text)]
-    ours = [tokenizer(text)["input_ids"] for text in strings]
-    with llama_cpp(tmp_path / "m.gguf") as other:
-        theirs = [other.tokenize(text.encode(), add_bos=False) for text in strings]
-    different = [text for text, one, two in zip(strings, ours, theirs, strict=True) if one != two]
-    assert not different, different[:5]
-
-
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """A Llama-2-like vocabulary: byte tokens, a few words and all the pieces they are merged from."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
@@ -206,13 +150,3 @@ def test_a_llama_with_sentencepiece_biases_and_an_untied_head(tmp_path: Path, ro
     text = "ships a 12 é"
     with llama_cpp(tmp_path / "m.gguf") as other:
         assert other.tokenize(text.encode(), add_bos=False) == tokenizer(text)["input_ids"]
-
-
-@pytest.mark.parametrize("case", GGUF_FAMILIES)
-def test_llama_cpp_computes_every_family_as_transformers_does(case: str, smollm2: Path, tmp_path: Path) -> None:
-    """llama.cpp holds keys and values in 16 bits, which alone costs 1e-6 here; another rope, window or norm, 1e-2."""
-    tokenizer = open_source(str(smollm2)).tokenizer
-    model = make_gguf_family(case, len(tokenizer))
-    export_gguf(model, tokenizer, tmp_path / "m.gguf", "f32")
-    ids = torch.randint(3, 40000, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-    assert mean_kl(model, tmp_path / "m.gguf", ids) < 1e-4

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from entrenar.core.errors import InputError
-from entrenar.models.gguf_families import FAMILIES, family_of, family_of_file
-from entrenar.models.gguf_family import Family, head_dim
-from entrenar.models.rope_factors import LLAMA3, factor_tensors
+from entrenar.models.gguf_config import check_exportable, config_from_metadata, metadata_from_config
+from entrenar.models.gguf_families import FAMILIES, family_in, family_of
+from entrenar.models.gguf_rope import head_dim, rope_tensors
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -26,11 +26,10 @@ _SIZES: dict[str, Any] = {
 
 
 def _llama(**changes: Any) -> LlamaConfig:
-    return LlamaConfig(**(_SIZES | changes))
+    return LlamaConfig(**deepcopy(_SIZES | changes))
 
 
 _CONFIG = _llama()
-family = family_of_file({"general.architecture": "llama"}, "x.gguf")
 
 
 def _parameter_names(config: PretrainedConfig) -> list[str]:
@@ -38,16 +37,43 @@ def _parameter_names(config: PretrainedConfig) -> list[str]:
         return [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
 
 
-@pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.architecture)
-def test_names_are_those_of_the_gguf_package_both_ways(row: Family) -> None:
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == row.architecture)
-    table = gguf.get_tensor_name_map(arch, _SIZES["num_hidden_layers"])
-    for model_type in row.model_types:
-        biases = {"attention_bias": True, "mlp_bias": True} if row.architecture == "llama" else {}
-        names = _parameter_names(AutoConfig.for_model(model_type, **deepcopy(_SIZES | biases)))
-        expected = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names]
-        assert [row.gguf_name(name) for name in names] == expected
-        assert [row.hf_name(str(name)) for name in expected] == names
+def _hollow(model_type: str, **changes: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(model_type, **deepcopy(_SIZES | changes))
+
+
+_LOCAL_AND_GLOBAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 200000.0, "factor": 8.0},
+}
+_CONFIGS = {
+    "llama": _llama(attention_bias=True, mlp_bias=True),
+    "mistral": _hollow("mistral", sliding_window=None),
+    "qwen2": _hollow("qwen2"),
+    "qwen3": _hollow("qwen3", head_dim=12, attention_bias=True),
+    "phi3": _hollow("phi3", sliding_window=100, original_max_position_embeddings=64),
+    "smollm3": _hollow("smollm3", num_hidden_layers=5),
+    "gemma2": _hollow("gemma2", head_dim=12, query_pre_attn_scalar=12, final_logit_softcapping=20.0),
+    "gemma3_text": _hollow(
+        "gemma3_text", head_dim=12, query_pre_attn_scalar=12, num_hidden_layers=7, rope_parameters=_LOCAL_AND_GLOBAL
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_names_are_those_of_the_gguf_package_both_ways(name: str) -> None:
+    config = _CONFIGS[name]
+    family = family_of(config)
+    architectures = {known: number for number, known in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(architectures[family.architecture], 12)
+    names = _parameter_names(config)
+    expected = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names]
+    assert [family.gguf_name(name) for name in names] == expected
+    assert [family.hf_name(str(name)) for name in expected] == names
+
+
+def test_every_row_is_tried_here() -> None:
+    assert {family_of(config).architecture for config in _CONFIGS.values()} == FAMILIES.keys()
+    assert _CONFIGS.keys() == {model_type for row in FAMILIES.values() for model_type in row.model_types}
 
 
 @pytest.mark.parametrize("name", [
@@ -55,14 +81,14 @@ def test_names_are_those_of_the_gguf_package_both_ways(row: Family) -> None:
     "model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.self_attn.q_norm.weight", "", "weight",
 ])  # fmt: skip
 def test_a_parameter_the_family_does_not_have_has_no_name(name: str) -> None:
-    assert family.gguf_name(name) is None
+    assert FAMILIES["llama"].gguf_name(name) is None
 
 
 @pytest.mark.parametrize(
     "name", ["rope_freqs.weight", "blk.0.ffn_gate_exps.weight", "blk.0.attn_q", "blk.a.attn_q.bias"]
 )
 def test_a_tensor_the_family_does_not_have_has_no_name(name: str) -> None:
-    assert family.hf_name(name) is None
+    assert FAMILIES["llama"].hf_name(name) is None
 
 
 _HEADS = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6))  # key heads, queries a key, half a head
@@ -72,6 +98,7 @@ _HEADS = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6))  # k
 def test_row_order_goes_there_and_back(sizes: tuple[int, int, int], tail: tuple[int, ...], seed: int) -> None:
     """Weights and biases, of queries and of the fewer keys."""
     keys, group, half = sizes
+    family = FAMILIES["llama"]
     config = LlamaConfig(
         num_attention_heads=keys * group, num_key_value_heads=keys, head_dim=2 * half, hidden_size=keys * group * 4
     )
@@ -79,7 +106,7 @@ def test_row_order_goes_there_and_back(sizes: tuple[int, int, int], tail: tuple[
         name = f"model.layers.0.self_attn.{part}.weight"
         tensor = torch.randn(heads * 2 * half, *tail, generator=torch.Generator().manual_seed(seed))
         there = family.to_gguf(name, tensor, config)
-        assert torch.equal(family.from_gguf(name, there, config), tensor)
+        assert torch.equal(family.in_our_order(there, config), tensor)
         # convert_hf_to_gguf.py, LlamaModel.permute:
         array = tensor.numpy().reshape(heads, 2, half, *tail).swapaxes(1, 2).reshape(tensor.shape)
         assert torch.equal(there, torch.from_numpy(array.copy()))
@@ -94,7 +121,7 @@ def test_neighbouring_pairs_rotated_as_llama_cpp_does_are_halves_rotated_as_tran
     queries, later = {}, {}
     for part, count in (("q_proj", heads), ("k_proj", keys)):
         weight = torch.randn(count * dim, 48)
-        permuted = family.to_gguf(f"model.layers.0.self_attn.{part}.weight", weight, _CONFIG)
+        permuted = FAMILIES["llama"].to_gguf(f"model.layers.0.self_attn.{part}.weight", weight, _CONFIG)
         queries[part] = (x @ weight.T).view(5, count, dim).transpose(0, 1)[None]
         later[part] = _rotate_pairs((x @ permuted.T).view(5, count, dim), positions)
     q, k = apply_rotary_pos_emb(queries["q_proj"], queries["k_proj"], cos, sin)
@@ -111,12 +138,15 @@ def _rotate_pairs(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(turned).reshape(x.shape)
 
 
-@pytest.mark.parametrize("part", ["v_proj", "o_proj"])
-def test_other_rows_stay_where_they_are(part: str) -> None:
-    tensor = torch.randn(48, 48)
-    name = f"model.layers.0.self_attn.{part}.weight"
-    assert torch.equal(family.to_gguf(name, tensor, _CONFIG), tensor)
-    assert torch.equal(family.from_gguf(name, tensor, _CONFIG), tensor)
+@pytest.mark.parametrize(("name", "part"), [
+    ("llama", "v_proj"), ("llama", "o_proj"), *((name, "q_proj") for name in _CONFIGS if "qwen" in name),
+])  # fmt: skip
+def test_other_rows_stay_where_they_are(name: str, part: str) -> None:
+    """Values everywhere; and queries where llama.cpp rotates halves, as transformers does."""
+    tensor, parameter = torch.randn(48, 48), f"model.layers.0.self_attn.{part}.weight"
+    family = family_of(_CONFIGS[name])
+    assert not family.reorders(parameter)
+    assert torch.equal(family.to_gguf(parameter, tensor, _CONFIGS[name]), tensor)
 
 
 @given(
@@ -133,61 +163,146 @@ def test_rotary_factors_turn_default_frequencies_into_transformers_llama3_ones(
     config = _llama(rope_parameters=rope, head_dim=head_dim, max_position_embeddings=2**17)
     expected, attention = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
-    factors = factor_tensors(config).get(LLAMA3)
-    assert factors is not None
+    factors = rope_tensors(config)["rope_freqs.weight"]
     assert factors.shape == (head_dim // 2,)
     assert attention == 1.0
     torch.testing.assert_close(plain / factors, expected, rtol=1e-4, atol=0)
 
 
 def test_plain_rotary_embeddings_have_no_factors() -> None:
-    assert not factor_tensors(_CONFIG)
+    assert rope_tensors(_CONFIG) == {}
+
+
+_NOT_IN_A_FILE = {"architectures", "attention_bias", "mlp_bias", "transformers_version", "dtype"}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("extra", [{}, {"head_dim": 12}], ids=["derived head size", "head size of its own"])
-def test_a_config_survives_gguf_metadata(tied: bool, extra: dict[str, Any]) -> None:
-    config = _llama(**extra, tie_word_embeddings=tied)
-    metadata = {f"llama.{key}": value for key, value in family.metadata(config).items()}
-    tokens = {f"tokenizer.ggml.{name}_token_id": value for name, value in (("bos", 1), ("eos", 2), ("padding", 2))}
-    back = family.config({"general.architecture": "llama"} | metadata | tokens, "x.gguf", config.vocab_size, tied)
-    assert back.to_dict() == config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+@pytest.mark.parametrize("name", [name for name in _CONFIGS if name != "mistral"])
+def test_a_config_survives_gguf_metadata(name: str, tied: bool) -> None:
+    config = _CONFIGS[name]
+    tokens = {f"tokenizer.ggml.{token}_token_id": value for token, value in (("bos", 1), ("eos", 2), ("padding", 2))}
+    metadata = {"general.architecture": family_of(config).architecture, **metadata_from_config(config), **tokens}
+    back = config_from_metadata(metadata, "x.gguf", 90, tied, rope_tensors(config)).to_dict()
+    expected = config.to_dict() | {"tie_word_embeddings": tied}
+    kept = expected.keys() - _NOT_IN_A_FILE
+    assert {key: back.get(key) for key in kept} == {key: expected[key] for key in kept}
 
 
-def test_metadata_keys_are_the_gguf_packages() -> None:
-    known = {value for name, value in vars(gguf.Keys.LLM).items() if name.isupper()}
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_metadata_keys_are_the_gguf_packages(name: str) -> None:
+    known = {value for key, value in vars(gguf.Keys.LLM).items() if key.isupper()}
     known |= {value for group in (gguf.Keys.Attention, gguf.Keys.Rope) for value in vars(group).values()}
-    assert {f"{{arch}}.{key}" for key in family.metadata(_CONFIG)} <= known
+    keys = metadata_from_config(_CONFIGS[name])
+    assert {key.replace(f"{family_of(_CONFIGS[name]).architecture}.", "{arch}.", 1) for key in keys} <= known
 
 
 def test_what_is_optional_in_metadata_has_llama_cpps_defaults() -> None:
     """As many key heads as heads, heads that share the width evenly, θ = 10000."""
-    metadata = {f"llama.{key}": value for key, value in family.metadata(_CONFIG).items()}
+    metadata = metadata_from_config(_CONFIG)
     for key in ("attention.head_count_kv", "attention.key_length", "rope.freq_base"):
         del metadata[f"llama.{key}"]
-    config = family.config(metadata | {"general.architecture": "llama"}, "x.gguf", 90, tied=True)
-    assert (config.num_key_value_heads, head_dim(config)) == (6, 8)
+    config = config_from_metadata(metadata | {"general.architecture": "llama"}, "x.gguf", 90, tied=True)
+    assert (config.to_dict()["num_key_value_heads"], head_dim(config)) == (6, 8)
     assert config.to_dict()["rope_parameters"]["rope_theta"] == 10000.0
 
 
-@pytest.mark.parametrize("rope_type", ["default", "llama3"])
-def test_the_family_can_be_exported(rope_type: str) -> None:
-    rope = {
-        "rope_type": rope_type, "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
-    family_of(_llama(rope_parameters=rope))
-    family_of(MistralConfig(**_SIZES, sliding_window=None))
+@pytest.mark.parametrize("key", ["block_count", "embedding_length", "attention.layer_norm_rms_epsilon"])
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_a_missing_key_is_named(name: str, key: str) -> None:
+    metadata, architecture = metadata_from_config(_CONFIGS[name]), family_of(_CONFIGS[name]).architecture
+    del metadata[f"{architecture}.{key}"]
+    with pytest.raises(InputError, match=rf"x\.gguf lacks the key {architecture}\.{key}"):
+        config_from_metadata(metadata | {"general.architecture": architecture}, "x.gguf", 90, tied=True)
 
 
+@pytest.mark.parametrize("architecture", ["falcon", None])
+def test_another_architecture_is_an_error_that_lists_the_known(architecture: str | None) -> None:
+    with pytest.raises(InputError, match=f"architecture '?{architecture}'?: .* reads {', '.join(FAMILIES)}"):
+        family_in({"general.architecture": architecture}, "x.gguf")
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_what_a_family_has_can_be_exported(name: str) -> None:
+    check_exportable(_CONFIGS[name])
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    (BloomConfig(), "'bloom' is not in this version: it writes llama, mistral, qwen2, qwen3, smollm3, phi3"),
-    (_llama(rope_parameters=_LINEAR_ROPE), "rope type 'linear'"),
-    (MistralConfig(**_SIZES, sliding_window=32), "sliding window"),
-], ids=["bloom", "linear rotary", "sliding window"])  # fmt: skip
-def test_what_would_be_exported_wrongly_is_refused(config: PretrainedConfig, message: str) -> None:
+@pytest.mark.parametrize("config", [
+    _llama(rope_parameters=_LLAMA3_ROPE), _hollow("mistral", sliding_window=128),
+    _hollow("qwen2", use_sliding_window=False, sliding_window=5),
+], ids=["llama3 rotary", "a window as long as the context", "a window that is not used"])  # fmt: skip
+def test_what_makes_no_difference_can_be_exported(config: PretrainedConfig) -> None:
+    check_exportable(config)
+
+
+_REFUSED = {
+    "falcon": (_hollow("falcon"), "'falcon' is not in this version: it writes llama, mistral, qwen2"),
+    "linear rotary": (_llama(rope_parameters=_LINEAR_ROPE), "rope type 'linear' .* llama it writes default, llama3"),
+    "llama3 rotary": (_hollow("qwen2", rope_parameters=_LLAMA3_ROPE), "rope type 'llama3' .* qwen2 it writes default"),
+    "sliding window": (_hollow("mistral", sliding_window=32), "sliding_window = 32 .* with None"),
+    "sliding layers": (
+        _hollow("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1), "layer_types = .*sliding",
+    ),
+    "layers that do not rotate": (_hollow("smollm3", no_rope_layer_interval=2), "no_rope_layers = .1, 0, 1. .*1, 1, 1"),
+    "scale of scores": (
+        _hollow("gemma2", head_dim=12, query_pre_attn_scalar=8), "query_pre_attn_scalar = 8 .* with 12",
+    ),
+    "another pattern of layers": (
+        _hollow("gemma3_text", head_dim=12, query_pre_attn_scalar=12, num_hidden_layers=7, sliding_window_pattern=4,
+                rope_parameters=_LOCAL_AND_GLOBAL), "layer_types = .* in its architecture gemma3",
+    ),
+    "no cap": (
+        _hollow("gemma2", head_dim=12, query_pre_attn_scalar=12, attn_logit_softcapping=None),
+        "attn_logit_softcapping = None .* with 50",
+    ),
+    "head size": (_hollow("qwen2", head_dim=12), "head_dim = 12 .* with 8"),
+    "activation": (_llama(hidden_act="gelu"), "hidden_act = gelu .* with silu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", _REFUSED)
+def test_what_would_be_exported_wrongly_is_refused(case: str) -> None:
+    config, message = _REFUSED[case]
     with pytest.raises(InputError, match=message):
-        family_of(config)
+        check_exportable(config)
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {"rope.scaling.factor": 2.0}, {"rope.scale_linear": 2.0},
+], ids=["yarn", "linear by default", "linear of old"])  # fmt: skip
+def test_frequencies_scaled_otherwise_are_an_error(changes: dict[str, Any]) -> None:
+    metadata = metadata_from_config(_CONFIGS["qwen2"]) | {f"qwen2.{key}": value for key, value in changes.items()}
+    with pytest.raises(InputError, match=r"x\.gguf scales its rotary frequencies \((yarn by 4|linear by 2).* qwen2"):
+        config_from_metadata(metadata | {"general.architecture": "qwen2"}, "x.gguf", 90, tied=True)
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope.scaling.type": "none"}, {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+    {"rope.scaling.factor": 0.0},
+], ids=["none", "by one", "zero"])  # fmt: skip
+def test_a_scaling_that_does_nothing_is_none(changes: dict[str, Any]) -> None:
+    metadata = metadata_from_config(_CONFIGS["qwen2"]) | {f"qwen2.{key}": value for key, value in changes.items()}
+    config = config_from_metadata(metadata | {"general.architecture": "qwen2"}, "x.gguf", 90, tied=True)
+    assert config.to_dict()["rope_parameters"]["rope_type"] == "default"
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [
+    (None, "sssssfs"), (3, "ssfssfs"), ([True, False, True, False, True, False, True], "sfsfsfs"),
+])  # fmt: skip
+def test_a_file_may_say_which_layers_slide(pattern: int | list[bool] | None, expected: str) -> None:
+    metadata = metadata_from_config(_CONFIGS["gemma3_text"]) | {"general.architecture": "gemma3"}
+    said = {} if pattern is None else {"gemma3.attention.sliding_window_pattern": pattern}
+    config = config_from_metadata(metadata | said, "x.gguf", 90, tied=True)
+    assert "".join(layer[0] for layer in config.to_dict()["layer_types"]) == expected
+
+
+def test_longrope_under_its_old_name_can_be_exported() -> None:
+    """As Phi-3's config.json has it, with a factor that follows from the contexts."""
+    rope = {"type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    check_exportable(_hollow("phi3", rope_parameters=None, rope_scaling=rope, original_max_position_embeddings=64))

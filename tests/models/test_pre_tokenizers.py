@@ -31,8 +31,10 @@ _SPLITS = [
     ("smollm", "½·٣x", "½|·|٣|x"),
     ("qwen2", "ñandú·漢字!", "ñandú|·漢字|!"),
     ("dbrx", "It·costs·1234·euros", "It|·costs|·|123|4|·euros"),
-    ("gpt-4o", "myHTTPServer's·1234·a/b//↵c", "my|HTTPServer's|·|123|4|·a|/b|//↵|c"),
-    ("tekken", "myHTTPServer's·1234·a/b//↵c", "my|HTTPServer|'s|·|1|2|3|4|·a|/b|//↵|c"),
+    ("gpt-4o", "It·costs·1234·euros", "It|·costs|·|123|4|·euros"),
+    ("gpt-4o", "don't·DON'T·camelCase", "don't|·DON'T|·camel|Case"),
+    ("tekken", "don't·DON'T·camelCase·12", "don|'t|·DON|'T|·camel|Case|·|1|2"),
+    ("tekken", "a·(b)/↵c", "a|·(|b|)/↵|c"),
 ]
 
 
@@ -58,6 +60,16 @@ _LLAMA3_REGEX = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_REGEX = _LLAMA3_REGEX.replace("{1,3}", "")
+_TEKKEN_REGEX = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_O200K_REGEX = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _BYTES: dict[str, object] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 
@@ -69,19 +81,21 @@ def _split(regex: str) -> dict[str, object]:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
-# As the `tokenizer.json` of GPT-2, SmolLM2, Llama 3, DBRX and Qwen 2.5 have it.
+# As the `tokenizer.json` of GPT-2, SmolLM2, Llama 3, Qwen 2.5, Phi-4, Phi-4 mini and Mistral NeMo have it.
 _PUBLISHED = {
     "gpt-2": _BYTES | {"use_regex": True},
     "smollm": _sequence({"type": "Digits", "individual_digits": True}, _BYTES | {"use_regex": True}),
     "llama-bpe": _sequence(_split(_LLAMA3_REGEX), _BYTES | {"use_regex": False}),
-    "dbrx": _sequence(_split(_LLAMA3_REGEX), _BYTES | {"use_regex": False}),
     "qwen2": _sequence(_split(_QWEN2_REGEX), _BYTES | {"use_regex": False, "trim_offsets": False}),
+    "dbrx": _sequence(_split(_LLAMA3_REGEX) | {"behavior": "Removed", "invert": True}, _BYTES | {"use_regex": False}),
+    "gpt-4o": _sequence(_split(_O200K_REGEX) | {"behavior": "Removed", "invert": True}, _BYTES | {"use_regex": False}),
+    "tekken": _sequence(_split(_TEKKEN_REGEX), _BYTES | {"use_regex": False}),
 }
 
 
 @pytest.mark.parametrize("name", _PUBLISHED)
 def test_published_tokenizers_have_their_llama_cpp_name(name: str) -> None:
-    model = BPE(ignore_merges=name == "llama-bpe")
+    model = BPE(ignore_merges=PRE_TOKENIZERS[name].ignore_merges)
     state = json.loads(Tokenizer(model).to_str()) | {"pre_tokenizer": _PUBLISHED[name]}
     tokenizer = Tokenizer.from_str(json.dumps(state))
     assert name_of(tokenizer) == name
@@ -96,8 +110,8 @@ def test_other_names_of_the_same_split(alias: str, name: str) -> None:
 
 
 def test_an_unknown_name_is_an_input_error_that_lists_the_known() -> None:
-    with pytest.raises(InputError, match=r"x\.gguf splits text by 'falcon'.*gpt-2, smollm, llama-bpe, dbrx, qwen2"):
-        by_name("falcon", "x.gguf")
+    with pytest.raises(InputError, match=r"x\.gguf splits text by 'superbpe'.*gpt-2, smollm, llama-bpe, qwen2"):
+        by_name("superbpe", "x.gguf")
 
 
 @pytest.mark.parametrize("splitter", [

@@ -1,4 +1,4 @@
-"""Write a fused model as GGUF, tensor by tensor: families of models/gguf_families.py, types of gguf_types.py."""
+"""Write a fused model of a family of gguf_families.py as GGUF, in any type of gguf_types.py, tensor by tensor."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,16 +14,17 @@ from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError
 from entrenar.exporting.fuse import fused_tensors
 from entrenar.exporting.gguf_types import FILE_TYPES, Model, type_of
-from entrenar.exporting.gguf_vocabulary import Vocabulary, vocabulary
+from entrenar.exporting.gguf_vocabulary import vocabulary
 from entrenar.files.gguf_writer import GGUFTensor, Value, write_gguf_file
 from entrenar.files.lazy_tensor import LazyTensor, Packed
-from entrenar.models.gguf_families import family_of
-from entrenar.models.gguf_family import Family
-from entrenar.models.rope_factors import factor_tensors
+from entrenar.models.gguf_config import check_exportable, metadata_from_config
+from entrenar.models.gguf_families import Family, family_of
+from entrenar.models.gguf_rope import rope_tensors
 from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES, quantize_gguf
 from entrenar.ops.linear_gguf import FLOAT_TYPES
 
 Metadata = dict[str, Value | bytes]
+_HEAD = "lm_head.weight"
 # What keys begin with that are about a file, and not about the model in it.
 _OF_ONE_FILE = ("general.file_type", "general.quantization_version", "general.alignment", "split.", "quantize.imatrix.")
 
@@ -35,8 +36,8 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
 
 def metadata(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Metadata:
     """The keys of a GGUF for a model and its tokenizer; InputError for a tokenizer that is not written."""
-    family = family_of(config)
-    return _model_keys(family, config) | _vocabulary_keys(vocabulary(tokenizer, cast(Any, config).vocab_size))
+    check_exportable(config)
+    return _model_keys(config) | vocabulary_metadata(tokenizer, cast(Any, config).vocab_size)
 
 
 def copied_metadata(raw: Mapping[str, bytes]) -> Metadata:
@@ -64,9 +65,10 @@ def write_gguf(
         InputError: a model that this version does not write as GGUF.
     """
     refuse_existing(path)
+    check_exportable(config)
     family = family_of(config)
-    tensors = [_renamed(tensor, family, config) for tensor in fused]
-    for name, factors in factor_tensors(config).items():
+    tensors = [_renamed(tensor, config, family) for tensor in fused]
+    for name, factors in rope_tensors(config).items():
         tensors.append(LazyTensor(name, tuple(factors.shape), partial(torch.clone, factors)))
     file_type, shape = FILE_TYPES[type], _choice(config, tensors)
     weights = _of_columns(importance or {}, family, shape.tied)
@@ -85,9 +87,9 @@ def write_gguf(
 
 def _of_columns(importance: Mapping[str, Tensor], family: Family, tied: bool) -> dict[str, Tensor]:
     """By the name in the file; a tied embedding counts as the head that it is."""
-    named = {str(family.gguf_name(name)): columns for name, columns in importance.items()}
-    if tied and "output.weight" in named:
-        named["token_embd.weight"] = named.pop("output.weight")
+    named = {str(family.gguf_name(name)): columns for name, columns in importance.items() if name != _HEAD}
+    if _HEAD in importance:
+        named["token_embd.weight" if tied else "output.weight"] = importance[_HEAD]
     return named
 
 
@@ -97,7 +99,7 @@ def _choice(config: PretrainedConfig, tensors: list[LazyTensor]) -> Model:
     return Model(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, tied)
 
 
-def _renamed(tensor: LazyTensor, family: Family, config: PretrainedConfig) -> LazyTensor:
+def _renamed(tensor: LazyTensor, config: PretrainedConfig, family: Family) -> LazyTensor:
     name = family.gguf_name(tensor.name)
     if name is None:
         raise InputError(f"GGUF has no place for {tensor.name} in the {family.architecture} architecture")
@@ -109,16 +111,18 @@ def _renamed(tensor: LazyTensor, family: Family, config: PretrainedConfig) -> La
     return LazyTensor(name, tensor.shape, ordered(tensor.make), packed=packed)
 
 
-def _model_keys(family: Family, config: PretrainedConfig) -> Metadata:
+def _model_keys(config: PretrainedConfig) -> Metadata:
     return {
-        "general.architecture": family.architecture,
+        "general.architecture": family_of(config).architecture,
         "general.type": gguf.GGUFType.MODEL,
         "general.name": Path(config.name_or_path or "model").stem,
-        **{f"{family.architecture}.{key}": value for key, value in family.metadata(config).items()},
+        **metadata_from_config(config),
     }
 
 
-def _vocabulary_keys(words: Vocabulary) -> Metadata:
+def vocabulary_metadata(tokenizer: PreTrainedTokenizerBase, rows: int) -> Metadata:
+    """The keys of a tokenizer for a model with `rows` embeddings; InputError as `vocabulary`."""
+    words = vocabulary(tokenizer, rows)
     keys: dict[str, Value | None] = {
         "model": words.model, "pre": words.pre, "tokens": words.tokens, "token_type": words.types,
         "merges": words.merges, "scores": words.scores, "add_bos_token": words.adds_bos,

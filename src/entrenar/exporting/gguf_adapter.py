@@ -19,8 +19,8 @@ from entrenar.files.peft import PLAIN_ENDS, PeftAdapter, read_adapter
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.low_rank import AdapterLayer
-from entrenar.models.gguf_families import family_of
-from entrenar.models.gguf_family import Family
+from entrenar.models.gguf_config import check_exportable
+from entrenar.models.gguf_families import Family, family_of
 from entrenar.models.load import build_on_meta
 from entrenar.models.match import is_tied
 from entrenar.models.source import ModelSource
@@ -36,11 +36,12 @@ def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
             for, parameters beside A and B, a tied output head.
     """
     refuse_existing(path)
-    family = family_of(source.config)
+    check_exportable(source.config)
     _refuse_more(read_adapter(Path(adapter)), adapter)
     model = _hollow(source)
     load_adapter(model, adapter)
     layers = dict(adapted_layers(model))
+    family = family_of(source.config)
     first = next(iter(layers.values()))
     alpha = first.scale * first.rank
     keys = {
@@ -49,10 +50,10 @@ def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
     }  # fmt: skip
     tensors = [
         GGUFTensor(
-            f"{_gguf_name(family, name, model)}.lora_{suffix}", tuple(factor.shape), "f32", partial(_bytes, factor)
+            f"{_gguf_name(name, model, family)}.lora_{suffix}", tuple(factor.shape), "f32", partial(_bytes, factor)
         )
         for name, layer in layers.items()
-        for suffix, factor in zip("ab", _factors(family, name, layer, alpha, source.config), strict=True)
+        for suffix, factor in zip("ab", _factors(name, layer, alpha, source.config), strict=True)
     ]
     with atomic_file(path) as temporary:
         write_gguf_file(temporary, keys, tensors)
@@ -92,7 +93,7 @@ def _refuse_more(adapter: PeftAdapter, directory: str) -> None:
     )
 
 
-def _gguf_name(family: Family, layer: str, model: PreTrainedModel) -> str:
+def _gguf_name(layer: str, model: PreTrainedModel, family: Family) -> str:
     name = family.gguf_name(f"{layer}.weight")
     if name is None:
         raise InputError(f"GGUF has no place for an adapter of {layer}: {_INSTEAD}")
@@ -101,9 +102,7 @@ def _gguf_name(family: Family, layer: str, model: PreTrainedModel) -> str:
     return name
 
 
-def _factors(
-    family: Family, name: str, layer: AdapterLayer, alpha: float, config: PretrainedConfig
-) -> tuple[Tensor, Tensor]:
+def _factors(name: str, layer: AdapterLayer, alpha: float, config: PretrainedConfig) -> tuple[Tensor, Tensor]:
     """A, and B in llama.cpp's row order and for its scale alpha / rank."""
     b = layer.lora_b.detach().float() * (layer.scale * layer.rank / alpha)
-    return layer.lora_a.detach().float(), family.to_gguf(f"{name}.weight", b, config).contiguous()
+    return layer.lora_a.detach().float(), family_of(config).to_gguf(f"{name}.weight", b, config).contiguous()

@@ -69,17 +69,16 @@ def _wanted(name: str, columns: int, file_type: FileType, model: Model) -> str:
         return most
     layer, part = int(match[1]), match[2]
     medium, small = file_type.name in ("q4_k_m", "q5_k_m"), file_type.name == "q4_k_s"
-    if part in ("attn_v", "ffn_down") and medium and _more_bits(layer, model.layers):
+    values = part in ("attn_v", "attn_qkv")  # alone, or fused with queries and keys
+    if (values or part == "ffn_down") and medium and _more_bits(layer, model.layers):
         return "q6_k"
-    if part == "attn_v":
+    if values:
         if small and layer < 4:
             return "q5_k"
         # Llama 2 70B shares each of its few values among eight heads.
         return "q5_k" if most == "q4_k" and model.layers == 80 and model.heads != model.kv_heads else most
     if part == "ffn_down" and small and layer < model.layers // 8:
         return "q5_k"
-    if part == "attn_qkv" and medium:
-        return "q5_k" if most == "q4_k" else "q6_k"
     return most
 
 

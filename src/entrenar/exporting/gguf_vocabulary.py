@@ -50,17 +50,31 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
         tokens=[by_id.get(index, f"[PAD{index}]") for index in range(rows)],
         types=_types(state, by_id, rows, sentencepiece),
         merges=None if sentencepiece else [_merge_text(merge) for merge in model["merges"]],
-        # Ranks stand for SentencePiece's scores, as llama.cpp's own converter does for a tokenizer.json.
-        scores=[-float(index) for index in range(rows)] if sentencepiece else None,
+        scores=_scores(model, by_id, rows) if sentencepiece else None,
         special_ids=_special_ids(tokenizer),
         adds_bos=_adds_bos(tokenizer),
-        adds_space_prefix=sentencepiece and "Prepend" in json.dumps(state.get("normalizer")),
+        adds_space_prefix=sentencepiece and _adds_space(state),
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     )
 
 
 def _merge_text(merge: str | list[str]) -> str:
     return merge if isinstance(merge, str) else " ".join(merge)
+
+
+def _scores(model: dict[str, Any], by_id: dict[int, str], rows: int) -> list[float]:
+    """Ranks of merges for SentencePiece's scores: what is merged first is best; a token that no merge makes is last."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault(_merge_text(merge).replace(" ", ""), rank)
+    return [-float(ranks.get(by_id.get(index, ""), len(model["merges"]))) for index in range(rows)]
+
+
+def _adds_space(state: dict[str, Any]) -> bool:
+    """Whether a space is put before the text: by the normalizer, or as transformers 5 builds Llama's tokenizer."""
+    splitter = state.get("pre_tokenizer") or {}
+    metaspace = splitter.get("type") == "Metaspace" and splitter.get("prepend_scheme") != "never"
+    return metaspace or "Prepend" in json.dumps(state.get("normalizer"))
 
 
 def _types(state: dict[str, Any], by_id: dict[int, str], rows: int, sentencepiece: bool) -> list[int]:

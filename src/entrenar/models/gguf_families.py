@@ -1,148 +1,142 @@
-"""The families that are read from GGUF and written as GGUF, a row each."""
+"""The families that are read from and written as GGUF: one row each, for models and adapters alike.
 
-import math
+A row says which transformers models an architecture of llama.cpp holds, what their tensors are called there, and how
+their values differ: rows of q and k in another order where llama.cpp rotates neighbouring pairs and transformers the
+two halves of a head, norms with their 1 already added (docs/decisions/0014).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from entrenar.core.errors import InputError
-from entrenar.models.gguf_family import STEMS, Family, Metadata, Values, head_dim, main_rope
+from entrenar.models import gguf_keys
+from entrenar.models.gguf_keys import Keys
+from entrenar.models.gguf_rope import head_dim
 
+# transformers → GGUF, the first three outside the layers.
+_SHARED = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "self_attn.o_proj": "attn_output", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+_APART = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+}  # fmt: skip
+_LLAMA = {**_SHARED, **_APART, "post_attention_layernorm": "ffn_norm"}
 _HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-_GEMMA_STEMS = STEMS | {
-    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
+_PHI3 = {
+    **_SHARED, "post_attention_layernorm": "ffn_norm", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
-_PHI3_STEMS = {name: stem for name, stem in STEMS.items() if not name.startswith(("self_attn.", "mlp."))} | {
-    "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
-    "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+_GEMMA = {
+    **_SHARED, **_APART, "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
-_WINDOW = {"attention.sliding_window": "sliding_window"}
-_SOFTCAPS = {
-    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
+_TIED_GEMMA = {theirs: ours for theirs, ours in _GEMMA.items() if theirs != "lm_head"}  # Gemma 2 has no other there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture of llama.cpp; `norm_offset` is what its norms' weights have added to them there."""
+
+    architecture: str
+    model_types: tuple[str, ...]  # the first is what a file is read as
+    stems: dict[str, str]
+    rope_types: tuple[str, ...] = ("default",)
+    rotates_pairs: bool = False
+    norm_offset: float = 0.0
+    own_head_size: bool = True  # False: llama.cpp knows no heads but those that share the width evenly
+    more_keys: Callable[[PretrainedConfig], dict[str, Any]] = gguf_keys.no_more
+    more_arguments: Callable[[Keys], dict[str, Any]] = gguf_keys.no_arguments
+
+    def gguf_name(self, hf_name: str) -> str | None:
+        """The GGUF name of a transformers parameter, or None when the family has none for it."""
+        return _rename(hf_name, self.stems, r"model\.layers\.(\d+)\.", "blk.{}.")
+
+    def hf_name(self, gguf_name: str) -> str | None:
+        """The transformers name of a GGUF tensor, or None when the family has none for it."""
+        stems = {ours: theirs for theirs, ours in self.stems.items()}
+        return _rename(gguf_name, stems, r"blk\.(\d+)\.", "model.layers.{}.")
+
+    def reorders(self, hf_name: str) -> bool:
+        """Whether the rows of each head are in another order there."""
+        return self.rotates_pairs and (".q_proj." in hf_name or ".k_proj." in hf_name)
+
+    def offset(self, hf_name: str) -> float:
+        """What a GGUF adds to the values of this parameter."""
+        return self.norm_offset if hf_name.endswith("norm.weight") else 0.0
+
+    def to_gguf(self, name: str, tensor: Tensor, config: PretrainedConfig) -> Tensor:
+        """A transformers parameter, or the B of an adapter of it, as llama.cpp has it."""
+        if self.reorders(name):
+            return _swap(tensor, 2, head_dim(config) // 2)
+        return tensor.float() + self.offset(name) if self.offset(name) else tensor
+
+    def in_our_order(self, tensor: Tensor, config: PretrainedConfig) -> Tensor:
+        """llama.cpp's row order → transformers', of a tensor that it `reorders`, whole or the rows of some heads."""
+        return _swap(tensor, head_dim(config) // 2, 2)
+
+
+FAMILIES = {
+    row.architecture: row
+    for row in (
+        Family(
+            architecture="llama", model_types=("llama", "mistral"), stems=_LLAMA, rotates_pairs=True,
+            rope_types=("default", "llama3"),
+        ),
+        Family(architecture="qwen2", model_types=("qwen2",), stems=_LLAMA, own_head_size=False),
+        Family(architecture="qwen3", model_types=("qwen3",), stems=_LLAMA | _HEAD_NORMS),
+        Family(
+            architecture="phi3", model_types=("phi3",), stems=_PHI3, rope_types=("default", "longrope"),
+            own_head_size=False, more_keys=gguf_keys.phi3_keys, more_arguments=gguf_keys.phi3_arguments,
+        ),
+        Family(
+            architecture="smollm3", model_types=("smollm3",), stems=_LLAMA, rotates_pairs=True,
+            more_arguments=gguf_keys.smollm3_arguments,
+        ),
+        Family(
+            architecture="gemma2", model_types=("gemma2",), stems=_TIED_GEMMA, norm_offset=1.0,
+            more_keys=gguf_keys.gemma2_keys, more_arguments=gguf_keys.gemma2_arguments,
+        ),
+        Family(
+            architecture="gemma3", model_types=("gemma3_text",), stems=_GEMMA | _HEAD_NORMS, norm_offset=1.0,
+            rope_types=("default", "linear"), more_keys=gguf_keys.gemma3_keys,
+            more_arguments=gguf_keys.gemma3_arguments,
+        ),
+    )
 }  # fmt: skip
-_GEMMA3_LOCAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-
-
-def _as_by_default(config: Any, *names: str) -> Values:
-    """What a config of this many layers has in these attributes unless told otherwise."""
-    made = AutoConfig.for_model(config.model_type, num_hidden_layers=config.num_hidden_layers)
-    return {name: getattr(made, name) for name in names}
-
-
-# Of Gemma's sizes one each, told by its number of layers, scales scores by the width of a head's share of the hidden
-# state and not by the head's own (llama.cpp, `f_attention_scale`).
-_GEMMA_27B = (46, 62)
-
-
-def _gemma_scalar(layers: int, hidden: int, heads: int, dim: int) -> int:
-    return hidden // heads if layers in _GEMMA_27B else dim
-
-
-def _gemma_fixed(config: Any) -> Values:
-    scalar = _gemma_scalar(
-        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, head_dim(config)
-    )  # fmt: skip
-    return {"query_pre_attn_scalar": scalar} | _as_by_default(config, "layer_types")
-
-
-def _gemma_arguments(keys: Metadata) -> Values:
-    heads, hidden = keys["attention.head_count"], keys["embedding_length"]
-    dim = keys.get("attention.key_length", hidden // heads)
-    return {"query_pre_attn_scalar": _gemma_scalar(keys["block_count"], hidden, heads, dim)}
-
-
-def _gemma3_fixed(config: Any) -> Values:
-    return _gemma_fixed(config) | {
-        "rope_parameters": {"full_attention": main_rope(config), "sliding_attention": _GEMMA3_LOCAL_ROPE},
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-    }
-
-
-def _gemma3_keys(config: Any) -> Values:
-    rope = main_rope(config)
-    linear = rope.get("rope_type") == "linear"
-    return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])} if linear else {}
-
-
-def _gemma3_arguments(keys: Metadata) -> Values:
-    main: Values = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 1_000_000.0)}
-    if keys.get("rope.scaling.type") == "linear":
-        main |= {"rope_type": "linear", "factor": keys["rope.scaling.factor"]}
-    return _gemma_arguments(keys) | {
-        "rope_parameters": {"full_attention": main, "sliding_attention": dict(_GEMMA3_LOCAL_ROPE)}
-    }
-
-
-def _phi3_keys(config: Any) -> Values:
-    rope = main_rope(config)
-    found: Values = {"rope.dimension_count": int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))}
-    if rope.get("rope_type") == "longrope":
-        original = config.original_max_position_embeddings
-        stretch = config.max_position_embeddings / original
-        factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-        found |= {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": factor}
-    return found
-
-
-def _phi3_arguments(keys: Metadata) -> Values:
-    dim = keys.get("attention.key_length", keys["embedding_length"] // keys["attention.head_count"])
-    rope = {
-        "rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0),
-        "partial_rotary_factor": keys.get("rope.dimension_count", dim) / dim,
-    }  # fmt: skip
-    original = keys.get("rope.scaling.original_context_length", keys["context_length"])
-    # llama.cpp's converter writes 0 for no window.
-    window = keys.get("attention.sliding_window") or None
-    return {"rope_parameters": rope, "original_max_position_embeddings": original, "sliding_window": window}
-
-
-FAMILIES = (
-    Family("llama", ("llama", "mistral"), permutes=True, ropes=("default", "llama3")),
-    Family("qwen2", ("qwen2",)),
-    Family("qwen3", ("qwen3",), stems=STEMS | _HEAD_NORMS),
-    Family(
-        "smollm3", ("smollm3",), permutes=True, ropes=("default", "llama3"),
-        fixed=lambda config: _as_by_default(config, "no_rope_layers"),
-    ),
-    Family(
-        "phi3", ("phi3",), stems=_PHI3_STEMS, keys=_WINDOW, ropes=("default", "longrope"),
-        to_keys=_phi3_keys, from_keys=_phi3_arguments,
-    ),
-    Family(
-        "gemma2", ("gemma2",), stems=_GEMMA_STEMS, keys=_WINDOW | _SOFTCAPS, norm_offset=1.0,
-        activation="gelu_pytorch_tanh", fixed=_gemma_fixed, from_keys=_gemma_arguments,
-    ),
-    Family(
-        "gemma3", ("gemma3_text",), stems=_GEMMA_STEMS | _HEAD_NORMS, keys=_WINDOW, norm_offset=1.0,
-        activation="gelu_pytorch_tanh", ropes=("default", "linear"), fixed=_gemma3_fixed,
-        to_keys=_gemma3_keys, from_keys=_gemma3_arguments,
-    ),
-)  # fmt: skip
-_BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES}
-_BY_MODEL_TYPE = {name: family for family in FAMILIES for name in family.model_types}
-
-
-def family_of_file(metadata: Metadata, source: str) -> Family:
-    """The family of a GGUF's keys; InputError for an architecture that is not known."""
-    architecture = metadata.get("general.architecture")
-    if architecture not in _BY_ARCHITECTURE:
-        known = ", ".join(_BY_ARCHITECTURE)
-        raise InputError(f"{source} has the architecture {architecture!r}: from GGUF, this version reads {known}")
-    return _BY_ARCHITECTURE[architecture]
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a model that is written as GGUF.
+    """The row that a model is written as; InputError lists the models there are."""
+    for row in FAMILIES.values():
+        if config.model_type in row.model_types:
+            return row
+    known = ", ".join(model_type for row in FAMILIES.values() for model_type in row.model_types)
+    raise InputError(f"GGUF export of {config.model_type!r} is not in this version: it writes {known}")
 
-    Raises:
-        InputError: a model of no family, or one that llama.cpp would compute in another way.
-    """
-    family = _BY_MODEL_TYPE.get(config.model_type)
-    if family is None:
+
+def family_in(metadata: Mapping[str, Any], source: str) -> Family:
+    """The row of a GGUF's architecture; InputError lists the architectures there are."""
+    architecture = metadata.get("general.architecture")
+    if architecture not in FAMILIES:
         raise InputError(
-            f"GGUF export of {config.model_type!r} is not in this version: it writes {', '.join(_BY_MODEL_TYPE)}"
+            f"{source} has the architecture {architecture!r}: from GGUF, this version reads {', '.join(FAMILIES)}"
         )
-    family.check(config)
-    return family
+    return FAMILIES[architecture]
+
+
+def _rename(name: str, stems: dict[str, str], layer: str, prefix: str) -> str | None:
+    match = re.fullmatch(rf"({layer})?(.+)\.(weight|bias)", name)
+    if match is None or match[3] not in stems:
+        return None
+    return (prefix.format(match[2]) if match[1] else "") + f"{stems[match[3]]}.{match[4]}"
+
+
+def _swap(tensor: Tensor, outer: int, inner: int) -> Tensor:
+    """In every outer · inner rows, those of (outer, inner) in the order of (inner, outer)."""
+    return tensor.reshape(-1, outer, inner, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -19,14 +19,11 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# A word is capitals, then small letters; either may be missing, letters without case count as both.
-_HEAD, _CAPITALS, _SMALL = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SHORT_FORMS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-
-
-def _cased(tail: str, digits: str) -> str:
-    return f"{_HEAD}{_CAPITALS}*{_SMALL}+{tail}|{_HEAD}{_CAPITALS}+{_SMALL}*{tail}|{digits}{_REST}"
+_BEFORE, _ENDING = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_TEKKEN = rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}{_REST}"
+_O200K = rf"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDING}|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDING}|\p{{N}}{{1,3}}{_REST}"
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,15 @@ PRE_TOKENIZERS = {
         )
     ),
     "llama-bpe": PreTokenizer(lambda: _split_then_bytes(_LLAMA3), ignore_merges=True),
-    "dbrx": PreTokenizer(lambda: _split_then_bytes(_LLAMA3)),  # Phi-4's too
     "qwen2": PreTokenizer(lambda: _split_then_bytes(_QWEN2), normalizer=norm.NFC),
-    "gpt-4o": PreTokenizer(lambda: _split_then_bytes(_cased(_SHORT_FORMS, r"\p{N}{1,3}"))),  # Phi-4-mini's
-    "tekken": PreTokenizer(lambda: _split_then_bytes(_cased("", r"\p{N}")), ignore_merges=True),  # Mistral's
+    "dbrx": PreTokenizer(lambda: _split_then_bytes(_LLAMA3)),  # Phi-4
+    "gpt-4o": PreTokenizer(lambda: _split_then_bytes(_O200K)),  # Phi-4 mini
+    "tekken": PreTokenizer(lambda: _split_then_bytes(_TEKKEN), ignore_merges=True),  # Mistral NeMo
 }
-_ALIASES = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+_ALIASES = {
+    "default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "pixtral": "llama-bpe",
+    "smaug-bpe": "dbrx", "deepseek-r1-qwen": "qwen2",
+}  # fmt: skip
 
 
 def by_name(name: str, source: str) -> PreTokenizer:
@@ -71,10 +71,11 @@ def by_name(name: str, source: str) -> PreTokenizer:
 
 def name_of(tokenizer: Tokenizer) -> str:
     """llama.cpp's name of a tokenizer's split; InputError when it is none of the table's."""
-    mine = _signature(tokenizer.pre_tokenizer), getattr(tokenizer.model, "ignore_merges", False)
-    for name, row in PRE_TOKENIZERS.items():
-        if (_signature(row.make()), row.ignore_merges) == mine:
-            return name
+    mine, ignores = _signature(tokenizer.pre_tokenizer), getattr(tokenizer.model, "ignore_merges", False)
+    names = [name for name, row in PRE_TOKENIZERS.items() if _signature(row.make()) == mine]
+    # Some split alike and merge differently.
+    for name in sorted(names, key=lambda name: PRE_TOKENIZERS[name].ignore_merges != ignores):
+        return name
     raise InputError(
         f"this tokenizer splits text in a way that GGUF export has no name for: it knows {', '.join(PRE_TOKENIZERS)}"
     )
@@ -85,4 +86,7 @@ def _signature(splitter: pre.PreTokenizer | None) -> str:
     state = json.loads(splitter.__getstate__()) if splitter is not None else None
     steps = state["pretokenizers"] if state and state["type"] == "Sequence" else [state]
     plain = [{k: v for k, v in (step or {}).items() if k != "trim_offsets"} for step in steps]
+    for step in plain:  # all that a pattern matches, where it matches everything
+        if step.get("behavior") == "Removed" and step.get("invert"):
+            step |= {"behavior": "Isolated", "invert": False}
     return json.dumps(plain, sort_keys=True)

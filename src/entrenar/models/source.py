@@ -16,10 +16,10 @@ from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
 from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
-from entrenar.models.gguf_families import family_of_file
-from entrenar.models.gguf_family import Family, head_dim
+from entrenar.models.gguf_config import config_from_metadata
+from entrenar.models.gguf_families import Family, family_of
+from entrenar.models.gguf_rope import ROPE_TENSORS, head_dim
 from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
-from entrenar.models.rope_factors import NAMES, set_factors
 
 
 class Weights(Protocol):
@@ -109,25 +109,28 @@ def _open_gguf(path: Path) -> ModelSource:
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{path} has no token_embd.weight: it is not a language model")
     rows, tied = file.tensors["token_embd.weight"].shape[0], "output.weight" not in file.tensors
+    rope = {name: file.stored(name).read() for name in ROPE_TENSORS if name in file.tensors}
     with _reading(path):
-        family = family_of_file(file.metadata, str(path))
-        config = family.config(file.metadata, str(path), rows, tied)
-    set_factors(config, {name: file.stored(name).read() for name in NAMES if name in file.tensors}, str(path))
-    if hasattr(config, "attention_bias"):
-        config.attention_bias = "blk.0.attn_q.bias" in file.tensors
+        config = config_from_metadata(file.metadata, str(path), rows, tied, rope)
+    for switch, bias in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias")):
+        if hasattr(config, switch):
+            setattr(config, switch, bias in file.tensors)
     config._name_or_path = str(path)
-    weights = GGUFWeights(file, family, config)
+    weights = GGUFWeights(file, config, family_of(config))
     make_tokenizer = partial(tokenizer_from_metadata, file.metadata, str(path))
     return ModelSource(path, config, make_tokenizer, weights, blocks=weights)
 
 
 class GGUFWeights:
-    """The tensors of a GGUF under transformers' names, in its row order and with its norms."""
+    """The tensors of a GGUF under transformers' names, and with the values and in the row order they have there."""
 
-    def __init__(self, file: GGUFModel, family: Family, config: PretrainedConfig) -> None:
-        self._file, self._family, self._config = file, family, config
+    def __init__(self, file: GGUFModel, config: PretrainedConfig, family: Family) -> None:
+        self._file = file
+        self._config = config
+        self._family = family
         # A tensor the family does not have keeps its own name, and so is reported as unexpected.
-        self._names = {family.hf_name(name) or name: name for name in file.tensors if name not in NAMES}
+        weights = [name for name in file.tensors if name not in ROPE_TENSORS]
+        self._names = {family.hf_name(name) or name: name for name in weights}
 
     def names(self) -> Iterable[str]:
         """Every tensor, by its transformers name."""
@@ -135,11 +138,13 @@ class GGUFWeights:
 
     def stored(self, name: str) -> StoredTensor:
         """Where one tensor lies; decoded it is dequantized and as transformers has it."""
-        return self._as_ours(name, self._file.stored(self._names[name]))
+        found = self._in_our_order(name, self._file.stored(self._names[name]))
+        offset = self._family.offset(name)
+        return replace(found, decode=lambda raw: found.decode(raw) - offset) if offset else found
 
     def packed(self, name: str) -> StoredTensor:
         """The same tensor's bytes as they stand, in transformers' row order: (..., bytes of a row) uint8."""
-        return self._as_ours(name, self._file.packed(self._names[name]))
+        return self._in_our_order(name, self._file.packed(self._names[name]))
 
     @property
     def raw_metadata(self) -> dict[str, bytes]:
@@ -150,17 +155,16 @@ class GGUFWeights:
         """The type those bytes are of: `q4_k`, `f16`, …"""
         return self._file.tensors[self._names[name]].type.name.lower()
 
-    def _as_ours(self, name: str, found: StoredTensor) -> StoredTensor:
-        """Rows of q and k are reordered whole, so that it does not matter what they are held as."""
-        # Pieces of other tensors need not be whole rows: flat.
-        rows, group = (-1,), found.group
-        if self._family.is_rotary(name):
-            rows, group = (-1, *found.shape[1:]), head_dim(self._config) * math.prod(found.shape[1:])
+    def _in_our_order(self, name: str, found: StoredTensor) -> StoredTensor:
+        """Rows of q and k reordered: whole rows, so that it does not matter what they are held as."""
+        if not self._family.reorders(name):
+            return found
+        columns = found.shape[1:]
 
         def decode(raw: Tensor) -> Tensor:
-            return self._family.from_gguf(name, found.decode(raw).view(rows), self._config).view(-1)
+            return self._family.in_our_order(found.decode(raw).view(-1, *columns), self._config).view(-1)
 
-        return replace(found, decode=decode, group=group)
+        return replace(found, decode=decode, group=head_dim(self._config) * math.prod(columns))
 
 
 def _download(model_id: str) -> Path:

@@ -1,0 +1,120 @@
+"""Rotary divisors that a GGUF holds as tensors: Llama 3's `rope_freqs`, and longrope's two of Phi-3 and Phi-4.
+
+Each is one float32 for every pair of rotated dimensions, by which that pair's frequency is divided.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from entrenar.core.errors import InputError
+
+LLAMA3, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = (LLAMA3, LONG, SHORT)
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Dimensions of one attention head."""
+    text: Any = config
+    return getattr(config, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def rotary_dim(config: PretrainedConfig) -> int:
+    """Dimensions of a head that are rotated."""
+    return int(head_dim(config) * rope_parameters(config).get("partial_rotary_factor", 1.0))
+
+
+def rope_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
+    """GGUF name → divisors (rotary_dim / 2,) float32; none for plain rotary embeddings."""
+    rope = rope_parameters(config)
+    if rope.get("rope_type") == "llama3":
+        return {LLAMA3: _llama3_factors(config, rope)}
+    if rope.get("rope_type") == "longrope":
+        return {LONG: torch.tensor(rope["long_factor"]), SHORT: torch.tensor(rope["short_factor"])}
+    return {}
+
+
+def set_rope_tensors(
+    config: PretrainedConfig, tensors: Mapping[str, Tensor], attention_factor: float | None, source: str
+) -> None:
+    """Let a config say what a GGUF's divisors say.
+
+    Args:
+        attention_factor: longrope's, what cos and sin are multiplied by; None where the file does not say.
+
+    Raises:
+        InputError: divisors, which no config of transformers could say; one of longrope's two without the other.
+    """
+    if LLAMA3 in tensors:
+        _set_llama3(config, tensors[LLAMA3], source)
+    elif tensors:
+        _set_longrope(config, tensors, attention_factor, source)
+
+
+def attention_factor(config: PretrainedConfig) -> float:
+    """What longrope multiplies cos and sin by: its own, or √(1 + ln scale / ln original) (LongRoPE, section 3.3)."""
+    rope, text = rope_parameters(config), config.to_dict()
+    original = rope["original_max_position_embeddings"]
+    scale = rope.get("factor") or text["max_position_embeddings"] / original
+    own = rope.get("attention_factor")
+    return own or (math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0)
+
+
+def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """The rotary settings; for an architecture with several, those of layers that attend to everything."""
+    rope: dict[str, Any] = config.rope_parameters  # pyright: ignore[reportAttributeAccessIssue]
+    return rope.get("full_attention", rope)
+
+
+def effective_rope(config: PretrainedConfig) -> dict[str, Any]:
+    """The rotary settings without those that only say another way, or to another one, what these say."""
+    rope: dict[str, Any] = config.rope_parameters  # pyright: ignore[reportAttributeAccessIssue]
+    if rope.get("rope_type") == "longrope":
+        rope = {key: value for key, value in rope.items() if key != "factor"}
+        rope["attention_factor"] = attention_factor(config)
+    spoken = {key: value | {"type": None} if isinstance(value, dict) else value for key, value in rope.items()}
+    return {"partial_rotary_factor": 1.0} | spoken | {"type": None}
+
+
+def _set(config: PretrainedConfig, changes: dict[str, Any]) -> None:
+    config.rope_parameters = rope_parameters(config) | changes  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _set_llama3(config: PretrainedConfig, factors: Tensor, source: str) -> None:
+    """Llama 3.x's divisors, of which only `factor` varies."""
+    _set(config, {"rope_type": "llama3", "factor": factors.max().item(), **_LLAMA3_ROPE})
+    made = _llama3_factors(config, rope_parameters(config))
+    if made.shape != factors.shape or not torch.allclose(made, factors.float(), rtol=1e-4):
+        raise InputError(f"{source} has rotary factors that are not Llama 3's: load the model's Hugging Face directory")
+
+
+def _set_longrope(config: PretrainedConfig, tensors: Mapping[str, Tensor], said: float | None, source: str) -> None:
+    pairs = rotary_dim(config) // 2
+    for name in (LONG, SHORT):
+        if name not in tensors or tensors[name].shape != (pairs,):
+            raise InputError(f"{source} has no {name} of {pairs} rotary factors: export it again")
+    original = config.to_dict().get("original_max_position_embeddings")
+    if original is None:
+        raise InputError(f"{source} has rotary factors that its architecture does not have: export it again")
+    _set(config, {
+        "rope_type": "longrope", "original_max_position_embeddings": original,
+        "long_factor": tensors[LONG].tolist(), "short_factor": tensors[SHORT].tolist(),
+    })  # fmt: skip
+    if said is not None and not math.isclose(said, attention_factor(config), rel_tol=1e-5):
+        _set(config, {"attention_factor": said})
+
+
+def _llama3_factors(config: PretrainedConfig, rope: dict[str, Any]) -> Tensor:
+    """Long wavelengths are divided by `factor`, short ones kept, those between interpolated (Llama 3.1 release)."""
+    dim = head_dim(config)
+    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    wavelength = 2 * math.pi / frequency
+    context = rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = ((context / wavelength - low) / (high - low)).clamp(0, 1)
+    return 1.0 / ((1 - smooth) / rope["factor"] + smooth)
