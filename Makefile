@@ -50,14 +50,21 @@ asan: setup
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	ENTRENAR_LIBRARY=build/asan/libentrenar_kernels.so $(BIN)/pytest -p no:cacheprovider tests/ops tests/quant
 
-# Compares with peft, bitsandbytes and llama.cpp; the last takes about five minutes to build, once.
-interop: setup .venv/.peers
+# mergekit pins other versions of what we use, so it has an environment of its own.
+build/mergekit/.done:
+	$(PYTHON) -m venv build/mergekit
+	build/mergekit/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	build/mergekit/bin/pip install --quiet --disable-pip-version-check mergekit==0.1.5
+	touch $@
+
+# Compares with peft, bitsandbytes, mergekit and llama.cpp; the last takes about five minutes to build, once.
+interop: setup .venv/.peers build/mergekit/.done
 	$(BIN)/pytest -m interop
 
 demo: setup
 	$(BIN)/python examples/demo.py
 
-bench: setup .venv/.peers
+bench: setup .venv/.peers build/mergekit/.done
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:

@@ -1,8 +1,7 @@
 """Merging against mergekit 0.1.5: seconds and memory of whole commands, imports included, over bf16 models.
 
-Every turn is a fresh process on each side. mergekit lives in build/mergekit (its own environment):
-    python3 -m venv build/mergekit && build/mergekit/bin/pip install mergekit==0.1.5
-The models (2.2 GB each at the full size) are made once, in the temporary directory.
+Every turn is a fresh process on each side. mergekit lives in build/mergekit, an environment of its own (`make interop`
+or `make bench` makes it). The models (2.2 GB each at the full size) are made once, in the temporary directory.
 
 python benchmarks/merge.py [--json FILE] [--rounds N] [--only PART_OF_A_NAME] [--layers 22]
 """
