@@ -15,8 +15,8 @@ namespace {
 
 constexpr int64_t kGrainElements = 1 << 12;
 
-const Paths<SearchCodebook> kPaths = {&search_codebook_generic, ENTRENAR_ON_X86(&search_codebook_avx2), nullptr,
-                                      nullptr};
+const Paths<SearchCodebook> kPaths = {&search_codebook_generic, ENTRENAR_ON_X86(&search_codebook_avx2),
+                                      ENTRENAR_ON_X86(&search_codebook_avx512), nullptr};
 
 SearchTable prepare(const float* codebook) {
     SearchTable table = {};

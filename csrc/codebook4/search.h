@@ -16,6 +16,14 @@ constexpr float kShare[kShares] = {0.84f, 0.94f, 1.04f};
 // Sums run in this many lanes and are then added pairwise: all paths, and the reference, give the same bits.
 constexpr int kSumLanes = 8;
 
+// The vector paths keep a block of up to this size as float32; larger ones go the generic way.
+constexpr int64_t kLargestBlock = 4096;
+
+// The best scale of a block and its gain, as far as candidates have been considered.
+struct Best {
+    float gain, scale;
+};
+
 // As bits: 2⁻¹⁰⁰, below which squares would underflow and a block counts as zeros; and infinity.
 constexpr uint32_t kSmallest = 27u << 23, kInfinity = 0x7F800000u;
 
@@ -33,6 +41,6 @@ struct SearchCodebook {
                    uint8_t* codes, void* scales);
 };
 
-extern const SearchCodebook search_codebook_generic, search_codebook_avx2;
+extern const SearchCodebook search_codebook_generic, search_codebook_avx2, search_codebook_avx512;
 
 }  // namespace entrenar

@@ -43,17 +43,6 @@ inline __m256i positions(const Tables& tables, __m256 scaled, __m256i* upper) {
     return at;
 }
 
-inline float pairwise(__m256 lanes) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-
-// The best scale of a block and its gain, as far as candidates have been considered.
-struct Best {
-    float gain, scale;
-};
-
 inline void consider(const Tables& tables, const float* block, int64_t vectors, float candidate, Best* best) {
     const __m256 reciprocal = _mm256_set1_ps(1.0f / candidate);
     __m256 products = _mm256_setzero_ps(), squares = _mm256_setzero_ps();
@@ -79,8 +68,6 @@ inline __m128i pack(const Tables& tables, __m256i first, __m256i second) {
     const __m128i pairs = _mm_maddubs_epi16(_mm_shuffle_epi8(tables.order, bytes), _mm_set1_epi16(0x0110));
     return _mm_packus_epi16(pairs, pairs);
 }
-
-constexpr int64_t kLargestBlock = 4096;
 
 template <int kDtype>
 void search_blocks(const char* in, const SearchTable& table, int64_t block_size, int64_t blocks, uint8_t* codes,

@@ -51,6 +51,13 @@ static inline __m256i magnitude_bits(__m256 values) {
     return _mm256_and_si256(_mm256_castps_si256(values), _mm256_set1_epi32(0x7FFFFFFF));
 }
 
+// ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)).
+static inline float pairwise(__m256 lanes) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 static inline uint32_t largest_lane(__m256i values) {
     __m128i half = _mm_max_epu32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
     half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4E));
