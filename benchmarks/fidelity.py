@@ -3,6 +3,7 @@
 - delta_survival_nf4: share of a rank-16 change of 1% that is left in an NF4 export (peer: fused on the dequantized base
   and quantized again, as `merge_and_unload` on a 4-bit model and a new 4-bit load do).
 - nf4_mse: mean squared error on N(0, 1), double quantization, the same bits.
+- nf4_loss_increase: what NF4 with double quantization adds to SmolLM2's loss on 20k tokens of Python's documentation.
 - nf4_search_speed: searched scales, both threads.
 - pissa_error, loftq_error: ‖W − (base + B·A)‖ of SmolLM2's layers over NF4 at rank 16, against NF4 alone.
 - fuse_seconds, fuse_peak: a 1.1B base and adapter to bf16 safetensors, each in a fresh process.
@@ -31,6 +32,7 @@ from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import quantize, quantize_4bit
 
 SIDE = 2048
+TOKENS_OF_TEXT = 20_000
 LAYERS = [
     f"model.layers.{n}.{part}" for n in (0, 14, 29) for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 ]
@@ -74,6 +76,29 @@ def error() -> Row:
     ours = (quantize_4bit(weight, double_quant=True, search=True).dequantize() - weight).square().mean().item()
     peer = (theirs(weight) - weight).square().mean().item()
     return less("nf4_mse", "4.127 bits", "mse", ours, peer, "bitsandbytes", 1 / 0.88)
+
+
+def loss_increase() -> Row:
+    """Plain NF4, which is bitsandbytes' to the byte (tests/interop), is the peer."""
+    from pydoc_data.topics import topics
+
+    import entrenar
+
+    rows: list[Tensor] = []
+
+    def loss(quantize: str, search: bool) -> float:
+        model, tokenizer = entrenar.load(
+            str(TOKENIZER), quantize, double_quant=quantize != "none", search=search, dtype="float32"
+        )
+        if not rows:
+            ids: list[int] = tokenizer("\n".join(topics.values()))["input_ids"]  # pyright: ignore
+            rows.extend(torch.tensor(ids[:TOKENS_OF_TEXT]).split(512))
+        with torch.no_grad():
+            losses = [float(model(input_ids=row[None], labels=row[None]).loss) * (len(row) - 1) for row in rows]
+        return sum(losses) / sum(len(row) - 1 for row in rows)
+
+    exact, plain, searched = loss("none", False), loss("nf4", False), loss("nf4", True)
+    return less("nf4_loss_increase", "SmolLM2", "nats", searched - exact, plain - exact, "bitsandbytes' nf4", 1.0)
 
 
 def speed() -> Row:
@@ -191,6 +216,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "delta_survival_nf4": lambda: iter([survival()]),
         "nf4_mse": lambda: iter([error()]),
+        "nf4_loss_increase": lambda: iter([loss_increase()]),
         "nf4_search_speed": lambda: iter([speed()]),
         "pissa_error loftq_error": starts,
         "fuse_seconds fuse_peak": fuse,
