@@ -1,8 +1,9 @@
-// Blocks of floats → 4-bit codes and a scale of either sign, both chosen so that the block's squared error is small.
+// Blocks of floats → 4-bit codes and a scale of either sign, both chosen so that the block's squared error is small, an
+// element's error counting by its magnitude w = |x| / max|x|: a large weight's error is worse than its square says.
 //
-// For a scale s the best codes are the nearest entries of x / s; for given codes c the best scale is Σxc / Σcc (least
-// squares), and the error is then Σxx − (Σxc)² / Σcc. So every candidate scale is tried, the codes that belong to it are
-// found, and the one with the largest (Σxc)² / Σcc is kept, with its least-squares scale; one more step from there.
+// For a scale s the best codes are the nearest entries of x / s; for given codes c the best scale is Σwxc / Σwcc (least
+// squares), and the error is then Σwxx − (Σwxc)² / Σwcc. So every candidate scale is tried, the codes that belong to it
+// are found, and the one with the largest (Σwxc)² / Σwcc is kept, with its least-squares scale; one more step from there.
 #pragma once
 
 #include <cstdint>

@@ -43,7 +43,8 @@ inline __m256i positions(const Tables& tables, __m256 scaled, __m256i* upper) {
     return at;
 }
 
-inline void consider(const Tables& tables, const float* block, int64_t vectors, float candidate, Best* best) {
+inline void consider(const Tables& tables, const float* block, const float* weights, int64_t vectors, float candidate,
+                     Best* best) {
     const __m256 reciprocal = _mm256_set1_ps(1.0f / candidate);
     __m256 products = _mm256_setzero_ps(), squares = _mm256_setzero_ps();
     for (int64_t v = 0; v < vectors; ++v) {
@@ -53,8 +54,9 @@ inline void consider(const Tables& tables, const float* block, int64_t vectors, 
         const __m256i at = positions(tables, scaled, &upper);
         const __m256 c = _mm256_blendv_ps(_mm256_permutevar8x32_ps(tables.values_low, at),
                                           _mm256_permutevar8x32_ps(tables.values_high, at), _mm256_castsi256_ps(upper));
-        products = _mm256_add_ps(products, _mm256_mul_ps(x, c));
-        squares = _mm256_add_ps(squares, _mm256_mul_ps(c, c));
+        const __m256 weighted = _mm256_mul_ps(_mm256_loadu_ps(weights + 8 * v), c);
+        products = _mm256_add_ps(products, _mm256_mul_ps(x, weighted));
+        squares = _mm256_add_ps(squares, _mm256_mul_ps(c, weighted));
     }
     const float xc = pairwise(products), cc = pairwise(squares);
     const float gain = xc * xc / cc;
@@ -75,7 +77,7 @@ void search_blocks(const char* in, const SearchTable& table, int64_t block_size,
     constexpr int64_t kStride = 8 * (kDtype == kFloat32 ? 4 : 2);
     const Tables tables = load_tables(table);
     const int64_t vectors = block_size / 8;
-    float block[kLargestBlock];
+    float block[kLargestBlock], weights[kLargestBlock];
     for (int64_t b = 0; b < blocks; ++b, scales += 4, in += vectors * kStride) {
         __m256i magnitudes = _mm256_setzero_si256();
         for (int64_t v = 0; v < vectors; ++v) {
@@ -87,11 +89,16 @@ void search_blocks(const char* in, const SearchTable& table, int64_t block_size,
         Best best = {-1.0f, bits_float(largest)};
         if (largest >= kSmallest && largest < kInfinity) {
             const float absmax = best.scale;
-            for (int share = 0; share < kShares; ++share) {
-                consider(tables, block, vectors, absmax * kShare[share], &best);
-                consider(tables, block, vectors, -(absmax * kShare[share]), &best);
+            const __m256 per_largest = _mm256_set1_ps(1.0f / absmax);
+            for (int64_t v = 0; v < vectors; ++v) {
+                const __m256 size = _mm256_castsi256_ps(magnitude_bits(_mm256_loadu_ps(block + 8 * v)));
+                _mm256_storeu_ps(weights + 8 * v, _mm256_mul_ps(size, per_largest));
             }
-            consider(tables, block, vectors, best.scale, &best);
+            for (int share = 0; share < kShares; ++share) {
+                consider(tables, block, weights, vectors, absmax * kShare[share], &best);
+                consider(tables, block, weights, vectors, -(absmax * kShare[share]), &best);
+            }
+            consider(tables, block, weights, vectors, best.scale, &best);
         }
         std::memcpy(scales, &best.scale, 4);
         const __m256 reciprocal = _mm256_set1_ps(largest >= kSmallest ? 1.0f / best.scale : 0.0f);

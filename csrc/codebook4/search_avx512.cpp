@@ -17,13 +17,15 @@ struct Tables {
 inline __m256 lower(__m512 lanes) { return _mm512_castps512_ps256(lanes); }
 inline __m256 upper(__m512 lanes) { return _mm512_extractf32x8_ps(lanes, 1); }
 
-inline void consider(const Tables& tables, const float* block, int64_t vectors, float candidate, Best* best) {
+inline void consider(const Tables& tables, const float* block, const float* weights, int64_t vectors, float candidate,
+                     Best* best) {
     const __m512 reciprocal = _mm512_set1_ps(1.0f / candidate);
     __m256 products = _mm256_setzero_ps(), squares = _mm256_setzero_ps();
     for (int64_t v = 0; v < vectors; ++v) {
         const __m512 x = _mm512_loadu_ps(block + 16 * v);
         const __m512 c = _mm512_permutexvar_ps(positions(tables.search, _mm512_mul_ps(x, reciprocal)), tables.values);
-        const __m512 xc = _mm512_mul_ps(x, c), cc = _mm512_mul_ps(c, c);
+        const __m512 weighted = _mm512_mul_ps(_mm512_load_ps(weights + 16 * v), c);
+        const __m512 xc = _mm512_mul_ps(x, weighted), cc = _mm512_mul_ps(c, weighted);
         products = _mm256_add_ps(_mm256_add_ps(products, lower(xc)), upper(xc));
         squares = _mm256_add_ps(_mm256_add_ps(squares, lower(cc)), upper(cc));
     }
@@ -38,7 +40,7 @@ void search_blocks(const char* in, const SearchTable& table, int64_t block_size,
     constexpr int64_t kStride = 16 * (kDtype == kFloat32 ? 4 : 2);
     const Tables tables{load_search(table.midpoints, table.order), _mm512_loadu_ps(table.values)};
     const int64_t vectors = block_size / 16;
-    alignas(64) float block[kLargestBlock];
+    alignas(64) float block[kLargestBlock], weights[kLargestBlock];
     for (int64_t b = 0; b < blocks; ++b, scales += 4, in += vectors * kStride) {
         __m512i magnitudes = _mm512_setzero_si512();
         for (int64_t v = 0; v < vectors; ++v) {
@@ -50,11 +52,16 @@ void search_blocks(const char* in, const SearchTable& table, int64_t block_size,
         Best best = {-1.0f, bits_float(largest)};
         if (largest >= kSmallest && largest < kInfinity) {
             const float absmax = best.scale;
-            for (int share = 0; share < kShares; ++share) {
-                consider(tables, block, vectors, absmax * kShare[share], &best);
-                consider(tables, block, vectors, -(absmax * kShare[share]), &best);
+            const __m512 per_largest = _mm512_set1_ps(1.0f / absmax);
+            for (int64_t v = 0; v < vectors; ++v) {
+                const __m512 size = _mm512_castsi512_ps(magnitude_bits(_mm512_load_ps(block + 16 * v)));
+                _mm512_store_ps(weights + 16 * v, _mm512_mul_ps(size, per_largest));
             }
-            consider(tables, block, vectors, best.scale, &best);
+            for (int share = 0; share < kShares; ++share) {
+                consider(tables, block, weights, vectors, absmax * kShare[share], &best);
+                consider(tables, block, weights, vectors, -(absmax * kShare[share]), &best);
+            }
+            consider(tables, block, weights, vectors, best.scale, &best);
         }
         std::memcpy(scales, &best.scale, 4);
         const __m512 reciprocal = _mm512_set1_ps(largest >= kSmallest ? 1.0f / best.scale : 0.0f);

@@ -15,24 +15,26 @@ float pairwise(const float* lanes) {
     return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-// Σxc and Σcc for the codes nearest to x · reciprocal.
-void fit(const void* in, int dtype, const SearchTable& table, int64_t first, int64_t size, float reciprocal, float* xc,
-         float* cc) {
+// Σwxc and Σwcc for the codes nearest to x · reciprocal; w = |x| · per_largest.
+void fit(const void* in, int dtype, const SearchTable& table, int64_t first, int64_t size, float per_largest,
+         float reciprocal, float* xc, float* cc) {
     float products[kSumLanes] = {}, squares[kSumLanes] = {};
     for (int64_t i = 0; i < size; ++i) {
         const float x = load_element(in, dtype, first + i);
         const float c = table.values[position(table, x * reciprocal)];
-        products[i % kSumLanes] += x * c;
-        squares[i % kSumLanes] += c * c;
+        const float weighted = __builtin_fabsf(x) * per_largest * c;
+        products[i % kSumLanes] += x * weighted;
+        squares[i % kSumLanes] += c * weighted;
     }
     *xc = pairwise(products);
     *cc = pairwise(squares);
 }
 
 float search(const void* in, int dtype, const SearchTable& table, int64_t first, int64_t size, float largest) {
+    const float per_largest = 1.0f / largest;
     float best = -1.0f, scale = largest, xc = 0.0f, cc = 0.0f;
     const auto consider = [&](float candidate) {
-        fit(in, dtype, table, first, size, 1.0f / candidate, &xc, &cc);
+        fit(in, dtype, table, first, size, per_largest, 1.0f / candidate, &xc, &cc);
         const float gain = xc * xc / cc;
         if (gain > best) {
             best = gain;

@@ -1,7 +1,10 @@
 """4-bit block quantization with a codebook of 16 values, each block's scale chosen for the least squared error.
 
-For codes c the best scale is Σxc / Σcc, and the block's squared error is then Σxx − (Σxc)² / Σcc; for a scale s the
-best codes are the nearest entries of x / s. Candidates are shares of the block's largest magnitude with either sign (a
+An element's error counts by its magnitude, w = |x| / max|x|: least squares alone clips the large weights that a model
+depends on most, and its loss rises although the error falls (docs/performance.md).
+
+For codes c the best scale is Σwxc / Σwcc, and the block's error is then Σwxx − (Σwxc)² / Σwcc; for a scale s the best
+codes are the nearest entries of x / s. Candidates are shares of the block's largest magnitude with either sign (a
 negative scale turns the codebook around, and NF4 has an entry more above 0 than below); the best one's least-squares
 scale is kept, and improved once more. The decoder does not change: value = codebook[code] · scale.
 """
@@ -50,21 +53,29 @@ def _reference(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
 def _search_blocks(blocks: Tensor, values: Tensor, midpoints: Tensor) -> Tensor:
     """blocks (n, block size) float32 → scales (n,)."""
     largest = blocks.abs().amax(1)
+    weights = blocks.abs() * (1.0 / largest)[:, None]
     best, scale = torch.full_like(largest, -1.0), largest.clone()
     for share in SHARES:
         for candidate in (largest * share, -(largest * share)):
-            _consider(blocks, values, midpoints, candidate, best, scale)
-    _consider(blocks, values, midpoints, scale.clone(), best, scale)
+            _consider(blocks, weights, values, midpoints, candidate, best, scale)
+    _consider(blocks, weights, values, midpoints, scale.clone(), best, scale)
     usable = (largest >= _SMALLEST) & largest.isfinite()
     return torch.where(usable, scale, largest)
 
 
 def _consider(
-    blocks: Tensor, values: Tensor, midpoints: Tensor, candidate: Tensor, best: Tensor, scale: Tensor
+    blocks: Tensor,
+    weights: Tensor,
+    values: Tensor,
+    midpoints: Tensor,
+    candidate: Tensor,
+    best: Tensor,
+    scale: Tensor,
 ) -> None:
     """Take over the candidate's codes' least-squares scale where they gain more than the best so far."""
     c = values[torch.bucketize(blocks * (1.0 / candidate)[:, None], midpoints, out_int32=True)]
-    xc, cc = _sum(blocks * c), _sum(c * c)
+    weighted = weights * c
+    xc, cc = _sum(blocks * weighted), _sum(c * weighted)
     gain = xc * xc / cc
     better = gain > best
     best[better], scale[better] = gain[better], (xc / cc)[better]
