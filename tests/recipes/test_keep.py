@@ -8,6 +8,8 @@ import pytest
 from entrenar.core.config import load_config
 from entrenar.core.errors import InputError
 from entrenar.files.peft import read_base_format
+from entrenar.lora.attach import attach_lora
+from entrenar.models.load import load
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.evaluate import evaluate
 from entrenar.recipes.export import export
@@ -31,10 +33,15 @@ def test_a_gguf_is_kept_unless_the_config_says_otherwise(make_config: MakeConfig
         load_config(RunConfig, make_config(), {"model.quantize": "keep"})
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"lora.dora": True}, {"lora.modules_to_save": ["norm"]}],
+    ids=["plain", "DoRA", "saved modules"],
+)
 def test_a_run_trains_on_the_blocks_and_its_adapter_remembers_them(
-    make_config: MakeConfig, base: str, tiny_data: Path
+    make_config: MakeConfig, base: str, tiny_data: Path, variant: dict[str, object]
 ) -> None:
-    result = train(make_config(**{"model.path": base}))
+    result = train(make_config(**{"model.path": base}, **variant))
     noted = read_base_format(Path(result.adapter))
     assert noted is not None
     assert noted.format == "keep"
@@ -50,3 +57,9 @@ def test_inspect_tells_bits_per_weight_by_place(base: str, tiny_model_dir: Path)
     }  # fmt: skip
     assert 5.0 < bits["all"] < 8.5
     assert inspect(tiny_model_dir).bits_per_weight() == {}
+
+
+def test_an_embedding_in_blocks_is_not_adapted_and_the_user_hears_why(base: str) -> None:
+    model, _ = load(base)
+    with pytest.raises(InputError, match=r"embed_tokens is held in its file's own blocks.*quantize: nf4"):
+        attach_lora(model, targets=["q_proj", "embed_tokens"])

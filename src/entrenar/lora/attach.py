@@ -16,6 +16,7 @@ from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.lora.saved import trainable_copies
 from entrenar.lora.spec import LoraSpec
+from entrenar.quant.embedding import QuantizedEmbedding
 
 ALL_LINEAR = "all-linear"
 
@@ -124,11 +125,22 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         chosen = [name for name in adaptable if any(_has_suffix(name, target) for target in targets)]
         missing = [target for target in targets if not any(_has_suffix(name, target) for name in adaptable)]
     if missing or not chosen:
+        _refuse_kept_embeddings(model, missing)
         known = sorted({name.rpartition(".")[2] for name in adaptable})
         raise InputError(
             f"LoRA target {listing(missing)!r} matches no linear layer or embedding: the model has {listing(known, 20)}"
         )
     return chosen
+
+
+def _refuse_kept_embeddings(model: nn.Module, targets: Sequence[str]) -> None:
+    kept = [name for name, module in model.named_modules() if isinstance(module, QuantizedEmbedding)]
+    for name in kept:
+        if any(_has_suffix(name, target) for target in targets):
+            raise InputError(
+                f"{name} is held in its file's own blocks, over which an embedding is not adapted: load the model with "
+                "quantize: nf4, which leaves the embedding in floats, or leave it out of the targets"
+            )
 
 
 def adaptable_names(model: nn.Module) -> list[str]:
