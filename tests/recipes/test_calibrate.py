@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
-from entrenar.evaluation.fidelity import Fidelity
+from entrenar.evaluation.fidelity import ExportStep
 from entrenar.evaluation.importance import column_importance
 from entrenar.files.gguf import GGUFFile
 from entrenar.lora.attach import attach_lora
@@ -82,7 +82,7 @@ def test_a_column_that_is_never_excited_still_counts(uneven: Path) -> None:
 def test_calibrated_is_nearer_to_the_live_model(uneven: Path, tmp_path: Path, type: str) -> None:
     text, kl = _text(tmp_path), {}
     for name, calibrate_on in (("plain", None), ("calibrated", text)):
-        steps: list[Fidelity] = []
+        steps: list[ExportStep] = []
         export(
             str(uneven), tmp_path / f"{name}.gguf", to="gguf", type=type, on_verified=steps.extend,
             calibrate_on=calibrate_on,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from entrenar.core.errors import InputError
-from entrenar.evaluation.fidelity import Fidelity, fidelity
+from entrenar.evaluation.fidelity import ExportStep, fidelity
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.load import load
@@ -28,8 +28,8 @@ def adapter(tiny_model_dir: Path, tmp_path: Path) -> str:
     return str(tmp_path / "adapter")
 
 
-def steps_of(model: Path, adapter: str | None, output: Path, type: str, text: Path | None = None) -> list[Fidelity]:
-    found: list[Fidelity] = []
+def steps_of(model: Path, adapter: str | None, output: Path, type: str, text: Path | None = None) -> list[ExportStep]:
+    found: list[ExportStep] = []
     export(str(model), output, adapter=adapter, to="gguf", type=type, on_verified=found.extend, verify_on=text)
     assert output.is_file()
     return found

@@ -8,7 +8,7 @@ from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
 from entrenar.cli.numbers import human_bytes
 
 if TYPE_CHECKING:
-    from entrenar.evaluation.fidelity import Fidelity
+    from entrenar.evaluation.fidelity import ExportStep
 
 
 def export(
@@ -65,6 +65,6 @@ def export(
     typer.echo(f"wrote {path}: {human_bytes(sum(file.stat().st_size for file in files))}")
 
 
-def _show(steps: "list[Fidelity]") -> None:
+def _show(steps: "list[ExportStep]") -> None:
     for step in steps:
         typer.echo(f"  {step.step:<10} perplexity {step.perplexity:9.3f}   KL from live {step.kl:.2e}")

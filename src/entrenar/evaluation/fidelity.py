@@ -16,7 +16,7 @@ from entrenar.lora.low_rank import AdapterLayer
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class ExportStep:
     """One step: mean KL(live ‖ step) in nats a token, and the step's own perplexity."""
 
     step: str
@@ -30,11 +30,11 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
 
 
-def fidelity(step: str, live: Tensor, found: Tensor, ids: Tensor) -> Fidelity:
+def fidelity(step: str, live: Tensor, found: Tensor, ids: Tensor) -> ExportStep:
     """Compare log-probabilities (T − 1, V) with the live model's, on ids (T,)."""
     kl = F.kl_div(found, live, reduction="none", log_target=True).sum(-1).mean().item()
     loss = F.nll_loss(found, ids[1:]).item()
-    return Fidelity(step, kl, math.exp(loss))
+    return ExportStep(step, kl, math.exp(loss))
 
 
 @contextmanager

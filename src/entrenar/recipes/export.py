@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import refuse_existing, write_text
 from entrenar.core.errors import InputError
-from entrenar.evaluation.fidelity import Fidelity
+from entrenar.evaluation.fidelity import ExportStep
 from entrenar.exporting.fuse import fused_tensors, source_tensors
 from entrenar.exporting.gguf import Metadata, copied_metadata, metadata, write_gguf
 from entrenar.exporting.gguf_adapter import export_gguf_adapter, modelfile
@@ -21,7 +21,7 @@ from entrenar.recipes.export_safetensors import export_safetensors
 from entrenar.recipes.open_model import open_model
 from entrenar.recipes.verify import verify
 
-OnVerified = Callable[[list[Fidelity]], None]
+OnVerified = Callable[[list[ExportStep]], None]
 _TYPES = {"safetensors": TYPES, "gguf": tuple(FILE_TYPES), "gguf-adapter": ("f32",)}
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entrenar.evaluation.fidelity import Fidelity, fidelity, fused, log_probabilities
+from entrenar.evaluation.fidelity import ExportStep, fidelity, fused, log_probabilities
 from entrenar.models.load import KEEP, load
 from entrenar.recipes.text import read_text, token_ids
 
@@ -27,7 +27,7 @@ of eggs and a letter to the council, signed by everyone, asking once more about 
 
 def verify(
     live: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gguf: Path, text: str | Path | None = None
-) -> list[Fidelity]:
+) -> list[ExportStep]:
     """The steps from `live`, in float32 and with its adapter, to the file `gguf`.
 
     Args:
