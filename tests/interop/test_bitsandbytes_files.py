@@ -15,6 +15,7 @@ from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.load import load
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.recipes.export import export
+from entrenar.recipes.merge import merge
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 IDS = torch.tensor([[1, 40, 80, 120, 7, 9, 200]])
@@ -65,6 +66,21 @@ def test_an_adapter_on_their_base_is_fused_with_it(theirs: Path, tmp_path: Path)
     torch.testing.assert_close(logits(load(str(path), dtype="float32")[0]), logits(model), atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="lossy"):
         export(str(theirs), tmp_path / "four", adapter=str(tmp_path / "adapter"), type="nf4")
+
+
+def test_their_checkpoint_is_merged_as_what_they_dequantize_it_to(theirs: Path, tmp_path: Path) -> None:
+    models = [{"model": str(theirs), "parameters": {"weight": 1.0}}]
+    merge({"merge_method": "linear", "models": models, "dtype": "float32"}, tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    peer = AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32)
+    modules = dict(peer.named_modules())
+    quantized = {n: m for n, m in modules.items() if hasattr(getattr(m, "weight", None), "quant_state")}
+    assert len(quantized) == 14
+    for name, module in quantized.items():
+        weight: Any = module.weight
+        expected = functional.dequantize_4bit(weight.data, weight.quant_state).float()
+        torch.testing.assert_close(found[f"{name}.weight"], expected, rtol=0, atol=0)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
 def test_our_nf4_is_loaded_by_them_to_the_same_bytes(tiny_model_dir: Path, tmp_path: Path) -> None:

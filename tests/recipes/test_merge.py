@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import entrenar
+from entrenar.lora.adapter_io import save_adapter
+from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.merging.registry import METHODS
+from entrenar.recipes.export import export
 from entrenar.recipes.merge import REPORT_NAME
 
 
@@ -89,3 +92,38 @@ def test_every_method_is_there_for_tensors_in_memory() -> None:
     assert all(getattr(entrenar.merge, name).__doc__ for name in METHODS)
     with pytest.raises(AttributeError, match=r"entrenar\.merge has no method 'tees'"):
         _ = entrenar.merge.tees
+
+
+def test_a_quantized_directory_is_merged_as_what_it_dequantizes_to(tiny_model_dir: Path, tmp_path: Path) -> None:
+    packed = export(str(tiny_model_dir), tmp_path / "nf4", type="nf4")
+    expected = load_file(export(str(packed), tmp_path / "f32", type="f32") / "model.safetensors")
+    alone = {"merge_method": "linear", "models": [{"model": str(packed), "parameters": {"weight": 1.0}}]}
+    entrenar.merge(alone | {"dtype": "float32"}, tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in written
+    assert written["dtype"] == "float32"
+
+
+def test_an_adapter_is_laid_over_a_quantized_directory(tiny_model_dir: Path, tmp_path: Path) -> None:
+    packed = str(export(str(tiny_model_dir), tmp_path / "nf4", type="nf4"))
+    model, _ = entrenar.load(packed, dtype="float32")
+    attach_lora(model, rank=4)
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_b, std=0.05)
+    adapter = tmp_path / "adapter"
+    save_adapter(model, adapter)
+    expected = load_file(export(packed, tmp_path / "f32", adapter=str(adapter), type="f32") / "model.safetensors")
+    alone = {"merge_method": "linear", "models": [{"model": f"{packed}+{adapter}", "parameters": {"weight": 1.0}}]}
+    entrenar.merge(alone | {"dtype": "float32"}, tmp_path / "merged")
+    torch.testing.assert_close(load_file(tmp_path / "merged" / "model.safetensors"), expected)
+
+
+def test_the_types_of_a_quantized_directory_are_those_it_stands_for(tiny_model_dir: Path, tmp_path: Path) -> None:
+    packed = str(export(str(tiny_model_dir), tmp_path / "nf4", type="nf4"))
+    outlook = entrenar.merge.plan(
+        {"merge_method": "linear", "models": [{"model": packed, "parameters": {"weight": 1.0}}]}, tmp_path / "merged"
+    )
+    assert {tensor.dtype for tensor in outlook.tensors} == {torch.bfloat16}

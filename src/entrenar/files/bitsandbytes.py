@@ -6,8 +6,9 @@ An int8 weight is `W` I8 (out, in) with `SCB` F32 (out,) beside it: W = q · SCB
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor
 from entrenar.core.errors import InputError
 from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.safetensors import SafetensorsCheckpoint
+from entrenar.files.stored_tensor import StoredTensor
 from entrenar.ops.blocks import block_count
 from entrenar.quant.codebooks import codebook, dynamic_map
+from entrenar.quant.registry import get_format
 from entrenar.quant.scales import GROUP, as_bytes, as_float
 from entrenar.quant.tensor import QuantizedTensor
 
@@ -29,6 +32,55 @@ _NESTED_STATE = {"nested_blocksize": GROUP, "nested_dtype": "float32"}
 _OFFSET_ROOM = 26
 _OFFSET_BYTES = 4  # held as float32
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A quantized weight in its file, read whole or from any element on.
+
+    Attributes:
+        format, shape, dtype, block_size: as of a QuantizedTensor.
+        codes, scales: of all blocks; int8's scales are a row's largest magnitude. nested_scales, offset: of the scales
+            where they are quantized too.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block_size: int
+    codes: StoredTensor
+    scales: StoredTensor
+    nested_scales: StoredTensor | None = None
+    offset: float = 0.0
+
+    def read(self) -> QuantizedTensor:
+        """The weight, its bytes as they are."""
+        return self._blocks(0, self.shape)
+
+    def read_range(self, start: int, count: int) -> Tensor:
+        """The `count` elements from `start` of the flat weight, (count,) float32."""
+        group = self.block_size * (GROUP if self.nested_scales else 1)
+        first = start // group * group
+        return self._blocks(first, (start + count - first,)).dequantize()[start - first :]
+
+    def _blocks(self, first: int, shape: tuple[int, ...]) -> QuantizedTensor:
+        """The elements from `first`, where a block and a group of scales begin, on."""
+        end, bits = first + math.prod(shape), get_format(self.format).bits
+        blocks = (first // self.block_size, block_count(end, self.block_size))
+        parts = {"codes": _read(self.codes, first * bits // 8, block_count(end * bits, 8)).view(torch.uint8)}
+        scales = _read(self.scales, *blocks)
+        if self.nested_scales is not None:
+            nested = _read(self.nested_scales, blocks[0] // GROUP, block_count(blocks[1], GROUP))
+            parts |= {"scales": scales, "nested_scales": as_bytes(nested)}
+            parts["offset"] = as_bytes(torch.tensor([self.offset]))
+        else:
+            parts["scales"] = as_bytes(scales / 127 if self.format == "int8" else scales)
+        return QuantizedTensor(self.format, shape, self.dtype, self.block_size, parts)
+
+
+def _read(stored: StoredTensor, start: int, end: int) -> Tensor:
+    """The elements [start, end), flat, in memory of their own."""
+    return stored.read_range(start, end - start, torch.empty(stored.bytes_of(end - start), dtype=torch.uint8))
 
 
 class BitsandbytesWeights:
@@ -70,7 +122,11 @@ class BitsandbytesWeights:
         return self.checkpoint.tensors[name].size
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """A quantized weight, its bytes as they are.
+        """A quantized weight, its bytes as they are; InputError as `weight`."""
+        return self.weight(name).read()
+
+    def weight(self, name: str) -> PackedWeight:
+        """Where a quantized weight lies.
 
         Raises:
             InputError: a codebook, block size or layout that is not bitsandbytes' usual one.
@@ -88,33 +144,27 @@ class BitsandbytesWeights:
     def _where(self, name: str) -> str:
         return f"{self.checkpoint.tensors[name].file.path}: {name}"
 
-    def _four_bit(self, name: str) -> QuantizedTensor:
-        state, read = self._state(name), self.checkpoint.read
+    def _four_bit(self, name: str) -> PackedWeight:
+        state, read, stored = self._state(name), self.checkpoint.read, self.checkpoint.stored
         format = state["format"]
         known = format in _FORMATS and torch.equal(read(f"{name}.quant_map"), codebook(format, _CPU))
         if not known:
             raise InputError(f"{self._where(name)} is {format} with a codebook of its own: only nf4 and fp4 are read")
-        parts = {"codes": read(name).view(-1)}
-        if "nested_blocksize" in state:
-            if state["nested_blocksize"] != GROUP or not torch.equal(
-                read(f"{name}.nested_quant_map"), dynamic_map(_CPU)
-            ):
-                raise InputError(f"{self._where(name)} has scales of another layout: blocks of {GROUP} are read")
-            parts["scales"] = read(f"{name}.absmax")
-            parts["nested_scales"] = as_bytes(read(f"{name}.nested_absmax"))
-            parts["offset"] = as_bytes(torch.tensor([state["nested_offset"]]))
-        else:
-            parts["scales"] = as_bytes(read(f"{name}.absmax"))
-        dtype = getattr(torch, state["dtype"])
-        return QuantizedTensor(format, tuple(state["shape"]), dtype, state["blocksize"], parts)
+        weight = PackedWeight(
+            format, tuple(state["shape"]), getattr(torch, state["dtype"]), state["blocksize"],
+            stored(name), stored(f"{name}.absmax"),
+        )  # fmt: skip
+        if "nested_blocksize" not in state:
+            return weight
+        if state["nested_blocksize"] != GROUP or not torch.equal(read(f"{name}.nested_quant_map"), dynamic_map(_CPU)):
+            raise InputError(f"{self._where(name)} has scales of another layout: blocks of {GROUP} are read")
+        return replace(weight, nested_scales=stored(f"{name}.nested_absmax"), offset=state["nested_offset"])
 
-    def _eight_bit(self, name: str) -> QuantizedTensor:
-        codes = self.checkpoint.read(name)
-        largest = self.checkpoint.read(f"{name.removesuffix('weight')}SCB")
-        if codes.dtype != torch.int8 or codes.dim() != 2 or largest.shape != codes.shape[:1]:
+    def _eight_bit(self, name: str) -> PackedWeight:
+        codes, largest = self.checkpoint.stored(name), self.checkpoint.stored(f"{name.removesuffix('weight')}SCB")
+        if codes.dtype != torch.int8 or len(codes.shape) != 2 or largest.shape != codes.shape[:1]:
             raise InputError(f"{self._where(name)} is not an LLM.int8 weight with a scale a row: save it again")
-        parts = {"codes": codes.view(torch.uint8).view(-1), "scales": as_bytes(largest / 127)}
-        return QuantizedTensor("int8", tuple(codes.shape), torch.float16, codes.shape[1], parts)
+        return PackedWeight("int8", codes.shape, torch.float16, codes.shape[1], codes, largest)
 
 
 def is_bitsandbytes(names: Iterable[str]) -> bool:

@@ -1,6 +1,7 @@
 """The models of a merge: a Hugging Face directory or id, or a GGUF; each perhaps with an adapter, `model+adapter`.
 
-Only headers are read here. transformers is not needed for directories.
+Weights that bitsandbytes or a GGUF holds in blocks are dequantized as they are read, piece by piece. Only headers are
+read here. transformers is not needed for directories.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from entrenar.core.errors import InputError, listing
+from entrenar.files.bitsandbytes import BitsandbytesWeights, PackedWeight, is_bitsandbytes
 from entrenar.files.peft import PeftAdapter, read_adapter
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
@@ -48,6 +50,27 @@ class StoredSource:
         raw = scratch.take(role, self.stored.bytes_of(count))
         piece = self.stored.read_range(start, count, raw)
         return piece if piece.dtype == self.dtype else piece.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class PackedSource:
+    """A weight that bitsandbytes quantized, dequantized as it is read."""
+
+    weight: PackedWeight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The product of code and scale is not rounded."""
+        return torch.float32
+
+    @property
+    def step(self) -> int:
+        """Any element may start a piece."""
+        return 1
+
+    def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:  # noqa: ARG002 - Source's
+        """(count,) float32."""
+        return self.weight.read_range(start, count)
 
 
 @dataclass(frozen=True)
@@ -147,7 +170,10 @@ def _open_directory(label: str, path: str) -> InputModel:
     _refuse_pickles(directory)
     checkpoint = SafetensorsCheckpoint(directory)
     stored = {name: checkpoint.stored(name) for name in checkpoint.names() if not name.endswith(_NOT_WEIGHTS)}
-    return InputModel(label, directory, _read_config(directory), _tensors(stored), _fingerprint(stored))
+    packed = BitsandbytesWeights(checkpoint) if is_bitsandbytes(stored) else None
+    config = _read_config(directory, dequantizes=packed is not None)
+    tensors = _tensors(stored) if packed is None else _packed_tensors(packed, stored)
+    return InputModel(label, directory, config, tensors, _fingerprint(stored))
 
 
 def _refuse_pickles(directory: Path) -> None:
@@ -159,7 +185,8 @@ def _refuse_pickles(directory: Path) -> None:
         )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path, *, dequantizes: bool) -> dict[str, Any]:
+    """The config of the model as floats; InputError if it is quantized and nothing here undoes that."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -168,8 +195,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise InputError(f"{directory / 'config.json'} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise InputError(f"{directory / 'config.json'} is not a JSON object")
-    if "quantization_config" in config:
-        raise InputError(f"{directory} is quantized: export it as bf16 first (`entrenar export`)")
+    if config.pop("quantization_config", None) is not None and not dequantizes:
+        raise InputError(
+            f"{directory} is quantized in a way that is not read: of quantized directories only bitsandbytes' are, "
+            "so take the original"
+        )
     return config
 
 
@@ -186,6 +216,16 @@ def _tensors(stored: dict[str, StoredTensor]) -> dict[str, InputTensor]:
         name: InputTensor(tensor.shape, source.dtype, source, tensor.size)
         for name, tensor in stored.items()
         for source in (StoredSource(tensor),)
+    }
+
+
+def _packed_tensors(weights: BitsandbytesWeights, stored: dict[str, StoredTensor]) -> dict[str, InputTensor]:
+    packed = weights.packed()
+    plain = _tensors({name: stored[name] for name in weights.names() if name in stored and name not in packed})
+    return plain | {
+        name: InputTensor(weight.shape, weight.dtype, PackedSource(weight), weights.packed_bytes(name))
+        for name in packed
+        for weight in (weights.weight(name),)
     }
 
 
