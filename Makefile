@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: setup check test test-slow asan interop demo bench clean
+.PHONY: setup check test test-slow cuda asan interop demo bench clean
 
 setup: .venv/.setup $(MODEL)
 
@@ -42,6 +42,10 @@ test: setup
 # A few tests that need gigabytes of memory.
 test-slow: setup
 	$(BIN)/pytest -m slow
+
+# What runs on a GPU, with whichever torch is there: the pinned one is for the CPU.
+cuda:
+	PYTHONPATH=src $(PYTHON) -m pytest -m cuda tests/cuda
 
 # The kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer in the native library.
 asan: setup

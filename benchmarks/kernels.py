@@ -130,7 +130,7 @@ def linear_rows(shape: Shape, peer: PeerProcess, rounds: int) -> Iterator[tuple[
 
     def many_tokens(metric: str) -> Row:
         # In the dtype that training computes in: torch's bf16 product takes 200 times as long without native support.
-        dtype = native_dtype()
+        dtype = native_dtype(torch.device("cpu"))
         weight = torch.randn(shape, dtype=dtype)
         held = entrenar.quantize_4bit(weight, format="nf4")
         x = torch.randn(512, shape[1], dtype=dtype, requires_grad=True)

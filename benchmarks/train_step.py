@@ -112,6 +112,7 @@ def bare_products(directory: Path) -> Callable[[], float]:
     from entrenar.models.compute import native_dtype
 
     torch.set_num_threads(THREADS)
+    dtype = native_dtype(torch.device("cpu"))
     config = AutoConfig.from_pretrained(directory)
     width, wide, head = config.hidden_size, config.intermediate_size, config.hidden_size // config.num_attention_heads
     keys = config.num_key_value_heads * head
@@ -121,9 +122,7 @@ def bare_products(directory: Path) -> Callable[[], float]:
 
     def products(rows: int, columns: int) -> Work:
         tokens = BATCH * TOKENS
-        x, weight, grad = (
-            torch.randn(s).to(native_dtype()) for s in ((tokens, columns), (rows, columns), (tokens, rows))
-        )
+        x, weight, grad = (torch.randn(s).to(dtype) for s in ((tokens, columns), (rows, columns), (tokens, rows)))
         y, dx = torch.empty_like(grad), torch.empty_like(x)
 
         def run() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: no test may reach the hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two workers; tiny models gain nothing from threads
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import decoders as decode
 from tokenizers.models import BPE
@@ -22,10 +23,19 @@ from entrenar.ops import native
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The peers are installed by `make interop` alone, so without `-m interop` their tests are not even imported."""
-    return True if collection_path.name == "interop" and config.option.markexpr != "interop" else None
+    """What `make interop` and `make cuda` need is not there otherwise, so their tests are not even imported."""
+    return (
+        True if collection_path.name in ("interop", "cuda") and config.option.markexpr != collection_path.name else None
+    )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Everything else tests the CPU, on a machine with a GPU too."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+MakeConfig = Callable[..., Path]
 _ROOT = Path(__file__).parent
 _HEADERS = "system\nYou are a helpful AI assistant named SmolLM, user\nassistant\n"
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -99,3 +109,28 @@ def smollm2() -> Path:
     path = _ROOT.parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert path.is_file(), f"{path} is missing: run `make setup`"
     return path
+
+
+@pytest.fixture
+def make_config(tiny_model_dir: Path, tiny_data: Path, tmp_path: Path) -> MakeConfig:
+    """make_config(output="a", **{"lora.rank": 8}) → path of a YAML file for a 6-step run."""
+
+    def make(output: str = "run", **changes: object) -> Path:
+        values: dict[str, object] = {
+            "output": str(tmp_path / output),
+            "model": {"path": str(tiny_model_dir), "dtype": "float32"},
+            "data": {"train": str(tiny_data), "validation_fraction": 0.2},
+            "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+            "optimizer": {"lr": 1e-2, "warmup_steps": 1},
+            "training": {"epochs": 2, "max_steps": 6, "batch_size": 8, "micro_batch": 3},
+            "eval": {"every_steps": 2},
+            "checkpoint": {"every_steps": 2},
+        }
+        for dotted, value in changes.items():
+            section, _, key = dotted.partition(".")
+            values[section] = {**dict(values[section]), key: value}  # pyright: ignore
+        path = tmp_path / f"{output}.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return make

@@ -25,7 +25,7 @@ def test_the_block_count_includes_the_partial_one(count: int, block_size: int) -
 @settings(max_examples=100, deadline=None)
 def test_chunks_cover_every_whole_block_once_and_split_no_byte(count: int, block_size: int, chunk: int) -> None:
     with patch.object(blocks, "CHUNK_ELEMENTS", chunk):
-        parts = list(chunks(count, block_size))
+        parts = list(chunks(count, block_size, torch.device("cpu")))
     covered = [index for part in parts for index in range(part.start, part.stop)]
     assert covered == list(range(count - count % block_size))
     assert all((part.stop - part.start) % block_size == 0 for part in parts)

@@ -67,7 +67,7 @@ def test_a_model_that_mixes_documents_is_trained_without_packing(
 def test_float32_for_want_of_bfloat16_is_said(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, native: torch.dtype, count: int
 ) -> None:
-    monkeypatch.setattr(compute, "native_dtype", lambda: native)
+    monkeypatch.setattr(compute, "native_dtype", lambda _: native)
     said: list[str] = []
     train(make_config(**{"model.dtype": "auto"}), say=said.append)
     assert said.count("computing in float32: this machine has no native bfloat16") == count

@@ -17,7 +17,8 @@ model:
   double_quant: false          # hold the block scales in 8 bits: 4.13 instead of 4.5 bits a weight
   search: false                # nf4, fp4: choose each block's scale for the least error; slower to load, no other cost
   block_size: 64               # weights that share a scale: a power of two from 16 to 4096
-  dtype: auto                  # auto: bfloat16 where the CPU has it natively, else float32
+  dtype: auto                  # auto: bfloat16 where CPU or GPU have it natively, else float32
+  device: auto                 # auto: a GPU where torch sees one | cpu | cuda | cuda:1
 
 data:
   train: path/to/train.jsonl   # rows of messages | prompt, completion | instruction, input, output | text

@@ -26,8 +26,8 @@ class ExportStep:
 
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Of every next token after each of ids (T,): (T − 1, V) float32."""
-    return model(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
+    """Of every next token after each of ids (T,): (T − 1, V) float32, on the CPU."""
+    return model(input_ids=ids[None, :-1].to(model.device), use_cache=False).logits[0].float().log_softmax(-1).cpu()
 
 
 def fidelity(step: str, live: Tensor, found: Tensor, ids: Tensor) -> ExportStep:

@@ -22,7 +22,7 @@ def column_importance(model: PreTrainedModel, rows: Iterable[Tensor]) -> dict[st
     """Run `model` over rows of token ids (T,).
 
     Returns:
-        For the weight of every linear layer that ran, by its transformers name: (columns,) float32, mean 1.
+        For the weight of every linear layer that ran, by its transformers name: (columns,) float32 on the CPU, mean 1.
     """
     sums: dict[str, Tensor] = {}
     hooks = [
@@ -32,11 +32,11 @@ def column_importance(model: PreTrainedModel, rows: Iterable[Tensor]) -> dict[st
     ]
     try:
         for row in rows:
-            model(input_ids=row[None], use_cache=False)
+            model(input_ids=row[None].to(model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: _mean_of_one(total) for name, total in sums.items()}
+    return {name: _mean_of_one(total).cpu() for name, total in sums.items()}
 
 
 def _adder(sums: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

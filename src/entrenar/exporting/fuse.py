@@ -22,8 +22,8 @@ from entrenar.quant.tensor import QuantizedTensor
 
 
 def fused_tensors(model: nn.Module) -> list[LazyTensor]:
-    """Every parameter under its transformers name, each made when it is written; a tied tensor comes once."""
-    return list(_walk(model, "", set()))
+    """Every parameter under its transformers name, on the CPU, each made when it is written; a tied one comes once."""
+    return [_on_cpu(tensor) for tensor in _walk(model, "", set())]
 
 
 def source_tensors(source: ModelSource, format: str | None) -> list[LazyTensor]:
@@ -45,6 +45,12 @@ def source_tensors(source: ModelSource, format: str | None) -> list[LazyTensor]:
         return LazyTensor(name, model.shape(name), lambda: model.fused(name).weight, packed=packed)
 
     return [lazy(name) for name in model.names()]
+
+
+def _on_cpu(tensor: LazyTensor) -> LazyTensor:
+    make, packed = tensor.make, tensor.packed
+    moved = packed and Packed(packed.type, lambda: packed.make().cpu())
+    return LazyTensor(tensor.name, tensor.shape, lambda: make().cpu(), packed=moved)
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor]:

@@ -206,5 +206,5 @@ def write_file(
     with path.open("wb") as file:
         file.write(layout(((tensor.name, tensor.shape, tensor.dtype or dtype) for tensor in tensors), metadata).header)
         for tensor in tensors:
-            data = tensor.make().to(tensor.dtype or dtype).contiguous()
+            data = tensor.make().to("cpu", tensor.dtype or dtype).contiguous()
             file.write(data.view(-1).view(torch.uint8).numpy().data)

@@ -81,13 +81,13 @@ def adapter_of_pairs(layers: Mapping[str, Pair], like: PeftAdapter | None = None
 
 
 def _scaled(adapter: PeftAdapter, layer: str) -> Pair:
-    """The factors of a layer with the scale in B."""
+    """The factors of a layer on the CPU, with the scale in B."""
     spec = LoraSpec(
         rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora, rank_pattern=adapter.rank_pattern,
         alpha_pattern=adapter.alpha_pattern,
     )  # fmt: skip
     a, b = adapter.factors[layer]
-    return a.float(), b.float() * spec.for_layer(layer).scale
+    return a.float().cpu(), b.float().cpu() * spec.for_layer(layer).scale
 
 
 def _combine_layer(

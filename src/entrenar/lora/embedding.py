@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entrenar.lora.low_rank import AdapterLayer, delta, init_factors
+from entrenar.lora.low_rank import AdapterLayer, delta, draw, init_factors
 
 
 class EmbeddingLoRALayer(AdapterLayer):
@@ -19,7 +19,7 @@ class EmbeddingLoRALayer(AdapterLayer):
         vocabulary, width = base.weight.shape
         init_factors(self, (width, vocabulary), base.weight.device, rank, alpha, 0.0, rslora)
         nn.init.zeros_(self.lora_a)
-        nn.init.normal_(self.lora_b)
+        draw(self.lora_b, nn.init.normal_)
         self.base = base
 
     @property

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError
 from entrenar.files.peft import TAKEN_NAME, PeftAdapter
 from entrenar.lora.lora_layer import LoRALayer
+from entrenar.lora.low_rank import draw
 from entrenar.lora.qlora_layer import QLoRALayer
 
 # A layer's name → its weight (d_out, d_in) before it was quantized.
@@ -86,7 +88,7 @@ _LOFTQ_ITERATIONS = 4
 
 
 def _gaussian(a: Tensor, rank: int) -> None:
-    nn.init.normal_(a, std=1 / rank)
+    draw(a, partial(nn.init.normal_, std=1 / rank))
 
 
 INITIALS = {
@@ -157,7 +159,7 @@ def start_again(adapter: PeftAdapter, original: Original | None) -> Starter:
 def _weight_before(name: str, layer: LoRALayer | QLoRALayer, original: Original | None) -> Tensor:
     """The weight (d_out, d_in) float32 of a layer before it was quantized."""
     if isinstance(layer, LoRALayer):
-        return layer.base_to_f32()
+        return layer.base_to_f32().cpu()
     if original is None:
         raise InputError(
             "its base is quantized already, and this initialisation needs the weight before that: give "

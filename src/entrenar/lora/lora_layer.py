@@ -93,8 +93,8 @@ class LoRALayer(AdapterLayer):
         return weight.to(self.base_weight.dtype).float()
 
     def set_base(self, weight: Tensor) -> None:
-        """Hold another weight (d_out, d_in) in the base's dtype; a Parameter of its own, not the one given before."""
-        self.base_weight = nn.Parameter(weight.to(self.base_weight.dtype), requires_grad=False)
+        """Hold another weight (d_out, d_in) as the base is held; a Parameter of its own, not the one given before."""
+        self.base_weight = nn.Parameter(weight.to(self.base_weight), requires_grad=False)
 
     def memory_stats(self) -> MemoryStats:
         """Bytes of base and adapter."""

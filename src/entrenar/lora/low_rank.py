@@ -6,7 +6,9 @@ whatever the base is; they are used in the dtype of x.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +112,15 @@ def init_factors(
     layer.scale = LayerSpec(rank=rank, alpha=alpha, rslora=rslora).scale
     layer.lora_a = nn.Parameter(torch.empty(rank, layer.d_in, dtype=torch.float32, device=device))
     layer.lora_b = nn.Parameter(torch.zeros(layer.d_out, rank, dtype=torch.float32, device=device))
-    nn.init.kaiming_uniform_(layer.lora_a, a=math.sqrt(5))
+    draw(layer.lora_a, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+
+
+@torch.no_grad()
+def draw(factor: Tensor, fill: Callable[[Tensor], object]) -> None:
+    """Fill a factor with random numbers of the CPU's generator: one seed makes one adapter on any device."""
+    drawn = torch.empty(factor.shape)
+    fill(drawn)
+    factor.copy_(drawn)
 
 
 def check_input(layer: AdapterLayer, x: Tensor) -> None:

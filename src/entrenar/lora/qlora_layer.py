@@ -112,8 +112,9 @@ class QLoRALayer(AdapterLayer):
         return requantize(weight, self.base_weight_quantized).dequantize()
 
     def set_base(self, weight: Tensor) -> None:
-        """Hold another weight (d_out, d_in) in the base's format."""
-        self.base = QuantizedLinear(requantize(weight, self.base_weight_quantized), self.base.bias)
+        """Hold another weight (d_out, d_in), from any device, in the base's format."""
+        held = self.base_weight_quantized
+        self.base = QuantizedLinear(requantize(weight, held).to(held.device), self.base.bias)
 
     def memory_stats(self) -> MemoryStats:
         """Bytes of base and adapter."""

@@ -59,7 +59,7 @@ def kept_per_token(model: PreTrainedModel, choice: Keep) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.arange(_TRIAL_TOKENS)[None]
+    ids = torch.arange(_TRIAL_TOKENS, device=model.device)[None]
     with saved_tensors_hooks(note, lambda tensor: tensor), torch.enable_grad(), torch.random.fork_rng():
         loss = target_loss(model, ids % vocabulary_size(model), ids, ids > 0)
     del loss

@@ -24,7 +24,7 @@ def recorded(model: PreTrainedModel, modules: list[nn.Module]) -> list[Trial]:
 
     hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
     try:
-        ids = torch.arange(TRIAL_TOKENS).unsqueeze(0) % model.config.get_text_config().vocab_size
+        ids = torch.arange(TRIAL_TOKENS, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
         model.get_decoder()(input_ids=ids, use_cache=False)
     finally:
         for hook in hooks:
@@ -40,7 +40,7 @@ def agree(found: Any, expected: Any) -> bool:
     return bool((one.double() - other.double()).norm() <= TOLERANCE[other.dtype] * other.double().norm())
 
 
-def sample(features: int, dtype: torch.dtype) -> Tensor:
-    """A few random tokens (4, features), the same every time."""
+def sample(features: int, like: Tensor) -> Tensor:
+    """A few random tokens (4, features) of the dtype and device of a tensor, the same every time."""
     generator = torch.Generator().manual_seed(features)
-    return torch.randn(TRIAL_TOKENS, features, generator=generator).to(dtype)
+    return torch.randn(TRIAL_TOKENS, features, generator=generator).to(like)

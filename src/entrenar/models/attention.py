@@ -1,4 +1,5 @@
-"""`entrenar` in transformers' attention interface: our causal kernel where the mask is of its kind, else PyTorch's.
+"""`entrenar` in transformers' attention interface: our causal kernel on a CPU where the mask is of its kind, else
+PyTorch's.
 
 transformers describes documents, padding and sliding windows by one boolean mask, as it does for `sdpa`. A mask in
 which every token sees one stretch of keys that ends with itself is the kernel's kind (ops/attention.py); it is read
@@ -46,7 +47,8 @@ def attention_forward(
     for observer in _observers:
         observer(module, options)
     starts = None
-    plain = not options.get("dropout") and options.get("position_bias") is None and query.shape[2] == key.shape[2]
+    plain = query.device.type == "cpu" and not options.get("dropout") and options.get("position_bias") is None
+    plain = plain and query.shape[2] == key.shape[2]
     if plain and attention_mask is not None:
         starts = first_keys(attention_mask)
         plain = starts is not None

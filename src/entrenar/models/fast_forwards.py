@@ -47,13 +47,13 @@ def _isolated(module: nn.Module) -> Iterable[tuple[str, list[Forward], list[Tens
     """Kind, candidates and trial inputs of a module that can be tried by itself."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float) and not any(module.children()):
-        x = sample(len(weight), weight.dtype)
+        x = sample(len(weight), weight)
         # The second is so small that eps decides.
         yield "norms", [partial(norm_forward, eps=eps, offset=offset) for offset in (0.0, 1.0)], [x, x * 1e-3]
     kind = _activation_kind(module)
     features = getattr(getattr(module, "gate_proj", None), "in_features", None)
     if kind is not None and isinstance(features, int) and hasattr(module, "up_proj") and hasattr(module, "down_proj"):
-        yield "gated MLPs", [partial(gated_mlp_forward, kind=kind)], [sample(features, _dtype_of(module))]
+        yield "gated MLPs", [partial(gated_mlp_forward, kind=kind)], [sample(features, _computed_like(module))]
 
 
 def norm_forward(self: Any, hidden_states: Tensor, *, eps: float, offset: float) -> Tensor:
@@ -165,6 +165,8 @@ def _install(module: nn.Module, candidates: list[Forward], samples: list[Tensor]
     return False
 
 
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype a module's norms and biases are in, or what its neighbours compute in."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+def _computed_like(module: nn.Module) -> Tensor:
+    """A tensor of the device and of the dtype a module's norms and biases are in, or what its neighbours compute in."""
+    parameters = list(module.parameters())
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.get_default_dtype())
+    return torch.empty(0, dtype=dtype, device=parameters[0].device)

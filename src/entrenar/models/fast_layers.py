@@ -169,4 +169,4 @@ def _trial(model: PreTrainedModel, size: float) -> Tensor:
     """Random hidden states (1, 4, C) of a size."""
     width = model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(width)
-    return (torch.randn(1, TRIAL_TOKENS, width, generator=generator) * size).to(model.dtype)
+    return (torch.randn(1, TRIAL_TOKENS, width, generator=generator) * size).to(model.device, model.dtype)

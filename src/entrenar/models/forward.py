@@ -24,7 +24,7 @@ def target_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, target
     position. Letters: B rows, T tokens, N targets, V vocabulary.
 
     Args:
-        ids: (B, T) int64. targets: (B, T) bool, first column False.
+        ids: (B, T) int64, on any device. targets: (B, T) bool, first column False.
         positions: (B, T) int64, from 0 in every document of a row (`data.batches.Batch`); without an attention mask
             transformers keeps documents apart by them, see `models.isolation`.
 
@@ -32,6 +32,7 @@ def target_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, target
         logits (N, V) in the model's dtype, and labels (N,) int64.
     """
     columns = _target_columns(model, targets)
+    ids, positions, targets, columns = (each.to(model.device) for each in (ids, positions, targets, columns))
     output = model(**_inputs(model, ids, positions, columns))
     wanted = targets[:, 1:][:, columns]
     return output.logits[wanted], ids[:, 1:][:, columns][wanted]
@@ -44,6 +45,7 @@ def target_loss(model: PreTrainedModel, ids: Tensor, positions: Tensor, targets:
     cannot read runs its own code on them, a chunk at a time; one whose head is not a layer it calls makes them all.
     """
     columns = _target_columns(model, targets)
+    ids, positions, targets, columns = (each.to(model.device) for each in (ids, positions, targets, columns))
     wanted = targets[:, 1:][:, columns]
     before_head = head_input(model, **_inputs(model, ids, positions, columns))
     if before_head is None or before_head.hidden.shape[:2] != wanted.shape:

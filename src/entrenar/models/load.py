@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.stream import stream
-from entrenar.models.compute import resolve_dtype
+from entrenar.models.compute import resolve_device, resolve_dtype
 from entrenar.models.fast_forwards import use_fast_forwards
 from entrenar.models.match import is_tied, match_tensors
 from entrenar.models.source import ModelSource, open_source
@@ -23,6 +23,7 @@ from entrenar.quant.registry import KEPT_FORMATS, check_block_size, get_format
 from entrenar.quant.tensor import PieceQuantizer, QuantizedTensor, kept_tensor
 
 UNQUANTIZED, KEEP = "none", "keep"
+_CPU = torch.device("cpu")
 
 
 def load(
@@ -33,6 +34,7 @@ def load(
     block_size: int = 64,
     search: bool = False,
     dtype: str = "auto",
+    device: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer, the linear layers (not the output head) quantized as they are read.
 
@@ -42,19 +44,24 @@ def load(
             head and embedding in the file's own blocks. None: "keep" for a .gguf, "none" for the rest.
         search: choose each block's scale for the least error (nf4, fp4).
         dtype: of all that stays unquantized and of the computation; "auto" is bfloat16 where native, else float32.
+        device: "cpu", "cuda" or "cuda:N"; "auto" is a GPU where torch sees one. Weights are quantized on the CPU.
 
     Raises:
         InputError: a source, architecture or format that is not known; missing, unexpected or misshapen tensors.
     """
     source = open_source(path)
     quantize = quantize or (KEEP if source.blocks else UNQUANTIZED)
-    model = load_source(source, quantize, double_quant, block_size, resolve_dtype(dtype), search=search)
+    where = resolve_device(device)
+    model = load_source(
+        source, quantize, double_quant, block_size, resolve_dtype(dtype, where), search=search, device=where
+    )
     return model, source.tokenizer
 
 
 def load_source(
-    source: ModelSource, quantize: str, double_quant: bool, block_size: int, dtype: torch.dtype, *, search: bool = False
-) -> PreTrainedModel:
+    source: ModelSource, quantize: str, double_quant: bool, block_size: int, dtype: torch.dtype, *,
+    search: bool = False, device: torch.device = _CPU,
+) -> PreTrainedModel:  # fmt: skip
     """Build and fill the model of an open source; see `load`."""
     if quantize not in (UNQUANTIZED, KEEP):
         get_format(quantize).encoder(search)
@@ -85,12 +92,12 @@ def load_source(
 
     with closing(stream(list(tensors.values()), map(sink, tensors))) as filled:
         for name, held in zip(tensors, filled, strict=True):
-            _place(model, name, held.finish(), dtype)
+            _place(model, name, held.finish().to(device), dtype)
     if source.packed is not None:
         for name in packed:
-            _place(model, name, source.packed.quantized(name), dtype)
+            _place(model, name, source.packed.quantized(name).to(device), dtype)
     _tie(model)
-    _compute_buffers(model)
+    _compute_buffers(model, device)
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)
     head.register_forward_pre_hook(_contiguous_input)
@@ -218,8 +225,9 @@ def _tie(model: PreTrainedModel) -> None:
         model.set_output_embeddings(embedding.tied_linear())  # pyright: ignore[reportArgumentType] - a layer is
 
 
-def _compute_buffers(model: PreTrainedModel) -> None:
-    """Fill the buffers no checkpoint holds (rotary frequencies, …) by the architecture's own initialisation."""
+def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Fill the buffers no checkpoint holds (rotary frequencies, …) by the architecture's own initialisation, on the
+    CPU so that they are the same everywhere."""
     for module in model.modules():
         computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in computed:
@@ -228,3 +236,5 @@ def _compute_buffers(model: PreTrainedModel) -> None:
             model._init_weights(module)
         if any(module.get_buffer(name).isnan().any() for name in computed):
             raise InputError(f"{type(model).__name__} has buffers that cannot be computed here: {listing(computed)}")
+        for name in computed:
+            module._buffers[name] = module.get_buffer(name).to(device)

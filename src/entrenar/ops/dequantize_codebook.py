@@ -43,7 +43,7 @@ def _reference_into(packed: Tensor, scales: list[Tensor], codebook: Tensor, bloc
     if out.dtype == torch.float64:
         each = each.double()
     pairs = _byte_pairs(codebook)
-    for part in chunks(count, block_size):
+    for part in chunks(count, block_size, packed.device):
         values = pairs.index_select(0, packed[part.start // 2 : part.stop // 2].int()).view(torch.float32)
         blocks = slice(part.start // block_size, part.stop // block_size)
         flat[part].view(-1, block_size).copy_(values.view(-1, block_size) * each[blocks].unsqueeze(1))

@@ -27,7 +27,7 @@ def _reference(codes: Tensor, scales: list[Tensor], block_size: int, dtype: torc
     if dtype == torch.float64:
         each = each.double()
     out = torch.empty(codes.numel(), dtype=dtype, device=codes.device)
-    for part in chunks(codes.numel(), block_size):
+    for part in chunks(codes.numel(), block_size, codes.device):
         blocks = slice(part.start // block_size, part.stop // block_size)
         out[part].view(-1, block_size).copy_(codes[part].view(-1, block_size) * each[blocks].unsqueeze(1))
     whole = codes.numel() // block_size * block_size

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
+from entrenar.ops.blocks import chunk_elements
+from entrenar.ops.gguf_decode_reference import DECODERS
 from entrenar.ops.gguf_k_reference import SUPER_BLOCK, quantize_q4_k, quantize_q5_k, quantize_q6_k
 from entrenar.ops.library import call, define
 
@@ -27,7 +29,7 @@ _K_QUANTIZERS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 }
 IMPORTANCE_TYPES = tuple(_K_QUANTIZERS)
 QUANTIZED_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", *IMPORTANCE_TYPES)
-DEQUANTIZED_TYPES = (*QUANTIZED_TYPES, "q2_k", "q3_k", "iq4_nl")
+DEQUANTIZED_TYPES = tuple(DECODERS)
 _CHUNK_BLOCKS = 4096  # super-blocks that the K reference works on at a time
 
 
@@ -160,15 +162,17 @@ def _quantize_fake(weight: Tensor, type: str, _importance: Tensor | None) -> Ten
 
 
 def _dequantize_reference(packed: Tensor, type: str, columns: int, dtype: torch.dtype) -> Tensor:
-    if packed.numel() == 0:
-        return _dequantize_fake(packed, type, columns, dtype)
-    with np.errstate(all="ignore"):  # bytes that are no weights may hold infinite scales
-        values = gguf.quants.dequantize(packed.cpu().contiguous().numpy(), _ggml(type))
-    return torch.from_numpy(values).to(packed.device, dtype)
+    out = _dequantize_fake(packed, type, columns, dtype)
+    _dequantize_reference_into(packed, type, out)
+    return out
 
 
 def _dequantize_reference_into(packed: Tensor, type: str, out: Tensor) -> None:
-    out.copy_(_dequantize_reference(packed, type, out.shape[1], out.dtype))
+    elements, size = _block(type)
+    blocks, values, decode = packed.reshape(-1, size), out.view(-1, elements), DECODERS[type]
+    step = max(chunk_elements(packed.device) // elements, 1)
+    for start in range(0, len(blocks), step):
+        values[start : start + step] = decode(blocks[start : start + step])
 
 
 def _dequantize_native(packed: Tensor, type: str, columns: int, dtype: torch.dtype) -> Tensor:

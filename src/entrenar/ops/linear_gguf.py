@@ -72,10 +72,11 @@ def gguf_transposed_product(grad: Tensor, packed: Tensor, type: str) -> Tensor:
 def _panels(packed: Tensor, type: str, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Panels of rows of the weight, each valid until the next one."""
     columns = columns_of(packed, type)
+    if packed.device.type != "cpu":  # whose matmul wants the whole weight
+        yield slice(0, len(packed)), decode_rows(packed, type, dtype)
+        return
     step = panel_step(len(packed), columns * dtype.itemsize)
     for start in range(0, len(packed), step):
         part = packed[start : start + step]
-        out = None
-        if packed.device.type == "cpu":
-            out = scratch_for(len(part) * columns, dtype).view(len(part), columns)
+        out = scratch_for(len(part) * columns, dtype).view(len(part), columns)
         yield slice(start, start + len(part)), decode_rows(part, type, dtype, out)

@@ -38,7 +38,7 @@ def _reference(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     ascending = codebook[order.long()]
     midpoints = (ascending[:-1] + ascending[1:]) / 2
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
-    for part in chunks(flat.numel(), block_size):
+    for part in chunks(flat.numel(), block_size, flat.device):
         blocks = slice(part.start // block_size, part.stop // block_size)
         reciprocal = (1.0 / absmax[blocks].clamp(min=TINY)).unsqueeze(1)
         codes[part] = _nearest((flat[part].float().view(-1, block_size) * reciprocal).flatten(), midpoints, order)

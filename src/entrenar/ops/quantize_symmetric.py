@@ -23,7 +23,7 @@ def quantize_symmetric(flat: Tensor, limit: int, block_size: int) -> tuple[Tenso
 def _reference(flat: Tensor, limit: int, block_size: int) -> tuple[Tensor, Tensor]:
     scales = block_absmax(flat, block_size) / limit
     codes = torch.empty(flat.numel(), dtype=torch.int8, device=flat.device)
-    for part in chunks(flat.numel(), block_size):
+    for part in chunks(flat.numel(), block_size, flat.device):
         blocks = slice(part.start // block_size, part.stop // block_size)
         codes[part] = _round(flat[part].view(-1, block_size), scales[blocks].unsqueeze(1), limit).flatten()
     whole = flat.numel() // block_size * block_size

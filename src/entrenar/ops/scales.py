@@ -68,7 +68,7 @@ def _dynamic_codes(scaled: Tensor, dynamic_map: Tensor) -> Tensor:
 def _decode_reference(scales: list[Tensor]) -> Tensor:
     codes, group = scales[0], scales[1].repeat_interleave(GROUP)[: scales[0].numel()]
     if len(scales) == 2:
-        return codes.float() / 255 * group
+        return codes.float() / group.new_tensor([255.0]) * group  # by a number a GPU would multiply with its reciprocal
     return scales[3][codes.long()] * group + scales[2]
 
 

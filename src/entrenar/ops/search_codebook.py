@@ -40,7 +40,7 @@ def _reference(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     midpoints = (values[:-1] + values[1:]) / 2
     codes = torch.empty(padded.numel(), dtype=torch.uint8, device=flat.device)
     scales = torch.empty(padded.numel() // block_size, device=flat.device)
-    for part in chunks(padded.numel(), block_size):
+    for part in chunks(padded.numel(), block_size, padded.device):
         blocks = padded[part].float().view(-1, block_size)
         found = _search_blocks(blocks, values, midpoints)
         scales[part.start // block_size : part.stop // block_size] = found

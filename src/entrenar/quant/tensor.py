@@ -1,7 +1,7 @@
 """QuantizedTensor and the functions that make and undo one."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class QuantizedTensor:
     def compression_ratio(self) -> float:
         """Bytes of the original dtype per byte held."""
         return self.numel * self.dtype.itemsize / self.memory_bytes if self.memory_bytes else 1.0
+
+    def to(self, device: torch.device) -> "QuantizedTensor":
+        """The same on another device."""
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight in its original shape, rounded once from float32 to `dtype`."""

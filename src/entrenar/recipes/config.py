@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from entrenar.core.config import Section
 from entrenar.lora.spec import LoraSpec
+from entrenar.models.compute import DEVICES
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -26,7 +27,14 @@ def _read_memory(value: Any) -> Any:
     return count
 
 
+def _read_device(value: Any) -> Any:
+    if not isinstance(value, str) or not re.fullmatch(DEVICES, value):
+        raise ValueError("allowed are auto, cpu, cuda or cuda:N")
+    return value
+
+
 Memory = Annotated[Literal["auto", "min"] | int, BeforeValidator(_read_memory)]
+Device = Annotated[str, BeforeValidator(_read_device)]
 
 
 class ModelSection(Section):
@@ -41,6 +49,7 @@ class ModelSection(Section):
     block_size: Literal[16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     search: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Device = "auto"
 
     @model_validator(mode="before")
     @classmethod

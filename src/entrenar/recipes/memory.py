@@ -7,13 +7,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from entrenar.core.errors import InputError
-from entrenar.core.memory import anonymous_bytes, available_bytes
 from entrenar.data.batches import batch_rows
 from entrenar.data.dataset import PreparedData
 from entrenar.data.packing import layout, widest
 from entrenar.lora.attach import adapted_layers, attach, trained_parameters
 from entrenar.models.activations import decoder_layers, kept_per_token, ladder
-from entrenar.models.compute import resolve_dtype
+from entrenar.models.compute import resolve_device, resolve_dtype
+from entrenar.models.device_memory import free_bytes, used_bytes
 from entrenar.models.head import output_head, vocabulary_size
 from entrenar.models.linear_cross_entropy import LOGIT_BYTES
 from entrenar.models.load import KEEP, UNQUANTIZED, build_on_meta, kept_types, load_source
@@ -24,12 +24,14 @@ from entrenar.ops.linear_weight import DecodedWeight
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import packed_bytes
 from entrenar.recipes.config import ModelSection, RunConfig, TrainingSection
-from entrenar.training.memory_plan import Held, MemoryPlan, Working, make_memory_plan
+from entrenar.training.memory_plan import HEAP, Held, MemoryPlan, Working, make_memory_plan
 from entrenar.training.state import Plan
 
 _MOST_TOKENS = 4096  # beyond, a larger micro-batch gains nothing
 _USABLE = 0.9  # of what is available: the estimate is not exact, and others live on the machine
 _AT_WORK = 24 << 20  # buffers of MKL, oneDNN and our kernels (measured)
+_AT_WORK_GPU = 32 << 20  # cuBLAS' (torch's setting for Hopper)
+_GPU_DECODING = 10  # bytes a weight while ops/dequantize_codebook.py decodes it: an index, and two float32 values
 _COUNTED = 1000  # batches whose layout is looked at
 
 
@@ -47,43 +49,50 @@ def plan_memory(
     """
     model.train()
     kept = {choice: kept_per_token(model, choice) for choice in ladder(model)}
-    working = Working(layers=len(decoder_layers(model)), kept=kept, logits=_logit_bytes(model), scratch=_scratch(model))
-    held, budget = held_bytes(model, libraries), memory_budget(section)
+    working = Working(
+        layers=len(decoder_layers(model)),
+        kept=kept,
+        logits=_logit_bytes(model),
+        scratch=_scratch(model),
+        heap=HEAP if model.device.type == "cpu" else 1.0,
+    )
+    held, budget = held_bytes(model, libraries), memory_budget(section, model.device)
     tokens = _tokens(section, data, plan, chosen)
     found = make_memory_plan(held, working, tokens, budget, least=section.memory == "min")
     if not found.fits:
         raise InputError(
             f"training needs about {found.total:,} bytes with everything recomputed and {found.micro_batch} rows at a "
-            f"time, but {_source(section)} {found.budget or 0:,}: give it more, or lower data.max_length, "
-            "training.micro_batch or lora.rank"
+            f"time, but {_source(section, model.device)} {found.budget or 0:,}: give it more, or lower "
+            "data.max_length, training.micro_batch or lora.rank"
         )
     return found
 
 
 def load_adapted(config: RunConfig, source: ModelSource) -> tuple[PreTrainedModel, int]:
-    """The model of a config with fresh adapters, and the bytes that the process held before: its libraries.
+    """The model of a config with fresh adapters, and the bytes that were held where it computes before: libraries.
 
     Raises:
         InputError: its weights alone exceed what may be held; nothing was loaded.
     """
     section = config.model
-    dtype = resolve_dtype(section.dtype)
-    _refuse_large(source, config, dtype)  # imports the architecture's code, too
-    libraries = anonymous_bytes()
+    device = resolve_device(section.device)
+    dtype = resolve_dtype(section.dtype, device)
+    _refuse_large(source, config, dtype, device)  # imports the architecture's code, too
+    libraries = used_bytes(device)
     model = load_source(
-        source, section.quantize, section.double_quant, section.block_size, dtype, search=section.search
+        source, section.quantize, section.double_quant, section.block_size, dtype, search=section.search, device=device
     )
     torch.manual_seed(config.training.seed)
     attach(model, config.lora.spec(), weights_of(source))
     return model, libraries
 
 
-def memory_budget(section: TrainingSection) -> int | None:
-    """Anonymous bytes that the process may hold in all."""
+def memory_budget(section: TrainingSection, device: torch.device) -> int | None:
+    """Bytes that the process may hold in all where the model computes."""
     if isinstance(section.memory, int):
         return section.memory
-    free = available_bytes()
-    return None if free is None else round(_USABLE * (free + anonymous_bytes()))
+    free = free_bytes(device)
+    return None if free is None else round(_USABLE * (free + used_bytes(device)))
 
 
 def held_bytes(model: nn.Module, libraries: int) -> Held:
@@ -95,15 +104,17 @@ def held_bytes(model: nn.Module, libraries: int) -> Held:
         for tensors in (model.parameters(), model.buffers())
         for tensor in tensors
     }
-    taken = [factor for _, layer in adapted_layers(model) for factor in layer.taken or ()]
+    layers = [layer for _, layer in adapted_layers(model)]
+    taken = [factor for layer in layers for factor in layer.taken or () if factor.device == layer.lora_a.device]
     base = sum(storages.values()) - adapter + sum(factor.numel() * factor.element_size() for factor in taken)
     return Held(
         libraries=libraries, base=base, adapter=adapter, gradients=adapter, optimizer=2 * adapter + 4 * len(factors)
     )
 
 
-def _source(section: TrainingSection) -> str:
-    return "training.memory allows" if isinstance(section.memory, int) else "this machine has only"
+def _source(section: TrainingSection, device: torch.device) -> str:
+    where = "machine" if device.type == "cpu" else "GPU"
+    return "training.memory allows" if isinstance(section.memory, int) else f"this {where} has only"
 
 
 def _tokens(section: TrainingSection, data: PreparedData, plan: Plan, chosen: int) -> dict[int, int]:
@@ -130,21 +141,27 @@ def _sizes(section: TrainingSection) -> Iterable[int]:
 
 
 def _logit_bytes(model: PreTrainedModel) -> int:
-    """A plain head writes a chunk's gradient over its logits; another has both, and what autograd holds of them."""
+    """Of one chunk of the loss: logits over which the gradient is written, and what else is made of them."""
     whole = _MOST_TOKENS * vocabulary_size(model) * model.dtype.itemsize
-    return min(LOGIT_BYTES, whole) * (1 if type(output_head(model)) is nn.Linear else 3)
+    if model.device.type != "cpu":
+        copies = 1 + 2 * torch.float32.itemsize / model.dtype.itemsize  # z and its softmax in float32
+    else:
+        copies = 1 if type(output_head(model)) is nn.Linear else 3  # autograd has both, and holds some of them
+    return round(min(LOGIT_BYTES, whole) * copies)
 
 
 def _scratch(model: PreTrainedModel) -> int:
-    """Of the libraries' and our kernels at work; and the largest of the weights that are decoded whole."""
-    weights = (module.linear_weight() for module in model.modules() if isinstance(module, QuantizedLinear))
-    decoded = [weight.shape[0] * weight.shape[1] for weight in weights if isinstance(weight, DecodedWeight)]
-    return _AT_WORK + max(decoded, default=0) * model.dtype.itemsize
+    """Of the libraries and our kernels at work; and of the largest of the weights that are decoded whole."""
+    weights = [module.linear_weight() for module in model.modules() if isinstance(module, QuantizedLinear)]
+    on_gpu = model.device.type != "cpu"
+    decoded = [weight.shape[0] * weight.shape[1] for weight in weights if on_gpu or isinstance(weight, DecodedWeight)]
+    each = model.dtype.itemsize + (_GPU_DECODING if on_gpu else 0)
+    return (_AT_WORK_GPU if on_gpu else _AT_WORK) + max(decoded, default=0) * each
 
 
-def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype) -> None:
+def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
     base_bytes = _base_bytes(build_on_meta(source, dtype), source, config.model, dtype)
-    budget = memory_budget(config.training)
+    budget = memory_budget(config.training, device)
     if budget is not None and base_bytes > budget:
         raise InputError(
             f"the weights of {config.model.path} alone take {base_bytes:,} bytes as {config.model.quantize}, and "

@@ -54,8 +54,9 @@ def open_run_directory(config: RunConfig) -> RunDirectory:
 
 
 def _differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, in what makes the run's numbers; printing and memory do not."""
-    left, right = (_flat(config.model_dump(exclude={"log": True, "training": {"memory"}})) for config in (old, new))
+    """Dotted keys whose values differ, in what makes the run's numbers; printing, memory and the device do not."""
+    aside: Any = {"log": True, "training": {"memory"}, "model": {"device"}}
+    left, right = (_flat(config.model_dump(exclude=aside)) for config in (old, new))
     return [key for key in right if left.get(key) != right[key]]
 
 

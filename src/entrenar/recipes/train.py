@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.atomic import write_text
 from entrenar.core.config import load_config
-from entrenar.core.memory import PeakMemory
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import trained_parameters
 from entrenar.models.activations import set_keep
+from entrenar.models.compute import resolve_device
+from entrenar.models.device_memory import peak_memory
 from entrenar.models.isolation import isolates_documents
 from entrenar.models.source import ModelSource, open_source
 from entrenar.optim.adamw import make_adamw
@@ -40,8 +41,8 @@ def _ignore(_: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run left; losses in nats per target token, memory: peak anonymous bytes of the process, as
-    measured and as planned."""
+    """What a finished run left; losses in nats per target token, memory: peak bytes where it ran
+    (models/device_memory.py), as measured and as planned."""
 
     run_dir: str
     adapter: str
@@ -77,7 +78,7 @@ def train(
         say(f"{directory.path} is a finished run of this config; nothing to do")
         return TrainResult(**json.loads((directory.path / RESULT_NAME).read_text(encoding="utf-8")))
     started = time.monotonic()
-    with PeakMemory() as memory:
+    with peak_memory(resolve_device(settings.model.device)) as memory:
         ran = _run(settings, directory, on_step, say)
     state = ran.state
     result = TrainResult(
@@ -108,8 +109,12 @@ def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) 
     data = prepare_data(config, source.tokenizer)
     say(describe(data, config.data.train))
     model, libraries = load_adapted(config, source)
+    where = "machine"
+    if model.device.type == "cuda":
+        where = "GPU"
+        say(f"computing on {torch.cuda.get_device_name(model.device)}")
     if config.model.dtype == "auto" and model.dtype is torch.float32:
-        say("computing in float32: this machine has no native bfloat16")
+        say(f"computing in float32: this {where} has no native bfloat16")
     plan = make_plan(config, data)
     if plan.pack_to and not isolates_documents(model):
         say(f"no packing: {type(model).__name__} mixes documents that share a row, so each gets a row of its own")

@@ -82,8 +82,9 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _set_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in tensors.items():
-        parameter, _, key = name.rpartition("|")
-        optimizer.state[parameters[parameter]][key] = value
+        owner, _, key = name.rpartition("|")
+        parameter = parameters[owner]
+        optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def _by_step(directory: Path, prefix: str) -> list[Path]:

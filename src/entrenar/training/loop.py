@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from entrenar.core.errors import EntrenarError, StoppedError
-from entrenar.core.memory import anonymous_bytes
 from entrenar.core.run_log import MetricsLog
 from entrenar.data.batches import batch_rows, micro_batches
 from entrenar.data.dataset import Dataset, PreparedData
+from entrenar.models.device_memory import used_bytes
 from entrenar.models.forward import target_loss
 from entrenar.optim.schedule import learning_rate_factor
 from entrenar.training.checkpoint import BEST, STEP, drop_older, load_factors, save_checkpoint
@@ -131,7 +131,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             tokens_per_s=(state.tokens - self._first_tokens) / seconds,
             seconds_left=seconds / (state.step - self._first_step) * (plan.total_steps - state.step),
-            memory_bytes=anonymous_bytes(),
+            memory_bytes=used_bytes(self._model.device),
             eval_loss=evaluated,
         )
 

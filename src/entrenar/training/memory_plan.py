@@ -15,7 +15,7 @@ from entrenar.ops.residual_blocks import Keep
 _AGAIN = {Keep.ALL: 0.0, Keep.DEAR: 0.03, Keep.NOTHING: 0.28}
 _WORDS = {Keep.DEAR: "keep only what is dear to compute again", Keep.NOTHING: "keep their input alone"}
 # What a heap that is cut up by tensors of many sizes takes for each byte of them (measured with glibc 2.36).
-_HEAP = 1.15
+HEAP = 1.15
 _OVERHEAD_TOKENS = 96  # what a micro-batch costs beside its tokens: decoding all weights
 
 
@@ -41,12 +41,14 @@ class Working:
 
     kept: bytes a token between forward and backward if all `layers` keep that much, from the fastest to the leanest.
     logits: of one chunk of the loss, bytes at most. scratch: of the kernels, whatever the batch.
+    heap: what the allocator takes for each byte.
     """
 
     layers: int
     kept: Mapping[Keep, int]
     logits: int
     scratch: int
+    heap: float = HEAP
 
     def of_layers(self, keep: Sequence[Keep]) -> float:
         """Bytes a token that are held when the backward begins."""
@@ -124,10 +126,10 @@ def make_memory_plan(
 def _plan(
     held: Held, working: Working, micro_batch: int, tokens: int, keep: tuple[Keep, ...], budget: int | None
 ) -> MemoryPlan:
-    moment = max(working.logits, _HEAP * tokens * working.of_a_moment(keep))
+    moment = max(working.logits, working.heap * tokens * working.of_a_moment(keep))
     return MemoryPlan(
         micro_batch=micro_batch, tokens=tokens, keep=keep, held=held,
-        activations=round(_HEAP * tokens * working.of_layers(keep)), working=round(moment + working.scratch),
+        activations=round(working.heap * tokens * working.of_layers(keep)), working=round(moment + working.scratch),
         budget=budget,
     )  # fmt: skip
 
