@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import entrenar
+from entrenar.core.errors import InputError
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.merging.registry import METHODS
+from entrenar.recipes import export as export_recipe
 from entrenar.recipes.export import export
-from entrenar.recipes.merge import REPORT_NAME
+from entrenar.recipes.merge_export import REPORT_NAME
 
 
 @pytest.fixture
@@ -127,3 +129,79 @@ def test_the_types_of_a_quantized_directory_are_those_it_stands_for(tiny_model_d
         {"merge_method": "linear", "models": [{"model": packed, "parameters": {"weight": 1.0}}]}, tmp_path / "merged"
     )
     assert {tensor.dtype for tensor in outlook.tensors} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("type", ["f16", "q8_0"])
+def test_a_merge_into_a_gguf_is_the_merged_directory_exported(
+    tiny_model_dir: Path, neighbour: str, tmp_path: Path, type: str
+) -> None:
+    asked = config(tiny_model_dir, neighbour)
+    report = entrenar.merge(asked, tmp_path / "merged.gguf", to="gguf", type=type)
+    assert entrenar.merge(asked, tmp_path / "merged") == report
+    export(str(tmp_path / "merged"), tmp_path / "expected.gguf", to="gguf", type=type)
+    found, expected = (entrenar.inspect(tmp_path / f"{name}.gguf") for name in ("merged", "expected"))
+    assert found.tensors == expected.tensors
+    assert found.metadata | {"general.name": ""} == expected.metadata | {"general.name": ""}
+    assert json.loads(str(found.metadata["entrenar.merge"]))["method"] == "ties"
+    assert (tmp_path / "merged.gguf").read_bytes()[-4096:] == (tmp_path / "expected.gguf").read_bytes()[-4096:]
+    assert json.loads((tmp_path / f"merged.{REPORT_NAME}").read_text())["of"] == "task vectors"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_merge_into_nf4_is_a_directory_that_says_where_it_is_from(
+    tiny_model_dir: Path, neighbour: str, tmp_path: Path
+) -> None:
+    asked = config(tiny_model_dir, neighbour)
+    entrenar.merge(asked, tmp_path / "packed", type="nf4")
+    entrenar.merge(asked, tmp_path / "merged")
+    export(str(tmp_path / "merged"), tmp_path / "expected", type="nf4")
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "expected"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "entrenar.merge" in entrenar.inspect(tmp_path / "packed").metadata
+    assert {REPORT_NAME, "README.md", "tokenizer.json"} <= {file.name for file in (tmp_path / "packed").iterdir()}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_export_that_was_stopped_takes_up_what_was_merged(
+    tiny_model_dir: Path, neighbour: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, output = config(tiny_model_dir, neighbour), tmp_path / "merged.gguf"
+    merged: list[int] = []
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def note(done: int, _: int) -> None:
+        merged.append(done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_recipe, "export", stop)
+        with pytest.raises(KeyboardInterrupt):
+            entrenar.merge(asked, output, to="gguf", progress=note)
+    assert not output.exists()
+    first = len(merged)
+    report = entrenar.merge(asked, output, to="gguf", progress=note)
+    assert len(merged) == first  # nothing was merged again
+    assert report.kinds
+    with monkeypatch.context() as patch:
+        patch.setattr(export_recipe, "export", stop)
+        with pytest.raises(KeyboardInterrupt):
+            entrenar.merge(asked, tmp_path / "other.gguf", to="gguf", seed=1, progress=note)
+    entrenar.merge(asked, tmp_path / "other.gguf", to="gguf", seed=2, progress=note)
+    assert json.loads(str(entrenar.inspect(tmp_path / "other.gguf").metadata["entrenar.merge"]))["seed"] == 2
+
+
+@pytest.mark.parametrize(("to", "type", "message"), [
+    ("gguf", "q9", "gguf has no type 'q9'"),
+    ("onnx", None, "cannot export to 'onnx'"),
+    ("gguf-adapter", None, "a merge makes a whole model"),
+    ("safetensors", "bf16", "set out_dtype there"),
+])  # fmt: skip
+def test_a_target_that_is_not_there_is_refused_before_anything_is_merged(
+    tiny_model_dir: Path, neighbour: str, tmp_path: Path, to: str, type: str | None, message: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    for run in (entrenar.merge, entrenar.merge.plan):
+        with pytest.raises(InputError, match=message):
+            run(config(tiny_model_dir, neighbour), tmp_path / "out", to=to, type=type)
+    assert sorted(tmp_path.iterdir()) == before

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 def merge(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML config, in mergekit's words.")],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="New directory.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="New directory, or a file for gguf.")],
+    to: Annotated[str, typer.Option(help="safetensors (a Hugging Face directory) or gguf (one file).")] = "safetensors",
+    type: Annotated[
+        str | None,
+        typer.Option(help="safetensors: nf4; gguf: as for export [default: the config's dtype; gguf: f16]."),
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Read headers only, say what would be done.")] = False,
     seed: Annotated[int, typer.Option(help="Of the random masks of dare and della.")] = 0,
     shard_size: Annotated[float, typer.Option(help="Most GB in one file.", min=0.001)] = 5.0,
@@ -24,7 +29,7 @@ def merge(
 
     max_shard_bytes = int(shard_size * 1e9)
     if plan:
-        _show_plan(run.plan(config, output, max_shard_bytes=max_shard_bytes))
+        _show_plan(run.plan(config, output, to=to, type=type, max_shard_bytes=max_shard_bytes))
         return
     last = 0
 
@@ -35,7 +40,7 @@ def merge(
             last = tenth
             typer.echo(f"{human_bytes(done)} of {human_bytes(size)}")
 
-    _show_report(run(config, output, seed=seed, max_shard_bytes=max_shard_bytes, progress=progress))
+    _show_report(run(config, output, to=to, type=type, seed=seed, max_shard_bytes=max_shard_bytes, progress=progress))
     typer.echo(f"wrote {output}")
 
 
@@ -47,8 +52,12 @@ def _show_plan(outlook: "MergeOutlook") -> None:
         f"{outlook.method}: {len(outlook.tensors)} tensors from {human_bytes(outlook.input_bytes)} into "
         f"{human_bytes(outlook.output_bytes)} in {outlook.files} file{'s' if outlook.files > 1 else ''}; "
         f"about {human_bytes(outlook.memory_bytes)} of memory beside the libraries, about "
-        f"{human_seconds(outlook.seconds)}; nothing was written"
+        f"{human_seconds(outlook.seconds)}{_then(outlook)}; nothing was written"
     )
+
+
+def _then(outlook: "MergeOutlook") -> str:
+    return f"; then exported as {outlook.exported_as}, the merged files removed" if outlook.exported_as else ""
 
 
 def _inputs(tensor: "PlannedTensor") -> str:

@@ -88,7 +88,8 @@ def export_streamed(
     if type in FOUR_BIT and base == "dequantized" and not lossy:
         _refuse_loss(writer)
     with atomic_directory(directory) as temporary:
-        write_checkpoint(temporary, writer.tensors(), FLOATS.get(type, torch.bfloat16), max_shard_bytes)
+        dtype = FLOATS.get(type, torch.bfloat16)
+        write_checkpoint(temporary, writer.tensors(), dtype, max_shard_bytes, source.provenance)
         report = Fidelity(base, type, writer.measured)
         (temporary / REPORT_NAME).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
         _write_config(temporary, source, model, type)

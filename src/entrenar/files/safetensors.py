@@ -45,7 +45,8 @@ class TensorInfo:
 
 
 class SafetensorsCheckpoint:
-    """The tensors of a directory (`model.safetensors`, or shards with an index) or of one file: `tensors`, by name.
+    """The tensors of a directory (`model.safetensors`, or shards with an index) or of one file: `tensors`, by name; and
+    the free-form `metadata` of its files.
 
     Raises:
         InputError: no such file, or a header that does not fit its file.
@@ -53,8 +54,11 @@ class SafetensorsCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         for file in _checkpoint_files(path):
-            self.tensors |= _read_header(file)
+            tensors, metadata = _read_header(file)
+            self.tensors |= tensors
+            self.metadata |= metadata
 
     def names(self) -> list[str]:
         """Every tensor's name."""
@@ -75,14 +79,14 @@ class SafetensorsCheckpoint:
         return self.stored(name).read()
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with _reading(path), path.open("rb") as file:
         version = FileVersion.of(path, file.fileno())
         with safe_open(path, framework="pt") as handle:  # checks dtypes, shapes and offsets against the file's size
             names = list(handle.keys())
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length).decode("utf-8"))
-    return {name: _tensor_info(version, 8 + length, header[name]) for name in names}
+    return {name: _tensor_info(version, 8 + length, header[name]) for name in names}, header.get("__metadata__", {})
 
 
 def _tensor_info(file: FileVersion, data_start: int, entry: dict[str, Any]) -> TensorInfo:
@@ -170,17 +174,24 @@ def write_index(directory: Path, weight_map: Mapping[str, str], total_bytes: int
     (directory / INDEX_NAME).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def write_checkpoint(directory: Path, tensors: Sequence[LazyTensor], dtype: torch.dtype, max_shard_bytes: int) -> None:
+def write_checkpoint(
+    directory: Path,
+    tensors: Sequence[LazyTensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` (or one tensor) with their index.
 
     Args:
         tensors: made and written one at a time, converted to `dtype` (float32, float16 or bfloat16) or to their own.
+        metadata: goes into the header of every file.
     """
     sizes = [tensor.bytes_as(dtype) for tensor in tensors]
     shards = split_shards(tensors, sizes, max_shard_bytes)
     names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        write_file(directory / name, shard, dtype)
+        write_file(directory / name, shard, dtype, metadata)
     if len(shards) > 1:
         weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         write_index(directory, weight_map, sum(sizes))

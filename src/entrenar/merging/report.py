@@ -44,6 +44,14 @@ class MergeReport:
         """For merge-report.json."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "MergeReport":
+        """The report that a merge has left."""
+        kinds = [
+            KindRow(**{**row, "parents": [ParentRow(**each) for each in row["parents"]]}) for row in found["kinds"]
+        ]
+        return cls(found["of"], kinds, found["remarks"])
+
 
 def make_report(plan: MergePlan, notes: dict[str, Any]) -> MergeReport:
     """From the statistics of every tensor (merging/execute.py's `_Watch`)."""

@@ -1,9 +1,9 @@
 """Where a model's config, tokenizer and weights come from: a Hugging Face directory or id, or a GGUF file."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
@@ -36,7 +36,11 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Everything needed to build a model; `path` is the directory or file."""
+    """Everything needed to build a model; `path` is the directory or file.
+
+    `provenance`: what entrenar noted in its files on how it was made (a merge's inputs, say), for whatever is made of
+    it.
+    """
 
     path: Path
     config: PretrainedConfig
@@ -44,6 +48,7 @@ class ModelSource:
     weights: Weights
     generation: GenerationConfig | None = None
     blocks: "GGUFWeights | None" = None  # the same weights as the file holds them, for a GGUF
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -81,11 +86,17 @@ def _open_directory(path: str) -> ModelSource:
         generation = GenerationConfig.from_pretrained(directory) if has_generation else None
     make_tokenizer = partial(AutoTokenizer.from_pretrained, directory, trust_remote_code=False)
     checkpoint = SafetensorsCheckpoint(directory)
+    made = _provenance(checkpoint.metadata)
     if not is_bitsandbytes(checkpoint.names()):
-        return ModelSource(directory, config, make_tokenizer, checkpoint, generation)
+        return ModelSource(directory, config, make_tokenizer, checkpoint, generation, provenance=made)
     if hasattr(config, "quantization_config"):  # what transformers would load them with
         delattr(config, "quantization_config")
-    return ModelSource(directory, config, make_tokenizer, BitsandbytesWeights(checkpoint), generation)
+    weights = BitsandbytesWeights(checkpoint)
+    return ModelSource(directory, config, make_tokenizer, weights, generation, provenance=made)
+
+
+def _provenance(metadata: Mapping[str, object]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key.startswith("entrenar.") and isinstance(value, str)}
 
 
 def local_directory(path: str) -> Path:
@@ -118,7 +129,8 @@ def _open_gguf(path: Path) -> ModelSource:
     config._name_or_path = str(path)
     weights = GGUFWeights(file, config, family_of(config))
     make_tokenizer = partial(tokenizer_from_metadata, file.metadata, str(path))
-    return ModelSource(path, config, make_tokenizer, weights, blocks=weights)
+    made = _provenance(file.metadata)
+    return ModelSource(path, config, make_tokenizer, weights, blocks=weights, provenance=made)
 
 
 class GGUFWeights:

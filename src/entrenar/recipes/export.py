@@ -56,12 +56,7 @@ def export(
     Raises:
         InputError: an unknown kind or type, a taken output, or a model or adapter that cannot be written so.
     """
-    output = Path(output)
-    if to not in _TYPES:
-        raise InputError(f"cannot export to {to!r}: choose {' or '.join(_TYPES)}")
-    type = type or _TYPES[to][0]
-    if type not in _TYPES[to]:
-        raise InputError(f"{to} has no type {type!r} here: choose {', '.join(_TYPES[to])}")
+    output, type = Path(output), chosen_type(to, type)
     refuse_existing(output)
     if to != "safetensors" and (base or lossy or text):
         raise InputError(f"base, lossy and text are for safetensors, not for {to}: leave them out")
@@ -82,6 +77,16 @@ def export(
             model, output, adapter=adapter, type=type, quantize=quantize, base=base, lossy=lossy, text=text
         )
     return output
+
+
+def chosen_type(to: str, type: str | None) -> str:
+    """The type of an export, the kind's first one if none is named; InputError for a kind or type that is not there."""
+    if to not in _TYPES:
+        raise InputError(f"cannot export to {to!r}: choose {' or '.join(_TYPES)}")
+    type = type or _TYPES[to][0]
+    if type not in _TYPES[to]:
+        raise InputError(f"{to} has no type {type!r} here: choose {', '.join(_TYPES[to])}")
+    return type
 
 
 def _gguf(
@@ -110,9 +115,9 @@ def _gguf(
 
 
 def _keys(source: ModelSource) -> Metadata:
-    """A GGUF's own keys, or those that say what a Hugging Face directory says."""
+    """A GGUF's own keys, or those that say what a Hugging Face directory says, and where it is from."""
     if source.blocks is None:
-        return metadata(source.config, source.tokenizer)
+        return metadata(source.config, source.tokenizer) | source.provenance
     return copied_metadata(source.blocks.raw_metadata)
 
 

@@ -71,8 +71,7 @@ def inspect(path: str | Path) -> Inspection:
         return _adapter(path)
     if path.is_dir() or path.suffix == ".safetensors":
         checkpoint = SafetensorsCheckpoint(path)
-        first = next((info.file.path for info in checkpoint.tensors.values()), None)
-        return Inspection("safetensors", read_metadata(first) if first else {}, _safetensors_rows(checkpoint))
+        return Inspection("safetensors", checkpoint.metadata, _safetensors_rows(checkpoint))
     raise InputError(f"{path} is not a .gguf or .safetensors file, a model directory or an adapter directory")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import entrenar
-from entrenar.core.atomic import refuse_existing
 from entrenar.merging.config import read_merge_config
 from entrenar.merging.directory import write_model_files
 from entrenar.merging.execute import Progress, execute, working, working_directory
@@ -18,9 +17,16 @@ from entrenar.merging.plan import MergePlan, PlannedTensor, make_plan
 from entrenar.merging.registry import METHODS
 from entrenar.merging.report import MergeReport, make_report
 from entrenar.merging.stack import PIECE_ELEMENTS
+from entrenar.recipes.merge_export import (
+    REPORT_NAME,
+    check_architecture,
+    check_target,
+    export_merged,
+    finished,
+    merged_directory,
+)
 
 MAX_SHARD_BYTES = 5 * 10**9
-REPORT_NAME = "merge-report.json"
 _BYTES_PER_SECOND = 400e6  # of inputs and result together, on two cores; only for the plan's guess
 
 
@@ -30,7 +36,7 @@ class MergeOutlook:
 
     Attributes:
         tensors: with method and inputs. files, output_bytes: of the result. memory_bytes: of pieces, the libraries
-            apart. seconds: a guess.
+            apart. seconds: a guess. exported_as: kind and type of a result that the merged files are then exported to.
     """
 
     method: str
@@ -40,6 +46,7 @@ class MergeOutlook:
     output_bytes: int
     memory_bytes: int
     seconds: float
+    exported_as: str | None
 
 
 class Merge:
@@ -55,44 +62,55 @@ class Merge:
         config: str | Path | dict[str, Any],
         output: str | Path,
         *,
+        to: str = "safetensors",
+        type: str | None = None,
         seed: int = 0,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         progress: Progress = lambda _done, _all: None,
     ) -> MergeReport:
-        """Merge into a new Hugging Face directory; stopped at any moment, the same call goes on to the same bytes.
+        """Merge into a new model; stopped at any moment, the same call goes on to the same bytes.
 
         Args:
             config: a mergekit YAML, or its content as a dict.
+            to, type: a Hugging Face directory in the config's dtype, or as `export` writes it: "gguf" in any of its
+                types, "safetensors" as "nf4". The merge is then on the disk beside it meanwhile.
             seed: of the random masks of dare and della.
 
         Raises:
             InputError: a config or models that are refused, or a taken output. EntrenarError: the disk is full.
         """
         output = Path(output)
-        refuse_existing(output)
-        parsed, text = read_merge_config(config)
-        plan = make_plan(parsed)
-        metadata = _provenance(plan, text, seed)
-        with working(output) as directory:
-            files = OutputFiles(directory, plan.tensors, max_shard_bytes, metadata)
-            notes = execute(plan, files, _digest(plan, files, seed), seed, progress)
-            report = make_report(plan, notes)
-            write_model_files(directory, plan, parsed.chat_template, _readme(output.name, plan, text, metadata))
-            (directory / REPORT_NAME).write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+        chosen = check_target(output, to, type)
+        opened = _open(config, seed)
+        if chosen is None:
+            return _merge(opened, output, max_shard_bytes, progress)
+        check_architecture(opened.plan, to)
+        directory = merged_directory(output)
+        report = finished(directory, opened.metadata) or _merge(opened, directory, max_shard_bytes, progress)
+        export_merged(directory, output, to, chosen)
         return report
 
     def plan(
-        self, config: str | Path | dict[str, Any], output: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        config: str | Path | dict[str, Any],
+        output: str | Path,
+        *,
+        to: str = "safetensors",
+        type: str | None = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> MergeOutlook:
         """Read headers only; everything that would be refused is refused here too."""
-        refuse_existing(Path(output))
-        parsed, text = read_merge_config(config)
-        plan = make_plan(parsed)
-        files = OutputFiles(working_directory(Path(output)), plan.tensors, max_shard_bytes, _provenance(plan, text, 0))
+        chosen = check_target(Path(output), to, type)
+        opened = _open(config, seed=0)
+        plan = opened.plan
+        if chosen is not None:
+            check_architecture(plan, to)
+        files = OutputFiles(working_directory(Path(output)), plan.tensors, max_shard_bytes, opened.metadata)
         inputs = sum(tensor.input_bytes for tensor in plan.tensors)
         return MergeOutlook(
             method=plan.method.name, tensors=plan.tensors, files=len(files.names), input_bytes=inputs,
             output_bytes=files.bytes, memory_bytes=_memory(plan), seconds=(inputs + files.bytes) / _BYTES_PER_SECOND,
+            exported_as=None if chosen is None else f"{to} {chosen}",
         )  # fmt: skip
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -108,6 +126,36 @@ class Merge:
 
 
 merge = Merge()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A merge that is about to be done; `metadata`: its provenance."""
+
+    plan: MergePlan
+    text: str
+    chat_template: str | None
+    seed: int
+    metadata: dict[str, str]
+
+
+def _open(config: str | Path | dict[str, Any], seed: int) -> _Opened:
+    parsed, text = read_merge_config(config)
+    plan = make_plan(parsed)
+    return _Opened(plan, text, parsed.chat_template, seed, _provenance(plan, text, seed))
+
+
+def _merge(opened: _Opened, output: Path, max_shard_bytes: int, progress: Progress) -> MergeReport:
+    """Write the Hugging Face directory."""
+    plan, seed = opened.plan, opened.seed
+    with working(output) as directory:
+        files = OutputFiles(directory, plan.tensors, max_shard_bytes, opened.metadata)
+        notes = execute(plan, files, _digest(plan, files, seed), seed, progress)
+        report = make_report(plan, notes)
+        readme = _readme(output.name, plan, opened.text, opened.metadata)
+        write_model_files(directory, plan, opened.chat_template, readme)
+        (directory / REPORT_NAME).write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+    return report
 
 
 def _memory(plan: MergePlan) -> int:
