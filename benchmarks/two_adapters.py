@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 from _timing import Row, arguments, report
+from transformers import AutoTokenizer
 
 import entrenar
 from entrenar.core.config import load_config
@@ -29,7 +30,10 @@ WAYS = {
     "linear": {"weight": 0.5},
     "task_arithmetic": {"weight": 1.0},
     "ties": {"weight": 1.0, "density": 0.5},
+    "fisher": {"weight": 1.0},
+    "regmean": {"weight": 1.0},
 }
+MEASURED = ("fisher", "regmean")  # each adapter on its own training rows
 
 
 def words(number: int) -> str:
@@ -52,11 +56,29 @@ def number_rows(count: int, held_out: int) -> tuple[list[str], list[str]]:
     return rows[:count], rows[count:]
 
 
-def merged(way: str, base: Path, adapters: list[str], folder: Path) -> Path:
-    """The two adapters over the base, merged."""
-    models = [{"model": f"{base}+{adapter}", "parameters": WAYS[way]} for adapter in adapters]
+def as_text(rows: Path, base: Path) -> Path:
+    """The rows of a file as the model reads them, one after the other, in a text file beside the base."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}],
+            tokenize=False,
+        )
+        for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines())
+    ]
+    file = base.with_name(f"{rows.stem}.txt")
+    file.write_text("".join(texts), encoding="utf-8")
+    return file
+
+
+def merged(way: str, base: Path, adapters: dict[str, Path], folder: Path) -> Path:
+    """The two adapters (each with its text) over the base, merged."""
+    models = [
+        {"model": f"{base}+{adapter}", "parameters": WAYS[way] | ({"text": str(text)} if way in MEASURED else {})}
+        for adapter, text in adapters.items()
+    ]
     config: dict[str, object] = {"merge_method": way, "dtype": "bfloat16", "models": models}
-    if way != "linear":
+    if way not in ("linear", *MEASURED):
         config["base_model"] = str(base)
     (folder / f"{way}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     entrenar.merge(str(folder / f"{way}.yaml"), str(folder / way))
@@ -80,13 +102,14 @@ def main() -> None:
         files = [folder / "numbers.jsonl", folder / "numbers-held-out.jsonl"]
         for file, rows in zip(files, number_rows(480, 64), strict=True):
             file.write_text("\n".join(rows) + "\n", encoding="utf-8")
-        held_out, adapters = [HELD_OUT, files[1]], []
+        held_out = [HELD_OUT, files[1]]
+        adapters: dict[str, Path] = {}
         for task, data in (("commands", ROOT / config.data.train), ("numbers", files[0])):
             changes = {
                 "output": str(folder / task), "model.path": str(base), "model.quantize": "none",
                 "data.train": str(data), "training.seed": 1,
             }  # fmt: skip
-            adapters.append(entrenar.train(QUICKSTART, changes).adapter)
+            adapters[entrenar.train(QUICKSTART, changes).adapter] = as_text(data, base)
         alone = [exact_matches(base, held_out, adapter) for adapter in adapters]
         print(f"commands' adapter: {alone[0]}, numbers': {alone[1]} (commands, numbers)")
         kept = {way: exact_matches(merged(way, base, adapters, folder), held_out) for way in WAYS}

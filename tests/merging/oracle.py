@@ -150,3 +150,17 @@ def arcee_fusion(model: Array, base: Array) -> Array:
     first, median, third = np.quantile(ordered, [0.25, 0.5, 0.75], method="lower")
     limit = median + 1.5 * (third - first)
     return base + (model - base) * (scores >= limit)
+
+
+def fisher(models: list[Array], information: list[Array], weight: Weights) -> Array:
+    shares = [w * f for w, f in zip(weight, information, strict=True)]
+    total = np.sum([share * model for share, model in zip(shares, models, strict=True)], axis=0)
+    divisor = np.sum(shares, axis=0)
+    return np.where(divisor > 0, total / np.where(divisor > 0, divisor, 1), linear(models, weight))
+
+
+def regmean(models: list[Array], products: list[Array], weight: Weights, alpha: float) -> Array:
+    smoothed = [alpha * g + (1 - alpha) * np.diag(np.diag(g)) for g in products]
+    right = np.sum([w * model @ g for w, model, g in zip(weight, models, smoothed, strict=True)], axis=0)
+    left = np.sum([w * g for w, g in zip(weight, smoothed, strict=True)], axis=0)
+    return np.asarray(np.linalg.solve(left, right.T).T)

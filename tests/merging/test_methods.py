@@ -32,6 +32,23 @@ def on(
     return lambda models, base: finish(base, [sparse(d, *arguments) for d in deltas(models, base)], W, **options)
 
 
+def measured(columns: int | None = None) -> list[Tensor]:
+    """Statistics of three models: squares in the tensors' shape with zeros among them, or products of inputs."""
+    generator = torch.Generator().manual_seed(9)
+    if columns is None:
+        squares = [torch.randn(SHAPE, generator=generator).square() for _ in range(3)]
+        return [square * (torch.arange(SHAPE[1]) % 5 > 0) for square in squares]
+    inputs = [torch.randn(3 * columns, columns, generator=generator) for _ in range(3)]
+    return [x.T @ x / len(x) for x in inputs]
+
+
+SQUARES, PRODUCTS = measured(), measured(SHAPE[1])
+
+
+def wide(tensors: list[Tensor]) -> list[oracle.Array]:
+    return [tensor.double().numpy() for tensor in tensors]
+
+
 # method, models, with a base, its parameters, the oracle
 CASES: list[tuple[str, int, bool, dict[str, Any], Oracle]] = [
     ("linear", 3, False, {"weight": W}, lambda m, _: oracle.linear(m, W)),
@@ -68,6 +85,11 @@ CASES: list[tuple[str, int, bool, dict[str, Any], Oracle]] = [
     ("nearswap", 1, True, {"t": 0.02}, lambda m, base: oracle.nearswap(m[0], base, 0.02)),
     ("arcee_fusion", 1, True, {}, lambda m, base: oracle.arcee_fusion(m[0], base)),
     ("ram", 3, True, {"epsilon": 0.05}, lambda m, base: oracle.ram(m, base, 0.05)),
+    ("fisher", 3, False, {"weight": W, "statistics": SQUARES}, lambda m, _: oracle.fisher(m, wide(SQUARES), W)),
+    ("regmean", 3, False, {"weight": W, "statistics": PRODUCTS},
+     lambda m, _: oracle.regmean(m, wide(PRODUCTS), W, 0.9)),
+    ("regmean", 3, False, {"weight": W, "statistics": PRODUCTS, "alpha": 0.2},
+     lambda m, _: oracle.regmean(m, wide(PRODUCTS), W, 0.2)),
 ]  # fmt: skip
 every_case = pytest.mark.parametrize(
     ("method", "count", "has_base", "parameters", "expected"), CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)]
@@ -143,8 +165,8 @@ def test_the_order_of_models_does_not_matter(
     method: str, count: int, has_base: bool, parameters: dict[str, Any], expected: Oracle
 ) -> None:
     base, a, b, c = inputs(3)
-    weight = parameters.get("weight")
-    by_name = {"weight": dict(zip("abc", weight, strict=True))} if weight else {}
+    own = [name for name in ("weight", "statistics") if name in parameters]
+    by_name = {name: dict(zip("abc", parameters[name], strict=True)) for name in own}
     first = merged(method, {"a": a, "b": b, "c": c}, base if has_base else None, **parameters | by_name)
     second = merged(method, {"c": c, "a": a, "b": b}, base if has_base else None, **parameters | by_name)
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-6)
@@ -201,6 +223,24 @@ def test_della_keeps_the_larger_more_often() -> None:
         assert abs(kept[part].mean() - likely) < 0.02
 
 
+def test_regmean_with_alpha_1_is_the_least_squares_fit_of_every_models_outputs() -> None:
+    generator = torch.Generator().manual_seed(2)
+    inputs_of = [torch.randn(60, 7, generator=generator).double() for _ in range(2)]
+    models = [torch.randn(4, 7, generator=generator).double() for _ in range(2)]
+    ours = merged("regmean", models, statistics=[x.T @ x for x in inputs_of], alpha=1)
+    outputs = torch.cat([x @ model.T for x, model in zip(inputs_of, models, strict=True)])
+    expected = torch.linalg.lstsq(torch.cat(inputs_of), outputs).solution.T
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_regmean_averages_what_is_no_linear_layer() -> None:
+    tables = [{"norm": torch.full((5,), float(i)), "other": torch.full((3, 2), float(i))} for i in (1, 3)]
+    result = merge_tensors("regmean", tables, statistics=[{}, {}], weight=[1, 3])
+    assert isinstance(result, dict)
+    assert result["norm"].tolist() == [2.5] * 5
+    assert result["other"].unique().tolist() == [2.5]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 5), columns=st.integers(1, 9), seed=st.integers(0, 99), levels=st.integers(1, 4),
@@ -244,6 +284,13 @@ def test_models_may_be_dicts_of_tensors() -> None:
         ("della", 1, True, {"density": 0.9, "epsilon": 0.2}, r"density 0.9 ± epsilon 0.2 leaves \(0, 1\)"),
         ("linear", 2, False, {"weight": [1.0, -1.0]}, "weights of .* add up to 0"),
         ("linear", 2, False, {"weight": [1.0]}, "weight has 1 values for 2 models"),
+        ("linear", 2, False, {"statistics": SQUARES[:2]}, "linear does not read statistics"),
+        ("fisher", 2, False, {}, "fisher of tensors needs their squared gradients: give them as statistics=…"),
+        ("fisher", 2, False, {"text": "a.txt", "statistics": SQUARES[:2]}, "needs their squared gradients"),
+        ("regmean", 3, False, {"statistics": PRODUCTS[:2]}, "statistics are given for 0, 1, the models are 0, 1, 2"),
+        ("fisher", 2, False, {"weight": [0, 0], "statistics": SQUARES[:2]}, "add up to 0: give one above 0"),
+        ("fisher", 2, False, {"weight": [1, -1], "statistics": SQUARES[:2]}, "'weight' is -1 but must be at least 0"),
+        ("regmean", 2, False, {"statistics": [torch.zeros(47, 47)] * 2}, "leave nothing to solve for"),
     ],
 )
 def test_mistakes_are_told(method: str, count: int, has_base: bool, parameters: dict[str, Any], sentence: str) -> None:

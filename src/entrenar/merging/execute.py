@@ -8,7 +8,7 @@ same bytes.
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,17 +19,22 @@ from torch import Tensor
 
 from entrenar.core.atomic import fsync
 from entrenar.core.errors import EntrenarError, InputError
+from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stream import one_openmp_thread_each
 from entrenar.merging.journal import NAME as JOURNAL
 from entrenar.merging.journal import Journal
+from entrenar.merging.models import StoredSource
 from entrenar.merging.output import OutputFiles
 from entrenar.merging.plan import MergePlan, PlannedTensor
-from entrenar.merging.stack import Piece, Scratch, Stack
+from entrenar.merging.stack import Piece, Scratch, Source, Stack
 from entrenar.ops.merge_masks import count_non_finite
 from entrenar.ops.merge_sums import add_gram
 
 Progress = Callable[[int, int], None]
 """(bytes of the result that are done, bytes in all)."""
+
+Measured = Mapping[str, SafetensorsCheckpoint]
+"""Model → what was measured of it, a tensor for each of its weights that the method asks about."""
 
 SAMPLE = 1 << 14  # elements of every piece that the report looks at
 
@@ -57,11 +62,14 @@ def working(output: Path) -> Iterator[Path]:
     fsync(output.parent)
 
 
-def execute(plan: MergePlan, files: OutputFiles, digest: str, seed: int, progress: Progress) -> dict[str, Any]:
-    """Write every tensor that is not there yet; tensor → its statistics (see `_Watch`).
+def execute(
+    plan: MergePlan, files: OutputFiles, digest: str, seed: int, progress: Progress, measured: Measured | None = None
+) -> dict[str, Any]:
+    """Write every tensor that is not there yet; tensor → its numbers for the report (see `_Watch`).
 
     Args:
         digest: of everything that decides the bytes; what lies in the directory under another one is removed.
+        measured: for a method that asks for statistics.
 
     Raises:
         InputError: an input that is not finite, has changed, or ends early. EntrenarError: the disk is full.
@@ -73,7 +81,7 @@ def execute(plan: MergePlan, files: OutputFiles, digest: str, seed: int, progres
             _clear(files.directory)
         journal.start(digest, done)
         _open(files, is_new=not done)
-        _merge_all(plan, files, journal, seed, progress, done)
+        _merge_all(plan, files, journal, seed, progress, done, measured or {})
         files.finish()
         return done
     finally:
@@ -97,8 +105,9 @@ def _clear(directory: Path) -> None:
 
 
 def _merge_all(
-    plan: MergePlan, files: OutputFiles, journal: Journal, seed: int, progress: Progress, done: dict[str, Any]
-) -> None:
+    plan: MergePlan, files: OutputFiles, journal: Journal, seed: int, progress: Progress, done: dict[str, Any],
+    measured: Measured,
+) -> None:  # fmt: skip
     left = sorted((tensor for tensor in plan.tensors if tensor.name not in done), key=lambda t: -t.bytes)
     sizes = {tensor.name: tensor.bytes for tensor in plan.tensors}
     local = threading.local()
@@ -107,7 +116,7 @@ def _merge_all(
         if not hasattr(local, "scratch"):
             local.scratch = Scratch()
         with torch.inference_mode():
-            return tensor.name, merge_tensor(plan, tensor, files, seed, local.scratch)
+            return tensor.name, merge_tensor(plan, tensor, files, seed, local.scratch, measured)
 
     with one_openmp_thread_each() as count:
         pool = ThreadPoolExecutor(count, thread_name_prefix="merge")
@@ -124,13 +133,16 @@ def _merge_all(
             pool.shutdown(cancel_futures=True)
 
 
-def merge_tensor(plan: MergePlan, tensor: PlannedTensor, files: OutputFiles, seed: int, scratch: Scratch) -> Any:
-    """Merge and write one tensor; its statistics."""
+def merge_tensor(
+    plan: MergePlan, tensor: PlannedTensor, files: OutputFiles, seed: int, scratch: Scratch, measured: Measured
+) -> Any:
+    """Merge and write one tensor; its numbers for the report."""
     method = plan.method
     stack = Stack(
         name=tensor.name, shape=tensor.shape, models=[model.source for model in tensor.models],
         base=tensor.base.source if tensor.base else None, labels=tensor.labels, scratch=scratch, seed=seed,
         whole_rows=method.whole_rows,
+        statistics=[_measured_source(measured, *where) for where in zip(tensor.labels, tensor.names, strict=True)],
     )  # fmt: skip
     combine = method.function(stack, tensor.options)
     watch = _Watch(tensor)
@@ -141,6 +153,11 @@ def merge_tensor(plan: MergePlan, tensor: PlannedTensor, files: OutputFiles, see
         watch.look_at(piece, out)
         files.write(tensor.name, piece.start, out)
     return watch.note()
+
+
+def _measured_source(measured: Measured, label: str, name: str) -> Source | None:
+    checkpoint = measured.get(label)
+    return StoredSource(checkpoint.stored(name)) if checkpoint and name in checkpoint.tensors else None
 
 
 class _Watch:

@@ -21,6 +21,7 @@ def merge_tensors(
     *,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    statistics: Models | None = None,
     **parameters: Any,
 ) -> Tensor | dict[str, Tensor]:
     """Merge tensors of one shape, or models as dicts of tensors.
@@ -31,6 +32,8 @@ def merge_tensors(
         base: of the same kind; where a method needs one.
         seed: of the random masks, which depend on the names of model and tensor besides.
         dtype: of the result; by default the common type of the inputs.
+        statistics: for fisher and regmean, in the order or by the names of the models: the mean squared gradient in
+            each tensor's shape, or XᵀX (columns, columns) of a linear layer's inputs.
         parameters: the method's. What every model has of its own is a number for all, a sequence in the order of the
             models, or a dict by name; the weight is 1 by default. `lambda` may be written `lambda_`.
 
@@ -41,6 +44,7 @@ def merge_tensors(
     named = _by_name(models, base)
     row.check_inputs(len(named), base is not None, "merge")
     options = _options(row, list(named), parameters)
+    measured = _statistics(row, list(named), statistics, parameters)
     tables = [_as_dict(value) for value in named.values()]
     base_table = None if base is None else _as_dict(base)
     names = _common_names([*tables, *([base_table] if base_table is not None else [])])
@@ -49,7 +53,8 @@ def merge_tensors(
     for name in names:
         base_tensor = None if base_table is None or row.base == "ignored" else base_table[name]
         inputs = {label: table[name] for label, table in zip(named, tables, strict=True)}
-        merged[name] = _merge_one(row, name, inputs, base_tensor, options, seed, dtype, scratch)
+        known = [_source(table[name]) if name in table else None for table in measured]
+        merged[name] = _merge_one(row, name, inputs, base_tensor, options, seed, dtype, scratch, known)
     return merged[""] if list(merged) == [""] else merged
 
 
@@ -59,6 +64,22 @@ def _by_name(models: Models, base: Tensor | StateDict | None) -> dict[str, Tenso
             return {"0": cast(StateDict, models)}
         return dict(models)
     return {str(index): model for index, model in enumerate(models)}
+
+
+def _statistics(
+    row: Method, labels: list[str], statistics: Models | None, parameters: Mapping[str, Any]
+) -> list[StateDict]:
+    """One table a model; empty for a method that asks for none."""
+    if row.statistic is None or statistics is None or "text" in parameters:
+        if row.statistic is not None:
+            raise InputError(f"merge: {row.name} of tensors needs their {row.statistic}: give them as statistics=…")
+        if statistics is not None:
+            raise InputError(f"merge: {row.name} does not read statistics: leave them out")
+        return []
+    named = dict(statistics) if isinstance(statistics, Mapping) else {str(i): one for i, one in enumerate(statistics)}
+    if set(named) != set(labels):
+        raise InputError(f"merge: statistics are given for {listing(list(named))}, the models are {listing(labels)}")
+    return [_as_dict(named[label]) for label in labels]
 
 
 def _as_dict(value: Tensor | StateDict) -> StateDict:
@@ -104,7 +125,7 @@ def _spread(name: str, value: Any, labels: list[str]) -> list[Any]:
 
 def _merge_one(
     row: Method, name: str, inputs: dict[str, Tensor], base: Tensor | None, options: dict[str, Any],
-    seed: int, dtype: torch.dtype | None, scratch: Scratch,
+    seed: int, dtype: torch.dtype | None, scratch: Scratch, statistics: Sequence[TensorSource | None],
 ) -> Tensor:  # fmt: skip
     every = [*inputs.values(), *([] if base is None else [base])]
     shapes = {tuple(tensor.shape) for tensor in every}
@@ -116,7 +137,7 @@ def _merge_one(
     stack = Stack(
         name=name, shape=tuple(every[0].shape), models=[_source(tensor) for tensor in inputs.values()],
         base=None if base is None else _source(base), labels=list(inputs), scratch=scratch, seed=seed,
-        whole_rows=row.whole_rows,
+        whole_rows=row.whole_rows, statistics=statistics,
     )  # fmt: skip
     out = torch.empty(stack.shape, dtype=dtype or wide)
     for start, piece in run(row, stack, options, out.dtype):

@@ -149,12 +149,13 @@ def open_model(label: str) -> InputModel:
     Raises:
         InputError: nothing there, weights in pickles, a broken file, or an adapter that does not fit.
     """
-    path, adapter = _split(label)
+    path, adapter = split_label(label)
     model = _open_gguf(label, path) if path.endswith(".gguf") else _open_directory(label, path)
     return model if adapter is None else _adapted(model, read_adapter(Path(adapter)), adapter)
 
 
-def _split(label: str) -> tuple[str, str | None]:
+def split_label(label: str) -> tuple[str, str | None]:
+    """A model's path or id, and its adapter's if there is one."""
     if Path(label).exists() or "+" not in label:
         return label, None
     path, _, adapter = label.rpartition("+")

@@ -26,7 +26,8 @@ _MERGED = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.fl
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTensor:
-    """One tensor of the result; `models` without the base, `kind` its name without the layer's number."""
+    """One tensor of the result; `models` without the base, `names` what each of them calls it, `kind` its name without
+    the layer's number."""
 
     name: str
     kind: str
@@ -34,6 +35,7 @@ class PlannedTensor:
     dtype: torch.dtype
     options: dict[str, Any]
     labels: list[str]
+    names: list[str]
     models: list[InputTensor]
     base: InputTensor | None
 
@@ -97,6 +99,8 @@ def make_plan(config: MergeConfig) -> MergePlan:
     parts = list(_parts(config, method, models))
     first, last = parts[0].reference[0], parts[-1].reference[0]
     reference = models.get(config.base_model or "", first)
+    if method.statistic and config.tokenizer_source:
+        raise InputError(f"{method.name} merges models of one vocabulary only: leave tokenizer_source out")
     vocabulary = align(config.tokenizer_source, models, reference)
     is_tied = all(model.is_tied or HEAD not in model.tensors for part in parts for model, *_ in part.models)
     is_tied = is_tied and (reference.is_tied or HEAD not in reference.tensors)
@@ -222,13 +226,20 @@ def _planned(
     return PlannedTensor(
         name=name, kind=kind, shape=every[0].shape, dtype=dtype, options=options,
         labels=[model.label for model, *_ in part.models], models=inputs, base=base,
+        names=[_name_in(model, begin, kind, offset) for model, begin, _ in part.models],
     )  # fmt: skip
 
 
-def _input(model: InputModel, begin: int, kind: str, offset: int | None, vocabulary: Vocabulary | None) -> InputTensor:
+def _name_in(model: InputModel, begin: int, kind: str, offset: int | None) -> str:
+    """What a model calls a tensor of the result."""
     name = kind if offset is None else kind.replace("*", str(begin + offset), 1)
     if name == HEAD and name not in model.tensors:  # tied in this model, but not in all
         name = next((n for n in model.tensors if split_layer(n) is None and "embed_tokens" in n), name)
+    return name
+
+
+def _input(model: InputModel, begin: int, kind: str, offset: int | None, vocabulary: Vocabulary | None) -> InputTensor:
+    name = _name_in(model, begin, kind, offset)
     if name not in model.tensors:
         raise InputError(
             f"{model.label} has no tensor {name}, which other models of the merge have: merge models of one kind"

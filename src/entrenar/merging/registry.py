@@ -9,6 +9,7 @@ from entrenar.core.errors import InputError
 from entrenar.merging.methods.arcee_fusion import arcee_fusion
 from entrenar.merging.methods.elementwise import nearswap, ram
 from entrenar.merging.methods.linear import linear, passthrough
+from entrenar.merging.methods.measured import fisher, regmean
 from entrenar.merging.methods.sce import sce
 from entrenar.merging.methods.spherical import karcher, model_stock, multislerp, nuslerp, slerp
 from entrenar.merging.methods.task_vectors import (
@@ -26,6 +27,7 @@ from entrenar.merging.methods.task_vectors import (
 from entrenar.merging.stack import Combine, Options, Stack
 
 Base = Literal["required", "optional", "ignored"]
+Statistic = Literal["squared gradients", "input products"]
 _REQUIRED = object()
 
 
@@ -81,7 +83,10 @@ _KINDS = {float: "number", int: "whole number", bool: "true or false", str: "tex
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the registry; `least` and `most` count the models without the base."""
+    """One row of the registry; `least` and `most` count the models without the base.
+
+    `statistic`: what is to be measured of every model on a text before it can be merged.
+    """
 
     name: str
     function: Callable[[Stack, Options], Combine]
@@ -90,6 +95,7 @@ class Method:
     least: int = 1
     most: int | None = None
     whole_rows: bool = False
+    statistic: Statistic | None = None
 
     def parameter(self, name: str, where: str) -> Parameter:
         """A parameter by name; InputError with the nearest one."""
@@ -134,6 +140,7 @@ def _task_vectors(*, normalize: bool, rescale: bool | None = None) -> dict[str, 
 _CONVENTION = {"ties": Parameter(str, "mergekit", choices=TIES_CONVENTIONS)}
 _GAMMA = {"gamma": Parameter(float, 0.01, each=True, low=0, high=1)}
 _EPSILON = {"epsilon": Parameter(float, 0.15, each=True, low=0, high=1)}
+_MEASURED = {"weight": Parameter(float, 1.0, each=True, low=0), "text": Parameter(str, None, each=True)}
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -169,6 +176,9 @@ METHODS: dict[str, Method] = {
         Method("nearswap", nearswap, "required", {"t": Parameter(float, low=0)}, most=1),
         Method("arcee_fusion", arcee_fusion, "required", {}, most=1, whole_rows=True),
         Method("ram", ram, "required", {"epsilon": Parameter(float, 1e-5, low=0)}),
+        Method("fisher", fisher, "ignored", _MEASURED, statistic="squared gradients"),
+        Method("regmean", regmean, "ignored", _MEASURED | {"alpha": Parameter(float, 0.9, low=0, high=1)},
+               whole_rows=True, statistic="input products"),
     )
 }  # fmt: skip
 

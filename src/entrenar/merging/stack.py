@@ -103,6 +103,7 @@ class Stack:
         models: without the base.
         labels: of the models.
         whole_rows: whether pieces are to be whole rows.
+        statistics: what was measured of each model for this tensor, for a method that asks for it; None: nothing.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Stack:
     scratch: Scratch
     seed: int = 0
     whole_rows: bool = False
+    statistics: Sequence[Source | None] = ()
 
     @property
     def numel(self) -> int:

@@ -117,7 +117,7 @@ def _gguf(
 def _keys(source: ModelSource) -> Metadata:
     """A GGUF's own keys, or those that say what a Hugging Face directory says, and where it is from."""
     if source.blocks is None:
-        return metadata(source.config, source.tokenizer) | source.provenance
+        return {**metadata(source.config, source.tokenizer), **source.provenance}
     return copied_metadata(source.blocks.raw_metadata)
 
 

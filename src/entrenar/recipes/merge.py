@@ -25,6 +25,7 @@ from entrenar.recipes.merge_export import (
     finished,
     merged_directory,
 )
+from entrenar.recipes.merge_statistics import measured, measured_texts
 
 MAX_SHARD_BYTES = 5 * 10**9
 _BYTES_PER_SECOND = 400e6  # of inputs and result together, on two cores; only for the plan's guess
@@ -130,27 +131,29 @@ merge = Merge()
 
 @dataclass(frozen=True)
 class _Opened:
-    """A merge that is about to be done; `metadata`: its provenance."""
+    """A merge that is about to be done; `metadata`: its provenance, `texts`: see merge_statistics.py."""
 
     plan: MergePlan
     text: str
     chat_template: str | None
     seed: int
     metadata: dict[str, str]
+    texts: dict[str, str]
 
 
 def _open(config: str | Path | dict[str, Any], seed: int) -> _Opened:
     parsed, text = read_merge_config(config)
     plan = make_plan(parsed)
-    return _Opened(plan, text, parsed.chat_template, seed, _provenance(plan, text, seed))
+    texts = measured_texts(plan)
+    return _Opened(plan, text, parsed.chat_template, seed, _provenance(plan, text, seed, texts), texts)
 
 
 def _merge(opened: _Opened, output: Path, max_shard_bytes: int, progress: Progress) -> MergeReport:
     """Write the Hugging Face directory."""
     plan, seed = opened.plan, opened.seed
-    with working(output) as directory:
+    with measured(plan, output, opened.texts) as statistics, working(output) as directory:
         files = OutputFiles(directory, plan.tensors, max_shard_bytes, opened.metadata)
-        notes = execute(plan, files, _digest(plan, files, seed), seed, progress)
+        notes = execute(plan, files, _digest(plan, files, seed), seed, progress, statistics)
         report = make_report(plan, notes)
         readme = _readme(output.name, plan, opened.text, opened.metadata)
         write_model_files(directory, plan, opened.chat_template, readme)
@@ -159,22 +162,25 @@ def _merge(opened: _Opened, output: Path, max_shard_bytes: int, progress: Progre
 
 
 def _memory(plan: MergePlan) -> int:
-    """A thread's pieces: inputs at their width, a mask each, the result, and float64 temporaries."""
+    """A thread's pieces: inputs at their width, a mask each, the result, and float64 temporaries; for regmean a matrix
+    of each model's inputs, their sum and its factor."""
     import torch
 
     inputs = max((len(tensor.models) + 1 for tensor in plan.tensors), default=1)
     threads = min(torch.get_num_threads(), 8) + 1
-    return threads * PIECE_ELEMENTS * (inputs * (4 + 1) + 4 + 8)
+    columns = max((tensor.shape[-1] for tensor in plan.tensors if len(tensor.shape) == 2), default=0)
+    matrices = (inputs + 2) * columns**2 * 8 if plan.method.statistic == "input products" else 0
+    return threads * (PIECE_ELEMENTS * (inputs * (4 + 1) + 4 + 8) + matrices)
 
 
-def _provenance(plan: MergePlan, text: str, seed: int) -> dict[str, str]:
+def _provenance(plan: MergePlan, text: str, seed: int, texts: dict[str, str]) -> dict[str, str]:
     inputs = {label: model.fingerprint for label, model in plan.models.items()}
-    return {
-        "entrenar.merge": json.dumps(
-            {"version": entrenar.__version__, "method": plan.method.name, "seed": seed, "inputs": inputs}
-        ),
-        "entrenar.merge_config": text,
-    }
+    told = {"version": entrenar.__version__, "method": plan.method.name, "seed": seed, "inputs": inputs}
+    if texts:
+        told["measured_on"] = {
+            label: hashlib.blake2b(content.encode(), digest_size=16).hexdigest() for label, content in texts.items()
+        }
+    return {"entrenar.merge": json.dumps(told), "entrenar.merge_config": text}
 
 
 def _digest(plan: MergePlan, files: OutputFiles, seed: int) -> str:

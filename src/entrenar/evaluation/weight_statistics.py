@@ -1,0 +1,141 @@
+"""What a text says about a model's weights, for merging: squared gradients (Fisher) and products of inputs (RegMean).
+
+Statistics are as large as the weights or larger, so they are made a group at a time, one run over the text for each,
+and handed on to be written before the next.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from entrenar.files.lazy_tensor import LazyTensor
+from entrenar.models.forward import target_loss
+
+GROUP_BYTES = 1 << 30  # of statistics that are in memory at once
+# Names → their statistics, in one run over the text.
+_Run = Callable[[Sequence[str]], Mapping[str, Tensor]]
+
+
+def squared_gradients(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[LazyTensor]:
+    """The diagonal of the empirical Fisher information (Matena and Raffel 2022, section 3.2).
+
+    Args:
+        rows: token ids (T,) each.
+    Returns:
+        For every parameter under its transformers name, in its shape, float32: the mean over the rows of the squared
+        gradient of a row's mean loss in nats per token.
+    """
+    parameters = dict(model.named_parameters())
+
+    def run(names: Sequence[str]) -> dict[str, Tensor]:
+        chosen = {name: parameters[name].requires_grad_() for name in names}
+        totals = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in chosen.items()}
+        try:
+            for ids in rows:
+                _mean_loss(model, ids).backward()
+                for name, parameter in chosen.items():
+                    if parameter.grad is not None:
+                        totals[name] += parameter.grad.float().square() / len(rows)
+                        parameter.grad = None
+        finally:
+            model.requires_grad_(False)
+        return totals
+
+    return _in_groups({name: tuple(parameter.shape) for name, parameter in parameters.items()}, run)
+
+
+def _mean_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    positions = torch.arange(len(ids))[None]
+    return target_loss(model, ids[None], positions, positions > 0) / (len(ids) - 1)
+
+
+@torch.no_grad()
+def input_products(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[LazyTensor]:
+    """XᵀX of the inputs X of every linear layer (RegMean, Jin et al. 2023, section 3.2), a mean over the tokens.
+
+    Args:
+        rows: token ids (T,) each.
+    Returns:
+        For the weight of every nn.Linear under its transformers name: (in_features, in_features) float32.
+    """
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    leaders = _shared_inputs(model, modules, rows[0])
+    tokens = sum(map(len, rows))
+
+    def run(names: Sequence[str]) -> dict[str, Tensor]:
+        totals: dict[str, Tensor] = {}
+        hooks = [
+            modules[name].register_forward_pre_hook(_adder(totals, name)) for name in {leaders[name] for name in names}
+        ]
+        try:
+            with torch.no_grad():
+                for ids in rows:
+                    model(input_ids=ids[None].to(model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: totals[leaders[name]] / tokens for name in names}
+
+    made = _in_groups({name: (modules[name].in_features,) * 2 for name in leaders}, run)
+    return [LazyTensor(f"{tensor.name}.weight", tensor.shape, tensor.make) for tensor in made]
+
+
+def _adder(totals: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2).float()
+        totals[name] = totals[name].addmm_(x.t(), x) if name in totals else x.t() @ x
+
+    return add
+
+
+def _shared_inputs(model: PreTrainedModel, modules: Mapping[str, nn.Linear], ids: Tensor) -> dict[str, str]:
+    """Layer → the first layer that is given the very same tensor, as q, k and v are; layers that do not run are left
+    out."""
+    leaders: dict[str, str] = {}
+    last: list[tuple[Tensor, str]] = []
+
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not last or last[0][0] is not args[0]:
+            last[:] = [(args[0], name)]
+        leaders[name] = last[0][1]
+
+    hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
+    try:
+        model(input_ids=ids[None, :2].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return leaders
+
+
+def _in_groups(shapes: Mapping[str, tuple[int, ...]], run: _Run) -> list[LazyTensor]:
+    """Float32 tensors of these names and shapes, in their order; the first of a group to be made runs for all of it."""
+    held: dict[str, Tensor] = {}
+    group_of: dict[str, tuple[str, ...]] = {}
+    for group in _grouped(shapes):
+        group_of |= dict.fromkeys(group, group)
+
+    def make(name: str) -> Tensor:
+        if name not in held:
+            held.clear()
+            held.update(run(group_of[name]))
+        return held.pop(name)
+
+    return [LazyTensor(name, shape, partial(make, name)) for name, shape in shapes.items()]
+
+
+def _grouped(shapes: Mapping[str, tuple[int, ...]]) -> Iterable[tuple[str, ...]]:
+    group: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        own = 4 * torch.Size(shape).numel()
+        if group and size + own > GROUP_BYTES:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(name)
+        size += own
+    if group:
+        yield tuple(group)
