@@ -140,7 +140,10 @@ def test_a_directory_that_is_no_run_is_refused(make_config: MakeConfig, tmp_path
     ("changes", "sentence"),
     [
         ({"lora.rank": 65}, r"model\.layers\.0\.self_attn\.q_proj.*rank 65 does not fit"),
-        ({"lora.targets": ["qq_proj"]}, r"'qq_proj' matches no linear layer or embedding: the model has .*q_proj"),
+        (
+            {"lora.targets": ["qq_proj"]},
+            r"'qq_proj' matches no linear layer, embedding or experts: the model has .*q_proj",
+        ),
         ({"data.max_length": 20}, r"train\.jsonl:1: the row has \d+ tokens, data\.max_length is 20"),
         ({"data.train": "nowhere.jsonl"}, r"nowhere\.jsonl does not exist"),
     ],

@@ -10,10 +10,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from entrenar.core.errors import InputError
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.lazy_tensor import LazyTensor, Packed
 from entrenar.files.peft import BaseFormat
 from entrenar.lora.low_rank import AdapterLayer
+from entrenar.models.experts import Experts
 from entrenar.models.source import ModelSource
 from entrenar.quant.embedding import QuantizedEmbedding
 from entrenar.quant.linear import QuantizedLinear
@@ -54,6 +56,11 @@ def _on_cpu(tensor: LazyTensor) -> LazyTensor:
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor]:
+    if isinstance(module, Experts):
+        raise InputError(
+            f"{prefix[:-1]} is a mixture of experts, which is exported from its files alone: save the adapter and "
+            "export --to safetensors"
+        )
     fused = _fused_weight(f"{prefix}weight", module)
     if fused is not None:
         parts = {id(part) for part in module.parameters() if part.dtype == torch.uint8}

@@ -84,6 +84,11 @@ def export_streamed(
     Raises:
         InputError: a 4-bit type of a dequantized base, unless `lossy`: the share that would survive is named.
     """
+    if type in FOUR_BIT and model.is_mixture:
+        raise InputError(
+            f"{type} of a mixture of experts is not written: transformers fuses the experts, for which bitsandbytes' "
+            "layout has no place; choose bf16, f16 or f32"
+        )
     writer = _Writer(model, type)
     if type in FOUR_BIT and base == "dequantized" and not lossy:
         _refuse_loss(writer)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, PeftAdapter
 from entrenar.lora.attach import adapt, adaptable_names
+from entrenar.lora.experts import expert_factors
 from entrenar.lora.initial import start_again
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.spec import spec_of
+from entrenar.models.experts import ExpertWeight, expert_weights
 from entrenar.models.load import build_on_meta, linear_weights
 from entrenar.models.match import match_tensors
 from entrenar.models.source import ModelSource
@@ -50,7 +52,8 @@ class StreamedModel:
         self._packed_names = source.packed.packed() if source.packed else {}
         head = self.meta.get_output_embeddings()
         assert head is not None
-        self.linear = linear_weights(self.meta, head)
+        self._experts = expert_weights(self.meta, set(source.weights.names()))
+        self.linear = linear_weights(self.meta, head) | self._experts.keys()
         self._spec = spec_of(adapter) if adapter else None
         self._check()
         self._add_untied(head)
@@ -68,6 +71,11 @@ class StreamedModel:
         """Whether the adapter has made a tied head and embedding two."""
         return self._untied
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it has experts."""
+        return bool(self._experts)
+
     def is_adapted(self, name: str) -> bool:
         """Whether the tensor is the weight of an adapted layer."""
         return self._layer(name) is not None
@@ -82,6 +90,9 @@ class StreamedModel:
         held = packed or (_quantized(weight, self._base) if self._base and name in self.linear else None)
         if layer is None:
             return Fused(weight if held is None else held.dequantize(), None)
+        if name in self._experts:
+            before = weight.float() if held is None else held.dequantize()
+            return Fused(before + self._expert_delta(layer, self._experts[name]), before)
         made = self._make(layer, weight, held)
         before, fused = weight.float(), made.merge_to_f32()
         if made.taken is None:
@@ -106,14 +117,34 @@ class StreamedModel:
             parameter.data.copy_(values[end])
         return made
 
+    def _expert_delta(self, layer: str, expert: ExpertWeight) -> Tensor:
+        """What the adapter adds to one expert's matrix."""
+        assert self._adapter is not None
+        assert self._spec is not None
+        count = sum(one.projection == layer and one.role == expert.role for one in self._experts.values())
+        spec, (a, b) = self._spec.for_layer(layer), self._adapter.factors[layer]
+        halves = 1 if expert.role == "down" else 2
+        wanted = (count * spec.rank, expert.shape[1]), (halves * expert.shape[0], spec.rank * count)
+        if (tuple(a.shape), tuple(b.shape)) != wanted:
+            raise InputError(
+                f"the adapter has tensors of shapes {tuple(a.shape)} and {tuple(b.shape)} at {layer}, where the model "
+                f"needs {wanted[0]} and {wanted[1]}"
+            )
+        each_a, each_b = expert_factors(a.float(), b.float(), count)
+        rows = each_b[expert.index].split(expert.shape[0])[expert.role == "up"]
+        return spec.scale * (rows @ each_a[expert.index])
+
     def _layer(self, name: str) -> str | None:
         layer, _, leaf = name.rpartition(".")
+        if name in self._experts:
+            layer = self._experts[name].projection
         return layer if leaf == "weight" and self._adapter and layer in self._adapter.tensors.layers else None
 
     def _check(self) -> None:
         if self._adapter is None:
             return
         layers, known = self._adapter.tensors.layers, set(adaptable_names(self.meta))
+        known |= {expert.projection for expert in self._experts.values()}
         unknown = [name for name in layers if name not in known]
         parameters = {name: p.shape for name, p in self.meta.named_parameters(remove_duplicate=False)}
         saved = self._adapter.tensors.saved

@@ -7,8 +7,8 @@ only warns; here every key must be understood, and every field of the config.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,22 @@ _SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lor
 PLAIN_ENDS = {"lora_A.weight", "lora_B.weight"}
 _TOGETHER = (PLAIN_ENDS, {*PLAIN_ENDS, "lora_magnitude_vector"}, {"lora_embedding_A", "lora_embedding_B"})
 _BASE_BIAS, _BASE_WEIGHT = ".base_layer.bias", ".base_layer.weight"
+# Parameters that are adapted as such (peft's target_parameters), in the order in which peft wraps their module: the
+# first is innermost. Here each counts as a layer of its own.
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+_EXPERTS, _WRAPPED = "experts", ".base_layer"
 
 # What an adapter may be beyond what this version reads, and the value that says it is not.
 _PLAIN_ONLY: dict[str, Any] = {
     "lora_bias": False, "layer_replication": None, "megatron_config": None, "trainable_token_indices": None,
-    "target_parameters": None, "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None,
+    "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None,
     "velora_config": None, "monteclora_config": None, "use_bdlora": None, "kasa_config": None,
 }  # fmt: skip
 # Fields that are read, and those that say how the adapter was made or chosen, which its tensors say too.
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "use_rslora",
     "use_dora", "bias", "rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights", "fan_in_fan_out",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "target_parameters",
 }  # fmt: skip
 _PASSED_OVER = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules", "layers_to_transform",
@@ -99,6 +103,7 @@ class AdapterTensors:
 class PeftAdapter:
     """A LoRA adapter as it stands on disk; the fields are those of peft's config, see lora/spec.py.
 
+    `target_parameters`: 3-D parameters of experts, by whole names or their ends; in `tensors` they are layers.
     `taken`: what the initialisation took out of the base, layer path → its factors; only of `pissa` and `loftq`.
     """
 
@@ -117,6 +122,7 @@ class PeftAdapter:
     modules_to_save: list[str] = field(default_factory=list)
     keeps_ties: bool = False
     fan_in_fan_out: bool = False
+    target_parameters: list[str] = field(default_factory=list)
     tensors: AdapterTensors = field(repr=False)
     taken: LayerTensors = field(repr=False, default_factory=dict)
 
@@ -134,7 +140,7 @@ class PeftAdapter:
     def is_plain(self) -> bool:
         """Whether factors of linear layers are all there is: W + scale·B·A over the original base."""
         return self.factors.keys() == self.tensors.layers.keys() and not (
-            self.dora or self.tensors.saved or self.starts_with_change
+            self.dora or self.tensors.saved or self.starts_with_change or self.target_parameters
         )
 
 
@@ -147,14 +153,50 @@ def write_adapter(directory: Path, adapter: PeftAdapter) -> None:
         "init_lora_weights": adapter.init, "use_rslora": adapter.rslora, "use_dora": adapter.dora,
         "rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern,
         "modules_to_save": adapter.modules_to_save or None, "ensure_weight_tying": adapter.keeps_ties,
-        "inference_mode": True,
+        "inference_mode": True, "target_parameters": adapter.target_parameters or None,
     }  # fmt: skip
+    tensors = replace(adapter.tensors, layers=_wrapped(adapter.tensors.layers, adapter.target_parameters))
     with atomic_directory(directory) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         note = {_BASE_KEY: json.dumps(asdict(adapter.base_format))} if adapter.base_format else {}
-        write_tensors(temporary / WEIGHTS_NAME, adapter.tensors, note)
+        write_tensors(temporary / WEIGHTS_NAME, tensors, note)
         if adapter.taken:
             write_tensors(temporary / TAKEN_NAME, AdapterTensors(adapter.taken))
+
+
+def _is_named(layer: str, targets: Sequence[str]) -> bool:
+    return any(layer == target or layer.endswith(f".{target}") for target in targets)
+
+
+def _wrapped(layers: LayerTensors, parameters: Sequence[str]) -> LayerTensors:
+    """Layers that are parameters under peft's keys: those of their module, with a `base_layer` for each one around."""
+    named: LayerTensors = {}
+    for name, parts in layers.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in EXPERT_PARAMETERS and _is_named(name, parameters):
+            around = EXPERT_PARAMETERS[EXPERT_PARAMETERS.index(leaf) + 1 :]
+            name = module + _WRAPPED * sum(f"{module}.{other}" in layers for other in around)
+        named[name] = parts
+    return named
+
+
+def _unwrapped(layers: LayerTensors, parameters: Sequence[str], source: Path) -> LayerTensors:
+    """The reverse; which parameters of a module are meant, the targets say.
+
+    Raises:
+        InputError: a module has more or fewer pairs of factors than the targets name of it.
+    """
+    named: LayerTensors = {}
+    for module in dict.fromkeys(name.removesuffix(_WRAPPED) for name in layers):
+        holds = module.rpartition(".")[2] == _EXPERTS
+        chosen = [leaf for leaf in EXPERT_PARAMETERS if holds and _is_named(f"{module}.{leaf}", parameters)]
+        own = [name for name in (module + _WRAPPED, module) if name in layers]  # the innermost first
+        if len(own) != max(len(chosen), 1) or module not in layers:
+            count = f"{len(own)} pairs of factors at {module}"
+            raise InputError(f"{source} has {count}, of which its target_parameters name {listing(chosen) or 'none'}")
+        names = [f"{module}.{leaf}" for leaf in chosen] or [module]
+        named |= {name: layers[where] for name, where in zip(names, own, strict=True)}
+    return named
 
 
 def write_tensors(file: Path, tensors: AdapterTensors, metadata: dict[str, str] | None = None) -> None:
@@ -192,7 +234,9 @@ def read_adapter(directory: Path) -> PeftAdapter:
     config = _read_config(directory / CONFIG_NAME)
     saved = list(config.get("modules_to_save") or [])
     keeps_ties = bool(config.get("ensure_weight_tying"))  # then what is tied to a saved module is there too
-    tensors = read_tensors(_weights_file(directory), None if keeps_ties else saved, config.get("bias") or "none")
+    file, parameters = _weights_file(directory), list(config.get("target_parameters") or [])
+    tensors = read_tensors(file, None if keeps_ties else saved, config.get("bias") or "none")
+    tensors = replace(tensors, layers=_unwrapped(tensors.layers, parameters, file))
     _check_kinds(directory, tensors, dora=bool(config.get("use_dora")))
     init = config.get("init_lora_weights", True)
     return PeftAdapter(
@@ -211,6 +255,7 @@ def read_adapter(directory: Path) -> PeftAdapter:
         modules_to_save=saved,
         keeps_ties=keeps_ties,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        target_parameters=parameters,
         tensors=tensors,
         taken=_read_taken(directory, init),
     )
@@ -307,7 +352,12 @@ def _read_config(file: Path) -> dict[str, Any]:
             raise InputError(f"{file} has {key} = {config[key]!r}, which this version does not read")
     if (config.get("bias") or "none") not in _BIASES:
         raise InputError(f"{file} has bias = {config['bias']!r}: it is one of {', '.join(_BIASES)}")
-    for key, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("modules_to_save", list)):
+    for key, kind in (
+        ("rank_pattern", dict),
+        ("alpha_pattern", dict),
+        ("modules_to_save", list),
+        ("target_parameters", list),
+    ):
         if not isinstance(config.get(key) or kind(), kind):
             raise InputError(f"{file} has {key} = {config[key]!r}: it must be a {kind.__name__}")
     for key in ("lora_alpha", "lora_dropout"):

@@ -18,6 +18,7 @@ from entrenar.lora.attach import (
     replace_modules,
 )
 from entrenar.lora.embedding import EmbeddingLoRALayer
+from entrenar.lora.experts import ExpertLoRALayer
 from entrenar.lora.initial import Original, Starter, start_again
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.plain import as_plain
@@ -60,6 +61,7 @@ def adapter_of(model: nn.Module) -> PeftAdapter:
     layers = dict(adapted_layers(model))
     if not layers:
         raise InputError("this model has no adapters to save: call attach_lora first")
+    experts = [name for name, layer in layers.items() if isinstance(layer, ExpertLoRALayer)]
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
     saved, tensors = saved_modules(model), adapter_tensors(model)
@@ -67,7 +69,8 @@ def adapter_of(model: nn.Module) -> PeftAdapter:
         rank=rank,
         alpha=alpha,
         dropout=max(layer.dropout for layer in layers.values()),
-        targets=_short_targets(model, list(layers)),
+        targets=_short_targets(model, [name for name in layers if name not in experts]),
+        target_parameters=_short_targets(model, experts),
         base_model=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         base_format=_base_format(layers),
         rslora=any(layer.rslora for layer in layers.values()),
@@ -162,4 +165,4 @@ def _taken(layers: Mapping[str, AdapterLayer]) -> LayerTensors:
 def _short_targets(model: nn.Module, names: list[str]) -> list[str]:
     """The layers' last name components when these select exactly them, else their full names."""
     suffixes = sorted({name.rpartition(".")[2] for name in names})
-    return suffixes if match_targets(model, suffixes) == names else names
+    return suffixes if names and match_targets(model, suffixes) == names else names

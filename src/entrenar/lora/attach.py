@@ -9,6 +9,7 @@ from entrenar.core.errors import InputError, listing
 from entrenar.lora.biases import copies_with_trained_bias, train_bias
 from entrenar.lora.dora import DoRALayer
 from entrenar.lora.embedding import EmbeddingLoRALayer
+from entrenar.lora.experts import ExpertLoRALayer
 from entrenar.lora.initial import Original, Starter, fresh_start
 from entrenar.lora.kinds import kind_of
 from entrenar.lora.lora_layer import LoRALayer
@@ -42,7 +43,7 @@ def attach_lora(
     Args:
         targets: "all-linear" (every linear layer but the output head), a list of name suffixes (`q_proj`,
             `mlp.down_proj`), or another string: a regular expression that must match the whole name, as in peft.
-            Embeddings can be named too.
+            Embeddings can be named too, and the experts of a mixture (`gate_up_proj`, `down_proj` of `experts`).
         rslora, dora, rank_pattern, alpha_pattern, bias, modules_to_save: see `LoraSpec`.
         init: `default`, `gaussian`, `pissa`, `pissa_niter_N`, `loftq` or `loftq_N`, see lora/initial.py.
         original: for pissa and loftq over a quantized base, the weights before that: `original_weights(path)`.
@@ -128,7 +129,8 @@ def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
         _refuse_kept_embeddings(model, missing)
         known = sorted({name.rpartition(".")[2] for name in adaptable})
         raise InputError(
-            f"LoRA target {listing(missing)!r} matches no linear layer or embedding: the model has {listing(known, 20)}"
+            f"LoRA target {listing(missing)!r} matches no linear layer, embedding or experts: the model has "
+            f"{listing(known, 20)}"
         )
     return chosen
 
@@ -155,7 +157,7 @@ def adaptable_names(model: nn.Module) -> list[str]:
 
 def _is_linear(layer: nn.Module) -> bool:
     kind = kind_of(layer)
-    return not isinstance(layer, EmbeddingLoRALayer) if kind is None else kind.is_linear
+    return not isinstance(layer, EmbeddingLoRALayer | ExpertLoRALayer) if kind is None else kind.is_linear
 
 
 def _by_regex(names: list[str], pattern: str) -> list[str]:
@@ -179,6 +181,8 @@ def adapt(name: str, module: nn.Module, spec: LoraSpec, start: Starter) -> Adapt
         if not isinstance(layer, LoRALayer | QLoRALayer):
             if spec.dora:
                 raise InputError("DoRA is for linear layers: leave it out of the targets")
+            if isinstance(layer, ExpertLoRALayer) and spec.init != "default":
+                raise InputError(f"experts are not started with {spec.init}: leave init out, or them of the targets")
             return layer
         if not layer.lora_a.is_meta:
             start(name, layer)

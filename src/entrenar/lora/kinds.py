@@ -8,16 +8,21 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from entrenar.lora.embedding import EmbeddingLoRALayer
+from entrenar.lora.experts import ExpertLoRALayer
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.lora.spec import LayerSpec
+from entrenar.quant.experts import ExpertProjection
 from entrenar.quant.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of modules; `is_linear`: "all-linear" means it too."""
+    """A class of modules; `is_linear`: "all-linear" means it too.
+
+    Experts are adapted where they are named: they are so many that they would be most of the adapter.
+    """
 
     module: type[nn.Module]
     adapt: Callable[[Any, LayerSpec], AdapterLayer]
@@ -51,6 +56,7 @@ def _embedding(module: nn.Embedding, spec: LayerSpec) -> EmbeddingLoRALayer:
 
 
 KINDS = (
+    Kind(ExpertProjection, ExpertLoRALayer, is_linear=False),
     Kind(QuantizedLinear, _quantized),
     Kind(nn.Linear, _linear),
     Kind(Conv1D, _conv1d),

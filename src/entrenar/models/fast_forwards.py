@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from entrenar.models import attention
 from entrenar.models.agreement import Forward, agree, recorded, sample
 from entrenar.models.fast_layers import use_fast_layers
-from entrenar.ops.gated_activation import KINDS, gated_activation
+from entrenar.models.recognised import activation_kind
+from entrenar.ops.gated_activation import gated_activation
 from entrenar.ops.recompute import with_recipe
 from entrenar.ops.rms_norm import rms_norm
 from entrenar.ops.rotary import rotary
@@ -50,7 +51,7 @@ def _isolated(module: nn.Module) -> Iterable[tuple[str, list[Forward], list[Tens
         x = sample(len(weight), weight)
         # The second is so small that eps decides.
         yield "norms", [partial(norm_forward, eps=eps, offset=offset) for offset in (0.0, 1.0)], [x, x * 1e-3]
-    kind = _activation_kind(module)
+    kind = activation_kind(getattr(module, "act_fn", None))
     features = getattr(getattr(module, "gate_proj", None), "in_features", None)
     if kind is not None and isinstance(features, int) and hasattr(module, "up_proj") and hasattr(module, "down_proj"):
         yield "gated MLPs", [partial(gated_mlp_forward, kind=kind)], [sample(features, _computed_like(module))]
@@ -71,17 +72,6 @@ def gated_mlp_forward(self: Any, x: Tensor, *, kind: str) -> Tensor:
     gate, up = grouped_linears(x, (self.gate_proj, self.up_proj))
     make = partial(gated_activation, kind=kind)
     return self.down_proj(with_recipe(make(gate, up), make, gate, up))
-
-
-def _activation_kind(module: nn.Module) -> str | None:
-    """Which gated activation the module's `act_fn` is: as numbers say, over all the range where kinds differ."""
-    x = torch.linspace(-8, 8, 401)
-    try:
-        expected = cast(Any, module).act_fn(x)
-    except Exception:  # none, or one that takes more than a tensor
-        return None
-    ones = torch.ones_like(x)
-    return next((kind for kind in KINDS if torch.allclose(gated_activation(x, ones, kind), expected, atol=1e-6)), None)
 
 
 def _use_fast_attention(model: PreTrainedModel) -> int:

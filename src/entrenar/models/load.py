@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from entrenar.core.errors import InputError, listing
 from entrenar.files.stream import stream
 from entrenar.models.compute import resolve_device, resolve_dtype
+from entrenar.models.experts import ExpertsBuilder, expert_weights, parameter_name
 from entrenar.models.fast_forwards import use_fast_forwards
 from entrenar.models.match import is_tied, match_tensors
 from entrenar.models.source import ModelSource, open_source
@@ -78,11 +79,18 @@ def load_source(
     if source.blocks:
         tensors |= {name: source.blocks.packed(name) for name in kept}
     quantizes = quantize not in (UNQUANTIZED, KEEP) and not packed
+    experts = ExpertsBuilder(model, expert_weights(model, set(source.weights.names())))
     linear = linear_weights(model, head) if quantizes else set()
+
+    def place(name: str, weight: Tensor | QuantizedTensor) -> None:
+        if name in experts:
+            experts.take(name, weight.to(device))
+        else:
+            _place(model, parameter_name(name), weight.to(device), dtype)
 
     def sink(name: str) -> PieceQuantizer | _PieceJoiner:
         stored = tensors[name]
-        if name not in linear:
+        if name not in linear and not (quantizes and name in experts):
             return _PieceJoiner(stored.shape, dtype, kept.get(name))
         return PieceQuantizer(
             stored.shape, stored.dtype,
@@ -92,10 +100,10 @@ def load_source(
 
     with closing(stream(list(tensors.values()), map(sink, tensors))) as filled:
         for name, held in zip(tensors, filled, strict=True):
-            _place(model, name, held.finish().to(device), dtype)
+            place(name, held.finish())
     if source.packed is not None:
         for name in packed:
-            _place(model, name, source.packed.quantized(name).to(device), dtype)
+            place(name, source.packed.quantized(name))
     _tie(model)
     _compute_buffers(model, device)
     head = model.get_output_embeddings()

@@ -5,13 +5,15 @@ from transformers import PreTrainedModel
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.stored_tensor import StoredTensor
+from entrenar.models.experts import PROJECTIONS, expert_modules, expert_weights, file_name
 from entrenar.models.source import ModelSource
 
 
 def match_tensors(model: PreTrainedModel, source: ModelSource) -> dict[str, StoredTensor]:
     """The source's tensor for each parameter, in the order of the files; a tied parameter may have none.
 
-    Of a weight that the source holds quantized (`ModelSource.packed`) it is the tensor of its codes.
+    Under transformers' names, but those of a mixture's blocks as the files have them (models/experts.py). Of a weight
+    that the source holds quantized (`ModelSource.packed`) it is the tensor of its codes.
 
     Raises:
         InputError: a parameter without a tensor or the reverse, a shape or dtype that does not fit, or a tied tensor
@@ -20,23 +22,29 @@ def match_tensors(model: PreTrainedModel, source: ModelSource) -> dict[str, Stor
     _check_names(model, source)
     names, packed = set(source.weights.names()), source.packed.packed() if source.packed else {}
     found: dict[str, StoredTensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, shape in _wanted(model, names).items():
         if name in names:
             found[name] = source.weights.stored(name)
             if name not in packed:
-                _check_fits(f"{source.path}: {name}", found[name], tuple(parameter.shape))
-            elif packed[name][1] != tuple(parameter.shape):
-                raise InputError(
-                    f"{source.path}: {name} has shape {packed[name][1]} but the config says {tuple(parameter.shape)}"
-                )
+                _check_fits(f"{source.path}: {name}", found[name], shape)
+            elif packed[name][1] != shape:
+                raise InputError(f"{source.path}: {name} has shape {packed[name][1]} but the config says {shape}")
     _check_tied(model, source)
     return dict(sorted(found.items(), key=lambda item: (str(item[1].file.path), item[1].start)))
+
+
+def _wanted(model: PreTrainedModel, have: set[str]) -> dict[str, tuple[int, ...]]:
+    """Name of every tensor that files which have the tensors `have` should have → its shape."""
+    experts = expert_weights(model, have)
+    fused = {f"{path}.{name}" for path in expert_modules(model) for name in PROJECTIONS}
+    plain = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in fused}
+    return {file_name(name, have): shape for name, shape in plain.items()} | {n: e.shape for n, e in experts.items()}
 
 
 def _check_names(model: PreTrainedModel, source: ModelSource) -> None:
     """InputError unless the source has exactly the model's parameters (a tied head may be there or not)."""
     have = set(source.weights.names())
-    wanted = {name for name, _ in model.named_parameters()}
+    wanted = _wanted(model, have).keys()
     optional = set(_tied_names(model)) | {name for name in have if name.endswith("rotary_emb.inv_freq")}
     missing, unexpected = sorted(wanted - have - optional), sorted(have - wanted - optional)
     if missing:

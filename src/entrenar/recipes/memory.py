@@ -14,6 +14,7 @@ from entrenar.lora.attach import adapted_layers, attach, trained_parameters
 from entrenar.models.activations import decoder_layers, kept_per_token, ladder
 from entrenar.models.compute import resolve_device, resolve_dtype
 from entrenar.models.device_memory import free_bytes, used_bytes
+from entrenar.models.experts import expert_modules
 from entrenar.models.head import output_head, vocabulary_size
 from entrenar.models.linear_cross_entropy import LOGIT_BYTES
 from entrenar.models.load import KEEP, UNQUANTIZED, build_on_meta, kept_types, load_source
@@ -174,10 +175,12 @@ def _base_bytes(model: PreTrainedModel, source: ModelSource, section: ModelSecti
     head, total = model.get_output_embeddings(), 0
     kept = kept_types(model, source, dtype) if section.quantize == KEEP else {}
     packed = source.packed.packed() if source.packed else {}
+    mixtures = expert_modules(model)
     for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{owner}.{name}".removeprefix(".")
-            quantized = name == "weight" and isinstance(module, nn.Linear) and module is not head
+            linear = name == "weight" and isinstance(module, nn.Linear) and module is not head
+            quantized = linear or owner in mixtures
             if full_name in kept and source.blocks:
                 total += source.blocks.packed(full_name).size
             elif full_name in packed and source.packed:

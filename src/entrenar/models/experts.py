@@ -1,0 +1,174 @@
+"""Mixtures of experts: transformers keeps the experts of a layer as 3-D parameters, files keep them one by one.
+
+Here they are one by one too, quantized like any linear layer (quant/experts.py), in a module that takes the place of
+transformers' own where it agrees with it on one expert.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from entrenar.core.errors import InputError
+from entrenar.models.agreement import agree, sample
+from entrenar.models.recognised import activation_kind
+from entrenar.ops.adapted_linear import adapted_linears
+from entrenar.ops.gated_activation import gated_activation
+from entrenar.quant.experts import ExpertProjection, ExpertStack
+from entrenar.quant.linear import in_compute_dtype
+from entrenar.quant.tensor import QuantizedTensor
+
+PROJECTIONS = ("gate_up_proj", "down_proj")
+_ROLES = ("gate", "up", "down")
+# What files call an expert's gate, up and down, and the block that the experts are in where they have another name.
+_NAMINGS = ((".mlp.", ("gate_proj", "up_proj", "down_proj")), (".block_sparse_moe.", ("w1", "w3", "w2")))
+_OPTIONS = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True,
+            "has_post_expert_norm": False}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertWeight:
+    """One matrix of one expert in a file: of the module at `path`, (d_out, d_in)."""
+
+    path: str
+    role: str
+    index: int
+    shape: tuple[int, int]
+
+    @property
+    def projection(self) -> str:
+        """The layer whose adapter is for it, by its full name."""
+        return f"{self.path}.{PROJECTIONS[self.role == 'down']}"
+
+
+def expert_weights(model: PreTrainedModel, have: set[str]) -> dict[str, ExpertWeight]:
+    """Name in the files, which have the tensors `have` → the expert's matrix; empty for a model without a mixture."""
+    found: dict[str, ExpertWeight] = {}
+    for path, module in expert_modules(model).items():
+        count, both, hidden = module.gate_up_proj.shape
+        shapes = {"gate": (both // 2, hidden), "up": (both // 2, hidden), "down": (hidden, both // 2)}
+        names = [_named(path, block, leaves) for block, leaves in _NAMINGS]
+        named = next((name for name in names if name(0, "gate") in have), names[0])
+        found |= {
+            named(index, role): ExpertWeight(path, role, index, shapes[role])
+            for index in range(count)
+            for role in _ROLES
+        }
+    return found
+
+
+def _named(path: str, block: str, leaves: tuple[str, ...]) -> Callable[[int, str], str]:
+    there = f"{path}.".replace(".mlp.", block)
+    return lambda index, role: f"{there}{index}.{leaves[_ROLES.index(role)]}.weight"
+
+
+def file_name(name: str, have: set[str]) -> str:
+    """What files that have the tensors `have` call a parameter: transformers has renamed Mixtral's blocks."""
+    other = name.replace(".mlp.", _NAMINGS[1][0])
+    return other if name not in have and other in have else name
+
+
+def parameter_name(name: str) -> str:
+    """The reverse."""
+    return name.replace(_NAMINGS[1][0], ".mlp.")
+
+
+def expert_modules(model: nn.Module) -> dict[str, Any]:
+    """Path → module that holds its experts as 3-D parameters of the kind known here."""
+    return {path: module for path, module in model.named_modules() if _holds_experts(module)}
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    parameters = dict(module.named_parameters(recurse=False))
+    known = all(getattr(module, name, value) is value for name, value in _OPTIONS.items())
+    return known and parameters.keys() == set(PROJECTIONS) and all(p.dim() == 3 for p in parameters.values())
+
+
+class Experts(nn.Module):
+    """The experts of one layer: each token goes through the few that its router chose.
+
+    Args:
+        gate, up, down: of every expert. act_fn: the gate's activation.
+    """
+
+    def __init__(self, gate: ExpertStack, up: ExpertStack, down: ExpertStack, act_fn: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = ExpertProjection(gate, up), ExpertProjection(down)
+        self.num_experts, self.act_fn, self._kind = gate.count, act_fn, activation_kind(act_fn)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The sum of the chosen experts' results by their weights.
+
+        Args:
+            hidden_states: (N, H). top_k_index: (N, k) int64, one that is not below the number of experts: none.
+            top_k_weights: (N, k) float.
+        Returns:
+            (N, H).
+        """
+        total = torch.zeros_like(hidden_states)
+        first, second = (cast(Any, layer).members() for layer in (self.gate_up_proj, self.down_proj))
+        x = in_compute_dtype(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:
+                continue
+            tokens, places = torch.where(top_k_index == expert)
+            gate, up = adapted_linears(x[tokens], first[expert])
+            (y,) = adapted_linears(self._activated(gate, up), second[expert])
+            total.index_add_(0, tokens, (y * top_k_weights[tokens, places, None]).to(total.dtype))
+        return total
+
+    def _activated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act_fn(gate) * up if self._kind is None else gated_activation(gate, up, self._kind)
+
+
+class ExpertsBuilder:
+    """Gathers the matrices of a model's experts and puts a module in its place once it has all of its own."""
+
+    def __init__(self, model: PreTrainedModel, weights: Mapping[str, ExpertWeight]) -> None:
+        self._model, self._weights = model, weights
+        self._held: dict[str, dict[tuple[str, int], Any]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def take(self, name: str, weight: Tensor | QuantizedTensor) -> None:
+        """The matrix that the files call `name`.
+
+        Raises:
+            InputError: with the last one of a module: transformers' own gives other numbers.
+        """
+        place = self._weights[name]
+        held = self._held.setdefault(place.path, {})
+        held[place.role, place.index] = weight
+        original: Any = self._model.get_submodule(place.path)
+        count = len(original.gate_up_proj)
+        if len(held) == len(_ROLES) * count:
+            stacks = [ExpertStack([held[role, index] for index in range(count)]) for role in _ROLES]
+            del self._held[place.path]
+            made = Experts(stacks[0], stacks[1], stacks[2], original.act_fn)
+            if not _agrees(made, original):
+                raise InputError(f"{type(original).__name__} does not compute as mixtures known here do")
+            parent, _, child = place.path.rpartition(".")
+            setattr(self._model.get_submodule(parent), child, made)
+
+
+@torch.no_grad()
+def _agrees(made: Experts, original: nn.Module) -> bool:
+    """Whether both give the same for the first expert, its weights dequantized for transformers' own."""
+    gate, up, down = (stack for layer in (made.gate_up_proj, made.down_proj) for stack in layer.each())
+    dtype = torch.float32 if gate.is_quantized else gate.get_parameter("weight").dtype
+    device = next(made.parameters()).device
+    weights = [stack.to_f32(0).to(dtype) for stack in (gate, up, down)]
+    alone = SimpleNamespace(
+        num_experts=1, act_fn=made.act_fn, gate_up_proj=torch.cat(weights[:2])[None], down_proj=weights[2][None]
+    )
+    x = sample(gate.d_in, torch.empty(0, dtype=dtype, device=device))
+    index = torch.zeros(len(x), 1, dtype=torch.int64, device=device)
+    share = torch.full((len(x), 1), 0.5, dtype=dtype, device=device)
+    forward = cast(Any, type(original).forward)
+    expected = getattr(forward, "__wrapped__", forward)(alone, x, index, share)
+    return agree(made(x, index, share), expected)
