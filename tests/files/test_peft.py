@@ -150,8 +150,6 @@ def test_an_adapter_without_tensors_is_an_error(tmp_path: Path) -> None:
     [
         ("lora_bias", True),
         ("layer_replication", [[0, 2]]),
-        ("trainable_token_indices", [1]),
-        ("target_parameters", ["experts.up"]),
         ("alora_invocation_tokens", [1]),
         ("use_bdlora", {"target_modules_bd_a": ["q"]}),
         ("init_lora_weights", "olora"),

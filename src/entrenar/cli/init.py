@@ -38,6 +38,7 @@ lora:
   init: default                # default | gaussian | pissa | pissa_niter_4 | loftq_5
   # rank_pattern: {{down_proj: 32}}      # other ranks and alphas by name
   # modules_to_save: [embed_tokens]    # trained whole beside the adapter
+  # new_tokens: ["<tool>"]             # added to the tokenizer; of embedding and head only their rows are trained
 
 optimizer:
   lr: 2e-4

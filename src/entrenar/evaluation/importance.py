@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entrenar.lora.low_rank import AdapterLayer
+from entrenar.lora.token_rows import TokenRows
 from entrenar.quant.linear import QuantizedLinear
 
 # A column that the text never excited still counts: another text may.
@@ -28,7 +29,7 @@ def column_importance(model: PreTrainedModel, rows: Iterable[Tensor]) -> dict[st
     hooks = [
         module.register_forward_pre_hook(_adder(sums, f"{name}.weight"))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear | AdapterLayer)
+        if isinstance(module, nn.Linear | QuantizedLinear | AdapterLayer | TokenRows)
     ]
     try:
         for row in rows:

@@ -15,6 +15,7 @@ from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.lazy_tensor import LazyTensor, Packed
 from entrenar.files.peft import BaseFormat
 from entrenar.lora.low_rank import AdapterLayer
+from entrenar.lora.token_rows import TokenRows
 from entrenar.models.experts import Experts
 from entrenar.models.source import ModelSource
 from entrenar.quant.embedding import QuantizedEmbedding
@@ -61,6 +62,8 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
             f"{prefix[:-1]} is a mixture of experts, which is exported from its files alone: save the adapter and "
             "export --to safetensors"
         )
+    if isinstance(module, TokenRows) and module.is_tied:
+        return
     fused = _fused_weight(f"{prefix}weight", module)
     if fused is not None:
         parts = {id(part) for part in module.parameters() if part.dtype == torch.uint8}
@@ -69,7 +72,8 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
                 return
             seen |= parts
         yield fused
-        bias = module.base_bias() if isinstance(module, AdapterLayer) else getattr(module, "bias", None)
+        plain = module.base if isinstance(module, TokenRows) else module
+        bias = module.base_bias() if isinstance(module, AdapterLayer) else getattr(plain, "bias", None)
         if bias is not None:
             yield _plain(f"{prefix}bias", cast(Tensor, bias))
         return
@@ -82,11 +86,13 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
 
 
 def _fused_weight(name: str, module: nn.Module) -> LazyTensor | None:
-    """The weight of an adapted or quantized layer; None for any other module."""
+    """The weight of an adapted or quantized layer, or of one with rows of its own; None for any other module."""
     if isinstance(module, AdapterLayer):
         if module.is_transposed:
             return LazyTensor(name, (module.d_in, module.d_out), lambda: module.merge_to_f32().t())
         return LazyTensor(name, (module.d_out, module.d_in), module.merge_to_f32)
+    if isinstance(module, TokenRows):
+        return LazyTensor(name, tuple(module.weight.shape), module.fused_weight)
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         weight = module.quantized_weight
         return LazyTensor(name, weight.shape, module.fused_weight, packed=_packed(weight))

@@ -122,6 +122,7 @@ def _write_config(directory: Path, source: ModelSource, model: StreamedModel, ty
     if type in FOUR_BIT:
         skipped = [name for name, module in model.meta.named_modules() if module is model.meta.get_output_embeddings()]
         config.quantization_config = quantization_config(FOUR_BIT[type], skipped)
+    config.get_text_config().vocab_size = model.vocabulary
     if model.is_untied:
         config.get_text_config().tie_word_embeddings = False
     config.architectures = [model.meta.__class__.__name__]

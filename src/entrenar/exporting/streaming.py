@@ -19,6 +19,7 @@ from entrenar.lora.experts import expert_factors
 from entrenar.lora.initial import start_again
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.spec import spec_of
+from entrenar.lora.token_rows import ROWS, extended
 from entrenar.models.experts import ExpertWeight, expert_weights
 from entrenar.models.load import build_on_meta, linear_weights
 from entrenar.models.match import match_tensors
@@ -55,6 +56,7 @@ class StreamedModel:
         self._experts = expert_weights(self.meta, set(source.weights.names()))
         self.linear = linear_weights(self.meta, head) | self._experts.keys()
         self._spec = spec_of(adapter) if adapter else None
+        self._rows = self._token_rows(head)
         self._check()
         self._add_untied(head)
 
@@ -64,7 +66,16 @@ class StreamedModel:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor."""
-        return self._packed_names[name][1] if name in self._packed_names else self._stored[name].shape
+        if name in self._packed_names:
+            return self._packed_names[name][1]
+        shape = self._stored[name].shape
+        return (self.vocabulary, *shape[1:]) if name in self._rows else shape
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of embedding and head, those of an adapter's new tokens included."""
+        new = [1 + max(tokens) for tokens, _ in self._rows.values()]
+        return max(self.meta.config.get_text_config().vocab_size, *new, 0)
 
     @property
     def is_untied(self) -> bool:
@@ -88,6 +99,10 @@ class StreamedModel:
         packed = self._packed.quantized(name) if self._packed and name in self._packed_names else None
         weight = self._stored[name].read() if packed is None else packed.dequantize()
         held = packed or (_quantized(weight, self._base) if self._base and name in self.linear else None)
+        if name in self._rows:
+            tokens, rows = self._rows[name]
+            whole = extended(weight.float(), self.vocabulary)
+            return Fused(whole.index_copy(0, torch.tensor(tokens), rows.float()), None)
         if layer is None:
             return Fused(weight if held is None else held.dequantize(), None)
         if name in self._experts:
@@ -148,9 +163,26 @@ class StreamedModel:
         unknown = [name for name in layers if name not in known]
         parameters = {name: p.shape for name, p in self.meta.named_parameters(remove_duplicate=False)}
         saved = self._adapter.tensors.saved
-        unknown += [name for name, tensor in saved.items() if parameters.get(name) != tensor.shape]
+        rows = {f"{name.removesuffix('weight')}{ROWS}" for name in self._rows}
+        unknown += [name for name, tensor in saved.items() if parameters.get(name) != tensor.shape and name not in rows]
         if unknown:
             raise InputError(f"the adapter is for layers this model does not have: {listing(unknown, 3)}")
+
+    def _token_rows(self, head: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
+        """Weights of which the adapter has rows of its own → the tokens, and their rows."""
+        if self._adapter is None:
+            return {}
+        names = {id(module): name for name, module in self.meta.named_modules()}
+        parts = [names.get(id(self.meta.get_input_embeddings()), ""), names[id(head)]]
+        found: dict[str, tuple[list[int], Tensor]] = {}
+        for suffix, tokens in self._adapter.token_indices.items():
+            part = next((part for part in parts if part == suffix or part.endswith(f".{suffix}")), None)
+            rows = self._adapter.tensors.saved.get(f"{part}.{ROWS}")
+            if part is None or rows is None or len(rows) != len(tokens):
+                raise InputError(f"the adapter has no rows for {len(tokens)} tokens of {suffix}: save it again")
+            tied = parts if part == parts[0] and self.meta.config.get_text_config().tie_word_embeddings else [part]
+            found |= {f"{one}.weight": (tokens, rows) for one in tied}
+        return found
 
     def _add_untied(self, head: nn.Module) -> None:
         """Where only one of a tied pair is adapted, the head gets a tensor of its own."""

@@ -7,7 +7,7 @@ only warns; here every key must be understood, and every field of the config.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ _BASE_BIAS, _BASE_WEIGHT = ".base_layer.bias", ".base_layer.weight"
 # Parameters that are adapted as such (peft's target_parameters), in the order in which peft wraps their module: the
 # first is innermost. Here each counts as a layer of its own.
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+_ROWS = ".token_adapter.trainable_tokens_delta"  # of chosen tokens, see lora/token_rows.py
 _EXPERTS, _WRAPPED = "experts", ".base_layer"
 
 # What an adapter may be beyond what this version reads, and the value that says it is not.
 _PLAIN_ONLY: dict[str, Any] = {
-    "lora_bias": False, "layer_replication": None, "megatron_config": None, "trainable_token_indices": None,
+    "lora_bias": False, "layer_replication": None, "megatron_config": None,
     "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None,
     "velora_config": None, "monteclora_config": None, "use_bdlora": None, "kasa_config": None,
 }  # fmt: skip
@@ -46,7 +47,7 @@ _PLAIN_ONLY: dict[str, Any] = {
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "use_rslora",
     "use_dora", "bias", "rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights", "fan_in_fan_out",
-    "ensure_weight_tying", "target_parameters",
+    "ensure_weight_tying", "target_parameters", "trainable_token_indices",
 }  # fmt: skip
 _PASSED_OVER = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules", "layers_to_transform",
@@ -103,8 +104,9 @@ class AdapterTensors:
 class PeftAdapter:
     """A LoRA adapter as it stands on disk; the fields are those of peft's config, see lora/spec.py.
 
-    `target_parameters`: 3-D parameters of experts, by whole names or their ends; in `tensors` they are layers.
-    `taken`: what the initialisation took out of the base, layer path → its factors; only of `pissa` and `loftq`.
+    `token_indices`: end of a module's name → tokens whose rows were trained. `target_parameters`: 3-D parameters of
+    experts, by whole names or their ends; in `tensors` they are layers. `taken`: what the initialisation took out of
+    the base, layer path → its factors; only of `pissa` and `loftq`.
     """
 
     rank: int
@@ -123,6 +125,7 @@ class PeftAdapter:
     keeps_ties: bool = False
     fan_in_fan_out: bool = False
     target_parameters: list[str] = field(default_factory=list)
+    token_indices: dict[str, list[int]] = field(default_factory=dict)
     tensors: AdapterTensors = field(repr=False)
     taken: LayerTensors = field(repr=False, default_factory=dict)
 
@@ -144,8 +147,8 @@ class PeftAdapter:
         )
 
 
-def write_adapter(directory: Path, adapter: PeftAdapter) -> None:
-    """Write a new adapter directory, atomically; it must not exist."""
+def write_adapter(directory: Path, adapter: PeftAdapter, beside: Callable[[Path], object] = lambda _: None) -> None:
+    """Write a new adapter directory, atomically; it must not exist. `beside` writes what else is to lie there."""
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.base_model,
         "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
@@ -154,12 +157,14 @@ def write_adapter(directory: Path, adapter: PeftAdapter) -> None:
         "rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern,
         "modules_to_save": adapter.modules_to_save or None, "ensure_weight_tying": adapter.keeps_ties,
         "inference_mode": True, "target_parameters": adapter.target_parameters or None,
+        "trainable_token_indices": adapter.token_indices or None,
     }  # fmt: skip
     tensors = replace(adapter.tensors, layers=_wrapped(adapter.tensors.layers, adapter.target_parameters))
     with atomic_directory(directory) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         note = {_BASE_KEY: json.dumps(asdict(adapter.base_format))} if adapter.base_format else {}
         write_tensors(temporary / WEIGHTS_NAME, tensors, note)
+        beside(temporary)
         if adapter.taken:
             write_tensors(temporary / TAKEN_NAME, AdapterTensors(adapter.taken))
 
@@ -224,6 +229,12 @@ def read_base_format(directory: Path) -> BaseFormat | None:
         ) from None
 
 
+def largest_token(directory: Path) -> int:
+    """The largest token that an adapter has a row for; −1 if it has none, as most."""
+    indices = _token_indices(_read_config(directory / CONFIG_NAME).get("trainable_token_indices"))
+    return max((max(tokens) for tokens in indices.values()), default=-1)
+
+
 def read_adapter(directory: Path) -> PeftAdapter:
     """Read an adapter directory.
 
@@ -256,9 +267,16 @@ def read_adapter(directory: Path) -> PeftAdapter:
         keeps_ties=keeps_ties,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         target_parameters=parameters,
+        token_indices=_token_indices(config.get("trainable_token_indices")),
         tensors=tensors,
         taken=_read_taken(directory, init),
     )
+
+
+def _token_indices(given: Any) -> dict[str, list[int]]:
+    """peft takes a list for the embedding alone."""
+    named = given if isinstance(given, dict) else {"embed_tokens": given}
+    return {name: list(tokens) for name, tokens in named.items() if tokens}
 
 
 def _read_taken(directory: Path, init: bool | str) -> LayerTensors:
@@ -289,6 +307,8 @@ def read_tensors(file: Path, modules_to_save: list[str] | None = None, bias: str
             strange.append(key)
         elif end is not None:
             found.layers.setdefault(name.removesuffix(end), {})[end.removeprefix(".")] = checkpoint.read(key)
+        elif name.endswith(_ROWS):
+            found.saved[name] = checkpoint.read(key)
         elif name.endswith(_BASE_WEIGHT):
             found.base[f"{name.removesuffix(_BASE_WEIGHT)}.weight"] = checkpoint.read(key)
         elif bias != "none" and name.rpartition(".")[2] == "bias":

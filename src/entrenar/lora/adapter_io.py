@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +26,34 @@ from entrenar.lora.plain import as_plain
 from entrenar.lora.saved import saved_modules
 from entrenar.lora.spec import spec_of
 from entrenar.lora.tensors import adapter_tensors, set_tensors
+from entrenar.lora.token_rows import ROWS, TokenRows, resize_vocabulary
 from entrenar.quant.registry import KEPT_FORMATS
 
 
-def save_adapter(model: nn.Module, directory: str | Path, *, plain: bool = False) -> None:
+class SavesItself(Protocol):
+    """What a tokenizer of transformers is here."""
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Write its files into a directory."""
+        ...
+
+
+def save_adapter(
+    model: nn.Module, directory: str | Path, *, plain: bool = False, tokenizer: SavesItself | None = None
+) -> None:
     """Write the adapters of `model` as a PEFT adapter directory, which must not exist.
 
     Args:
         plain: write an adapter that was started with pissa or loftq as plain LoRA of twice the rank over the original
             weights (lora/plain.py), for tools that do not change the base.
+        tokenizer: one that has new tokens, to lie beside the adapter.
 
     Raises:
         InputError: the model has no adapters, or the directory is taken.
     """
     adapter = adapter_of(model)
-    write_adapter(Path(directory), as_plain(adapter) if plain else adapter)
+    beside = (lambda path: tokenizer.save_pretrained(path)) if tokenizer is not None else (lambda _: None)
+    write_adapter(Path(directory), as_plain(adapter) if plain else adapter, beside)
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, original: Original | None = None) -> None:
@@ -53,6 +67,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, original: Original 
     """
     refuse_adapted(model)
     adapter = read_adapter(Path(directory))
+    resize_vocabulary(model, 1 + max((max(tokens) for tokens in adapter.token_indices.values()), default=-1))
     replace_modules(model, layers_of(model, adapter, str(directory), start_again(adapter, original)))
 
 
@@ -80,6 +95,7 @@ def adapter_of(model: nn.Module) -> PeftAdapter:
         rank_pattern={name: layer.rank for name, layer in layers.items() if layer.rank != rank},
         alpha_pattern={name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
         modules_to_save=sorted(saved),
+        token_indices=_token_indices(model),
         keeps_ties=_has_ties(saved),
         fan_in_fan_out=any(layer.is_transposed and not _is_embedding(layer) for layer in layers.values()),
         tensors=tensors,
@@ -137,7 +153,8 @@ def _base_format(layers: Mapping[str, AdapterLayer]) -> BaseFormat | None:
 
 def _bias(trained: Mapping[str, Tensor], saved: Mapping[str, nn.Module], layers: Mapping[str, AdapterLayer]) -> str:
     """Which of peft's words says what biases are trained beside `saved` modules."""
-    owners = {name.rpartition(".")[0] for name in trained if not name.startswith(tuple(f"{path}." for path in saved))}
+    inside = tuple(f"{path}." for path in saved)
+    owners = {name.rpartition(".")[0] for name in trained if not name.startswith(inside) and not name.endswith(ROWS)}
     if not owners:
         return "none"
     return "lora_only" if owners <= layers.keys() else "all"
@@ -147,6 +164,12 @@ def _has_ties(saved: Mapping[str, nn.Module]) -> bool:
     """Whether two modules that are trained whole share a parameter."""
     parameters = [id(parameter) for module in saved.values() for parameter in module.parameters()]
     return len(set(parameters)) < len(parameters)
+
+
+def _token_indices(model: nn.Module) -> dict[str, list[int]]:
+    """End of a module's name → tokens whose rows are trained."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, TokenRows)}
+    return {name.rpartition(".")[2]: module.indices for name, module in modules.items() if not module.is_tied}
 
 
 def _is_embedding(layer: AdapterLayer) -> bool:

@@ -17,6 +17,7 @@ from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.lora.saved import trainable_copies
 from entrenar.lora.spec import LoraSpec
+from entrenar.lora.token_rows import rows_for, token_rows
 from entrenar.quant.embedding import QuantizedEmbedding
 
 ALL_LINEAR = "all-linear"
@@ -36,6 +37,7 @@ def attach_lora(
     alpha_pattern: Mapping[str, float] | None = None,
     bias: str = "none",
     modules_to_save: Sequence[str] = (),
+    token_indices: Sequence[int] = (),
     original: Original | None = None,
 ) -> list[str]:
     """Replace the target layers of `model` in place by adapted ones; every other parameter is frozen.
@@ -44,6 +46,8 @@ def attach_lora(
         targets: "all-linear" (every linear layer but the output head), a list of name suffixes (`q_proj`,
             `mlp.down_proj`), or another string: a regular expression that must match the whole name, as in peft.
             Embeddings can be named too, and the experts of a mixture (`gate_up_proj`, `down_proj` of `experts`).
+        token_indices: tokens whose rows in embedding and output head are trained, and no others: new ones, for which
+            `resize_vocabulary` has made rows.
         rslora, dora, rank_pattern, alpha_pattern, bias, modules_to_save: see `LoraSpec`.
         init: `default`, `gaussian`, `pissa`, `pissa_niter_N`, `loftq` or `loftq_N`, see lora/initial.py.
         original: for pissa and loftq over a quantized base, the weights before that: `original_weights(path)`.
@@ -58,6 +62,7 @@ def attach_lora(
     spec = LoraSpec(
         rank=rank, alpha=alpha, dropout=dropout, targets=targets, rslora=rslora, dora=dora, init=init,
         rank_pattern=rank_pattern or {}, alpha_pattern=alpha_pattern or {}, bias=bias, modules_to_save=modules_to_save,
+        token_indices=rows_for(model, token_indices) if token_indices else {},
     )  # fmt: skip
     return attach(model, spec, original)
 
@@ -79,6 +84,7 @@ def make_layers(model: nn.Module, spec: LoraSpec, names: Sequence[str], start: S
         name: adapt(name, model.get_submodule(name), spec, start).train(model.training) for name in names
     }
     layers |= trainable_copies(model, spec.modules_to_save, names)
+    layers |= token_rows(model, spec.token_indices, list(layers))
     return layers | (copies_with_trained_bias(model, list(layers)) if spec.bias == "all" else {})
 
 

@@ -41,6 +41,7 @@ class LoraSpec:
             end after a dot, the first that matches counts (as in peft).
         bias: train no bias, those of the adapted layers (`lora_only`), or every one (`all`).
         modules_to_save: suffixes of modules that are trained whole beside the adapter (embeddings, lm_head, a norm).
+        token_indices: end of a module's name → tokens whose rows in it are trained (lora/token_rows.py).
     """
 
     rank: int = 16
@@ -54,6 +55,7 @@ class LoraSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
     modules_to_save: Sequence[str] = ()
+    token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """InputError for a choice that does not exist."""
@@ -82,7 +84,7 @@ def spec_of(adapter: PeftAdapter) -> LoraSpec:
     return LoraSpec(
         rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets, rslora=adapter.rslora,
         dora=adapter.dora, bias=adapter.bias, rank_pattern=adapter.rank_pattern, alpha_pattern=adapter.alpha_pattern,
-        modules_to_save=adapter.modules_to_save,
+        modules_to_save=adapter.modules_to_save, token_indices=adapter.token_indices,
     )  # fmt: skip
 
 

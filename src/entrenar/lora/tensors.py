@@ -10,6 +10,7 @@ from entrenar.files.peft import AdapterTensors, LayerTensors
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.saved import is_saved
+from entrenar.lora.token_rows import ROWS, TokenRows
 
 
 def adapter_tensors(model: nn.Module) -> AdapterTensors:
@@ -50,12 +51,14 @@ def outermost(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module
     for name, module in modules.items():
         if name.startswith(inside):
             continue
-        if is_saved(module) or isinstance(module, AdapterLayer):
+        if is_saved(module) or isinstance(module, AdapterLayer | TokenRows):
             inside = (*inside, f"{name}.")
         yield name, module
 
 
 def _whole(module: nn.Module) -> dict[str, nn.Parameter]:
+    if isinstance(module, TokenRows):  # a head's that are the embedding's are written once
+        return {} if module.is_tied else {ROWS: module.rows}
     if is_saved(module):
         return dict(module.named_parameters())
     named = module.named_parameters(recurse=isinstance(module, AdapterLayer))

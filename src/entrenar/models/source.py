@@ -77,6 +77,28 @@ def open_source(path: str, *, with_tokenizer: bool = True) -> ModelSource:
     return source
 
 
+def with_tokenizer_of(source: ModelSource, directory: Path, largest: int) -> ModelSource:
+    """The source with the tokenizer that lies beside an adapter with rows for tokens up to `largest` (−1: with none).
+
+    Raises:
+        InputError: no tokenizer lies there, and the source's own does not have those tokens.
+    """
+    if largest < 0:
+        return source
+    if (directory / "tokenizer_config.json").is_file():
+        return replace(source, make_tokenizer=partial(_tokenizer_in, directory))
+    if largest >= len(source.tokenizer):
+        raise InputError(
+            f"{directory} has a row for token {largest}, but the model has {len(source.tokenizer)} tokens and no "
+            "tokenizer lies beside the adapter: save the one it was trained with there"
+        )
+    return source
+
+
+def _tokenizer_in(directory: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+
+
 def _open_directory(path: str) -> ModelSource:
     directory = local_directory(path)
     with _reading(directory):
@@ -84,7 +106,7 @@ def _open_directory(path: str) -> ModelSource:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         has_generation = (directory / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(directory) if has_generation else None
-    make_tokenizer = partial(AutoTokenizer.from_pretrained, directory, trust_remote_code=False)
+    make_tokenizer = partial(_tokenizer_in, directory)
     checkpoint = SafetensorsCheckpoint(directory)
     made = _provenance(checkpoint.metadata)
     if not is_bitsandbytes(checkpoint.names()):

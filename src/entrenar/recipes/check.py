@@ -15,9 +15,8 @@ from entrenar.data.dataset import PreparedData
 from entrenar.data.encode import Example
 from entrenar.data.packing import computed_tokens, layout
 from entrenar.lora.attach import adapted_layers, trained_parameters
-from entrenar.models.source import open_source
 from entrenar.recipes.config import RunConfig
-from entrenar.recipes.memory import load_adapted, plan_memory
+from entrenar.recipes.memory import load_adapted, open_for, plan_memory
 from entrenar.recipes.run_directory import open_run_directory
 from entrenar.recipes.train import make_plan, prepare_data
 from entrenar.training.memory_plan import MemoryPlan
@@ -66,7 +65,7 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     """
     config = load_config(RunConfig, Path(config_path), overrides)
     directory = open_run_directory(config)
-    source = open_source(config.model.path)
+    source = open_for(config)
     data = prepare_data(config, source.tokenizer)
     model, libraries = load_adapted(config, source)
     plan = make_plan(config, data)

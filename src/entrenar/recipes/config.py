@@ -1,6 +1,7 @@
 """The config of a training run. Every key has a type, a bound and a default; `entrenar init` writes it commented."""
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -116,10 +117,11 @@ class LoraSection(Section):
     alpha_pattern: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] = Field(default_factory=list)
+    new_tokens: list[str] = Field(default_factory=list)
 
-    def spec(self) -> LoraSpec:
-        """The same for lora/attach.py."""
-        return LoraSpec(**dict(self))
+    def spec(self, token_indices: Mapping[str, Sequence[int]]) -> LoraSpec:
+        """The same for lora/attach.py, the new tokens by the rows that are trained for them."""
+        return LoraSpec(**{k: v for k, v in dict(self).items() if k != "new_tokens"}, token_indices=token_indices)
 
 
 class OptimizerSection(Section):

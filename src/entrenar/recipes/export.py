@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import refuse_existing, write_text
 from entrenar.core.errors import InputError
@@ -13,8 +13,9 @@ from entrenar.exporting.gguf import Metadata, copied_metadata, metadata, write_g
 from entrenar.exporting.gguf_adapter import export_gguf_adapter, modelfile
 from entrenar.exporting.gguf_types import FILE_TYPES
 from entrenar.exporting.safetensors_output import TYPES
+from entrenar.files.peft import largest_token
 from entrenar.models.load import KEEP, UNQUANTIZED
-from entrenar.models.source import ModelSource, open_source
+from entrenar.models.source import ModelSource, open_source, with_tokenizer_of
 from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES
 from entrenar.recipes.calibrate import calibrate
 from entrenar.recipes.export_safetensors import export_safetensors
@@ -103,10 +104,13 @@ def _gguf(
     if adapter is None and calibrate_on is None and not loads:
         source = open_source(model, with_tokenizer=False)
         tensors = source_tensors(source, None if quantize in (None, UNQUANTIZED, KEEP) else quantize)
-        write_gguf(tensors, source.config, _keys(source), output, type)
+        write_gguf(tensors, source.config, _keys(source, source.config), output, type)
         return None
     loaded, tokenizer = open_model(model, adapter, quantize, dtype="float32")
-    keys = _keys(open_source(model, with_tokenizer=False))
+    source = open_source(model, with_tokenizer=False)
+    if adapter is not None:
+        source = with_tokenizer_of(source, Path(adapter), largest_token(Path(adapter)))
+    keys = _keys(source, loaded.config)
     found = calibrate(loaded, tokenizer, calibrate_on) if calibrate_on is not None else None
     if found is not None:
         keys |= found.keys
@@ -114,11 +118,12 @@ def _gguf(
     return loaded, tokenizer
 
 
-def _keys(source: ModelSource) -> Metadata:
+def _keys(source: ModelSource, config: PretrainedConfig) -> Metadata:
     """A GGUF's own keys, or those that say what a Hugging Face directory says, and where it is from."""
-    if source.blocks is None:
-        return {**metadata(source.config, source.tokenizer), **source.provenance}
-    return copied_metadata(source.blocks.raw_metadata)
+    copied = copied_metadata(source.blocks.raw_metadata) if source.blocks else {}
+    if copied and config.vocab_size == source.config.vocab_size:
+        return copied
+    return {**copied, **metadata(config, source.tokenizer), **source.provenance}
 
 
 def _adapter_alone(model: str, adapter: str | None, output: Path, ollama: bool) -> None:

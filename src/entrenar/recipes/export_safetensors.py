@@ -11,9 +11,9 @@ from entrenar.evaluation.perplexity import kl_divergence, perplexity
 from entrenar.exporting.fidelity import REPORT_NAME, Fidelity
 from entrenar.exporting.safetensors_output import FOUR_BIT, export_streamed
 from entrenar.exporting.streaming import StreamedModel
-from entrenar.files.peft import BaseFormat, read_adapter
+from entrenar.files.peft import BaseFormat, largest_token, read_adapter
 from entrenar.models.load import KEEP, UNQUANTIZED, load
-from entrenar.models.source import open_source
+from entrenar.models.source import open_source, with_tokenizer_of
 from entrenar.recipes.open_model import open_model
 
 BASES = ("dequantized", "original")
@@ -46,6 +46,8 @@ def export_safetensors(
         base, held = "dequantized", None
     chosen = base or ("original" if type in FOUR_BIT or held is None else "dequantized")
     read = read_adapter(Path(adapter)) if adapter else None
+    if adapter is not None:
+        source = with_tokenizer_of(source, Path(adapter), largest_token(Path(adapter)))
     streamed = StreamedModel(source, read, held if chosen == "dequantized" else None)
     report = export_streamed(source, streamed, output, type, chosen, lossy=lossy)
     if text is not None:

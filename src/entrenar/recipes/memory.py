@@ -1,6 +1,7 @@
 """A run's memory plan: from its config, its data and its model."""
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from entrenar.data.batches import batch_rows
 from entrenar.data.dataset import PreparedData
 from entrenar.data.packing import layout, widest
 from entrenar.lora.attach import adapted_layers, attach, trained_parameters
+from entrenar.lora.token_rows import resize_vocabulary, rows_for
 from entrenar.models.activations import decoder_layers, kept_per_token, ladder
 from entrenar.models.compute import resolve_device, resolve_dtype
 from entrenar.models.device_memory import free_bytes, used_bytes
@@ -20,7 +22,7 @@ from entrenar.models.linear_cross_entropy import LOGIT_BYTES
 from entrenar.models.load import KEEP, UNQUANTIZED, build_on_meta, kept_types, load_source
 from entrenar.models.match import is_tied
 from entrenar.models.original import weights_of
-from entrenar.models.source import ModelSource
+from entrenar.models.source import ModelSource, open_source
 from entrenar.ops.linear_weight import DecodedWeight
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import packed_bytes
@@ -69,6 +71,14 @@ def plan_memory(
     return found
 
 
+def open_for(config: RunConfig) -> ModelSource:
+    """The model of a config, its tokenizer with the config's new tokens."""
+    source = open_source(config.model.path)
+    if config.lora.new_tokens:
+        source.tokenizer.add_tokens(config.lora.new_tokens)
+    return source
+
+
 def load_adapted(config: RunConfig, source: ModelSource) -> tuple[PreTrainedModel, int]:
     """The model of a config with fresh adapters, and the bytes that were held where it computes before: libraries.
 
@@ -84,7 +94,9 @@ def load_adapted(config: RunConfig, source: ModelSource) -> tuple[PreTrainedMode
         source, section.quantize, section.double_quant, section.block_size, dtype, search=section.search, device=device
     )
     torch.manual_seed(config.training.seed)
-    attach(model, config.lora.spec(), weights_of(source))
+    tokens = cast(list[int], source.tokenizer.convert_tokens_to_ids(config.lora.new_tokens))
+    resize_vocabulary(model, 1 + max(tokens, default=-1))
+    attach(model, config.lora.spec(rows_for(model, tokens) if tokens else {}), weights_of(source))
     return model, libraries
 
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entrenar.files.peft import read_base_format
+from entrenar.files.peft import largest_token, read_base_format
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.models.load import load
 from entrenar.models.original import original_weights
+from entrenar.models.source import open_source, with_tokenizer_of
 
 
 def open_model(
@@ -33,4 +34,7 @@ def open_model(
         )
     if adapter:
         load_adapter(loaded, adapter, original=original_weights(model))
+        largest = largest_token(Path(adapter))
+        if largest >= 0:
+            tokenizer = with_tokenizer_of(open_source(model, with_tokenizer=False), Path(adapter), largest).tokenizer
     return loaded, tokenizer

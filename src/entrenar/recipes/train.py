@@ -20,11 +20,11 @@ from entrenar.models.activations import set_keep
 from entrenar.models.compute import resolve_device
 from entrenar.models.device_memory import peak_memory
 from entrenar.models.isolation import isolates_documents
-from entrenar.models.source import ModelSource, open_source
+from entrenar.models.source import ModelSource
 from entrenar.optim.adamw import make_adamw
 from entrenar.optim.groups import lora_plus_groups
 from entrenar.recipes.config import RunConfig
-from entrenar.recipes.memory import load_adapted, plan_memory
+from entrenar.recipes.memory import load_adapted, open_for, plan_memory
 from entrenar.recipes.run_directory import RunDirectory, open_run_directory
 from entrenar.training.checkpoint import load_checkpoint
 from entrenar.training.loop import OnStep, Trainer
@@ -105,7 +105,7 @@ class _Ran:
 
 
 def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) -> _Ran:
-    source = open_source(config.model.path)
+    source = open_for(config)
     data = prepare_data(config, source.tokenizer)
     say(describe(data, config.data.train))
     model, libraries = load_adapted(config, source)
@@ -135,7 +135,7 @@ def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) 
     directory.start(config)
     _write_rejected(directory, data)
     Trainer(model, optimizer, data, plan, state, directory.path, pad_id(source), on_step).run()
-    save_adapter(model, directory.adapter)
+    save_adapter(model, directory.adapter, tokenizer=source.tokenizer if config.lora.new_tokens else None)
     return _Ran(state, resumed, memory)
 
 
