@@ -54,6 +54,29 @@ def theirs(directories: dict[str, Path], method: str, **options: Any) -> dict[st
 def test_the_change_is_pefts(
     directories: dict[str, Path], method: str, peer: str, options: dict[str, Any], peer_options: dict[str, Any]
 ) -> None:
+    check_change(directories, method, peer, options, peer_options)
+
+
+@pytest.mark.parametrize(("method", "peer"), [("dare", "dare_linear_svd"), ("dare_ties", "dare_ties_svd")])
+@pytest.mark.parametrize("density", [0.3, 0.8, 1.0])
+def test_what_dare_drops_aside_the_change_is_pefts(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, method: str, peer: str, density: float
+) -> None:
+    """Both draw the same masks: peft's are drawn from a generator like ours."""
+    generator = torch.Generator().manual_seed(5)
+
+    def drop(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+        assert rescale
+        return tensor * (torch.rand(tensor.shape, generator=generator) < density) / density
+
+    monkeypatch.setattr("peft.utils.merge_utils.random_pruning", drop)
+    options = {"rank": 16, "density": density, "seed": 5}
+    check_change(directories, method, peer, options, {"svd_rank": 16, "density": density})
+
+
+def check_change(
+    directories: dict[str, Path], method: str, peer: str, options: dict[str, Any], peer_options: dict[str, Any]
+) -> None:
     model = base()
     adapters = Adapters(model)
     for name, directory in directories.items():
