@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from entrenar.lora.low_rank import MemoryStats
     from entrenar.lora.qlora_layer import QLoRALayer
     from entrenar.lora.several import Adapters
+    from entrenar.lora.token_rows import resize_vocabulary
     from entrenar.models.load import load
     from entrenar.models.original import original_weights
     from entrenar.quant.linear import QuantizedLinear
@@ -52,6 +53,7 @@ _HOMES = {
     "original_weights": "models.original",
     "quantize": "quant.tensor",
     "quantize_4bit": "quant.tensor",
+    "resize_vocabulary": "lora.token_rows",
     "save_adapter": "lora.adapter_io",
     "train": "recipes.train",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "original_weights",
     "quantize",
     "quantize_4bit",
+    "resize_vocabulary",
     "save_adapter",
     "train",
 ]
