@@ -195,14 +195,24 @@ struct Sums {
     }
 };
 
-int64_t non_finite(const Operand& x, int64_t count) {
+// How many of the numbers have every bit of `exponent`: infinities and NaNs. Nothing is widened, the bits say it.
+template <class Bits>
+int64_t full_exponents(const void* data, int64_t count, Bits exponent) {
+    const char* from = static_cast<const char*>(data);
     int64_t found = 0;
-    for_magnitudes(x, Operand{nullptr, 0}, count, [&](int64_t, int64_t length, const int32_t* bits) {
-        int32_t here = 0;
-        for (int64_t i = 0; i < length; ++i) here += bits[i] >= 0x7F800000;
+    for_blocks(count, [&](int64_t at, int64_t length) {
+        Bits bits[kBlock] = {};
+        std::memcpy(bits, from + at * static_cast<int64_t>(sizeof(Bits)), static_cast<size_t>(length) * sizeof(Bits));
+        Bits here = 0;  // a block has fewer numbers than 16 bits count
+        for (int64_t i = 0; i < kBlock; ++i) here += (bits[i] & exponent) == exponent;
         found += here;
     });
     return found;
+}
+
+int64_t non_finite(const Operand& x, int64_t count) {
+    if (x.dtype == kFloat32) return full_exponents<uint32_t>(x.data, count, 0x7F800000u);
+    return full_exponents<uint16_t>(x.data, count, x.dtype == kFloat16 ? 0x7C00 : 0x7F80);
 }
 
 void absolute_sums(const Operand& x, const Operand& base, const uint8_t* mask, int64_t count, double* sums) {

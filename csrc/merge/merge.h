@@ -65,6 +65,6 @@ struct Merge {
     bool (*gram)(const Operand* x, int64_t inputs, const Operand& base, int64_t count, double* gram);
 };
 
-extern const Merge merge_generic, merge_avx2;
+extern const Merge merge_generic, merge_avx2, merge_avx512;
 
 }  // namespace entrenar
