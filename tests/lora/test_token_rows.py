@@ -1,5 +1,7 @@
 """Rows of their own for chosen tokens: base elsewhere, gradients to the rows alone, tied and untied, resized."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from entrenar.lora.token_rows import TokenRows, resize_vocabulary
 from entrenar.models.forward import target_loss
 
 
-def make(*, tied: bool, gemma: bool = False) -> LlamaForCausalLM | GemmaForCausalLM:
+def make(*, tied: bool, gemma: bool = False) -> Any:
     shared = {
         "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "initializer_range": 0.2, "tie_word_embeddings": tied,
@@ -39,7 +41,7 @@ def test_fresh_rows_change_nothing_and_changed_ones_are_a_changed_weight(tied: b
     assert len({id(module.rows) for module in rows}) == (1 if tied else 2)
     with torch.no_grad():
         for index, module in enumerate(rows if not tied else rows[:1]):
-            module.rows += 0.5 * (index + 1)
+            module.rows.add_(0.5 * (index + 1))
         expected.get_input_embeddings().weight[[3, 49]] += 0.5
         if not tied:
             expected.lm_head.weight[[3, 49]] += 1.0

@@ -112,3 +112,14 @@ def test_an_adapter_whose_tokenizer_is_lost_is_refused(
     (adapter / "tokenizer_config.json").unlink()
     with pytest.raises(InputError, match="no tokenizer lies beside the adapter"):
         open_model(str(tiny_model_dir), str(adapter))
+
+
+def test_a_gguf_in_its_own_blocks_gets_no_rows(
+    make_config: MakeConfig, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    base = str(tmp_path / "base.gguf")
+    export(str(tiny_model_dir), base, to="gguf", type="q8_0")
+    changes = {**changed(data), "model.path": base, "model.quantize": "keep"}
+    with pytest.raises(InputError, match="is held in its file's own blocks, to which no rows are added"):
+        train(make_config(**changes))
+    train(make_config(**changes | {"lora.new_tokens": []}))

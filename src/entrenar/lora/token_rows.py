@@ -112,7 +112,7 @@ def resize_vocabulary(model: nn.Module, rows: int) -> None:
         InputError: the embedding is held in its file's own blocks.
     """
     embedding, head = _embedding_and_head(model)
-    if rows <= len(cast(Tensor, embedding.weight)):
+    if rows <= embedding.num_embeddings:
         return
     was_tied = head is not None and _is_tied(embedding, head)
     for part in (embedding, head):
