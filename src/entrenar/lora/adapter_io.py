@@ -67,8 +67,14 @@ def load_adapter(model: nn.Module, directory: str | Path, *, original: Original 
     """
     refuse_adapted(model)
     adapter = read_adapter(Path(directory))
-    resize_vocabulary(model, 1 + max((max(tokens) for tokens in adapter.token_indices.values()), default=-1))
+    make_room(model, adapter)
     replace_modules(model, layers_of(model, adapter, str(directory), start_again(adapter, original)))
+
+
+def make_room(model: nn.Module, adapter: PeftAdapter) -> None:
+    """Give the model rows for the tokens that the adapter has rows for."""
+    if adapter.token_indices:
+        resize_vocabulary(model, 1 + max(max(tokens) for tokens in adapter.token_indices.values()))
 
 
 def adapter_of(model: nn.Module) -> PeftAdapter:

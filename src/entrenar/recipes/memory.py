@@ -94,10 +94,17 @@ def load_adapted(config: RunConfig, source: ModelSource) -> tuple[PreTrainedMode
         source, section.quantize, section.double_quant, section.block_size, dtype, search=section.search, device=device
     )
     torch.manual_seed(config.training.seed)
-    tokens = cast(list[int], source.tokenizer.convert_tokens_to_ids(config.lora.new_tokens))
-    resize_vocabulary(model, 1 + max(tokens, default=-1))
-    attach(model, config.lora.spec(rows_for(model, tokens) if tokens else {}), weights_of(source))
+    attach(model, config.lora.spec(_new_rows(model, source, config.lora.new_tokens)), weights_of(source))
     return model, libraries
+
+
+def _new_rows(model: PreTrainedModel, source: ModelSource, new_tokens: list[str]) -> dict[str, list[int]]:
+    """Rows for the new tokens, and which they are."""
+    if not new_tokens:
+        return {}
+    tokens = cast(list[int], source.tokenizer.convert_tokens_to_ids(new_tokens))
+    resize_vocabulary(model, 1 + max(tokens))
+    return rows_for(model, tokens)
 
 
 def memory_budget(section: TrainingSection, device: torch.device) -> int | None:
