@@ -1,11 +1,13 @@
 """Variants of LoRA against peft: forward, gradients, fused weights, and each reads the other's directory."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -136,6 +138,77 @@ def test_gradients_and_fused_weights_are_pefts(name: str, tmp_path: Path) -> Non
         fused = layer.merge_to_f32()
         fused = fused.t() if layer.is_transposed else fused
         assert torch.allclose(fused, merged.get_submodule(path).weight, atol=1e-5)
+
+
+def losses(model: nn.Module, steps: int = 3) -> list[float]:
+    """Of steps of plain gradient descent, in which nothing is remembered but the parameters."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    found: list[float] = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+@every_variant
+def test_what_is_trained_here_and_saved_is_trained_on_by_peft(name: str, tmp_path: Path) -> None:
+    model = ours(name)
+    before = losses(model)
+    save_adapter(model, tmp_path / "adapter")
+    peer = PeftModel.from_pretrained(VARIANTS[name][0](), tmp_path / "adapter", is_trainable=True).eval()
+    there, here = losses(peer), losses(model)
+    assert there == pytest.approx(here, rel=1e-4)
+    assert there[-1] < before[0]
+
+
+@every_variant
+def test_what_peft_trained_and_saved_is_trained_on_here(name: str, tmp_path: Path) -> None:
+    peer = theirs(name)
+    before = losses(peer)
+    peer.save_pretrained(str(tmp_path / "adapter"))
+    model = VARIANTS[name][0]()
+    load_adapter(model, tmp_path / "adapter")
+    here, there = losses(model.eval()), losses(peer)
+    assert here == pytest.approx(there, rel=1e-4)
+    assert here[-1] < before[0]
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(1, 6), (32, 6), (4, 0)])
+def test_the_smallest_and_the_largest_rank_and_alpha_0(tmp_path: Path, rank: int, alpha: int) -> None:
+    """32 is the narrower side of the layers."""
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=MLP, task_type="CAUSAL_LM")
+    peer = get_peft_model(llama(), config).eval()
+    move(peer)
+    peer.save_pretrained(str(tmp_path / "theirs"))
+    model = llama()
+    load_adapter(model, tmp_path / "theirs")
+    assert torch.allclose(logits(model), logits(peer), atol=2e-5)
+    save_adapter(model, tmp_path / "ours")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
+    assert torch.allclose(logits(again), logits(model), atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_adapter_in_16_bits_of_an_older_layout(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The keys that peft wrote in 2023, and its tensors as a 16-bit training leaves them."""
+    peer = theirs("rslora")
+    move(peer)
+    peer.save_pretrained(str(tmp_path / "adapter"))
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    file = tmp_path / "adapter" / "adapter_config.json"
+    old = ("auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights",
+           "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r",
+           "revision", "target_modules", "task_type")  # fmt: skip
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key in old}
+    file.write_text(json.dumps(config))
+    model = llama()
+    load_adapter(model, tmp_path / "adapter")
+    expected = PeftModel.from_pretrained(llama(), tmp_path / "adapter").eval()
+    assert torch.allclose(logits(model), logits(expected), atol=2e-5)
 
 
 def norms(model: nn.Module) -> list[float]:
