@@ -181,7 +181,6 @@ def test_a_wrong_key_is_an_error(tmp_path: Path, old: str, new: str) -> None:
     ("changes", "named"),
     [
         ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
     ],
