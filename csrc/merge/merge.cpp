@@ -10,7 +10,8 @@ namespace entrenar {
 namespace {
 
 const Merge& merge() {
-    static constexpr Paths<Merge> kPaths{&merge_generic, ENTRENAR_ON_X86(&merge_avx2), ENTRENAR_ON_X86(&merge_avx512), nullptr};
+    static constexpr Paths<Merge> kPaths{&merge_generic, ENTRENAR_ON_X86(&merge_avx2), ENTRENAR_ON_X86(&merge_avx512),
+                                         nullptr};
     return pick(kPaths);
 }
 

@@ -205,3 +205,8 @@ def test_a_target_that_is_not_there_is_refused_before_anything_is_merged(
         with pytest.raises(InputError, match=message):
             run(config(tiny_model_dir, neighbour), tmp_path / "out", to=to, type=type)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_result_may_be_called_exported(tiny_model_dir: Path, neighbour: str, tmp_path: Path) -> None:
+    entrenar.merge(config(tiny_model_dir, neighbour), tmp_path / "exported", type="nf4")
+    assert "model.safetensors" in {file.name for file in (tmp_path / "exported").iterdir()}

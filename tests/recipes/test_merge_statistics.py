@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mixtures import save_mixture
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import entrenar
 from entrenar.core.errors import InputError
@@ -90,15 +91,23 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
     return {name: x.double().numpy() for name, x in load_file(directory / "model.safetensors").items()}
 
 
+Weights = dict[str, np.ndarray]
+
+
+def merged_two(asked: dict[str, object], models: Sequence[Path], output: Path) -> tuple[Weights, list[Weights]]:
+    """The result's weights and the models'."""
+    entrenar.merge(asked, output)
+    return weights(output), [weights(model) for model in models]
+
+
 @pytest.mark.parametrize("group_bytes", [1, 1 << 30])
 def test_fisher_weighs_by_transformers_own_squared_gradients(
     tiny_model_dir: Path, neighbour: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_bytes: int
 ) -> None:
     monkeypatch.setattr(weight_statistics, "GROUP_BYTES", group_bytes)
     models = (tiny_model_dir, neighbour)
-    entrenar.merge(config("fisher", text, *models), tmp_path / "merged")
-    found, information = weights(tmp_path / "merged"), [squares(model) for model in models]
-    values = [weights(model) for model in models]
+    found, values = merged_two(config("fisher", text, *models), models, tmp_path / "merged")
+    information = [squares(model) for model in models]
     assert found.keys() == values[0].keys()
     for name, merged in found.items():
         f1, f2 = (each[name].numpy() * (1 + i) for i, each in enumerate(information))
@@ -117,8 +126,7 @@ def test_regmean_solves_over_transformers_own_inputs(
 ) -> None:
     monkeypatch.setattr(weight_statistics, "GROUP_BYTES", group_bytes)
     models = (tiny_model_dir, neighbour)
-    entrenar.merge(config("regmean", text, *models, alpha=0.8), tmp_path / "merged")
-    found, values = weights(tmp_path / "merged"), [weights(model) for model in models]
+    found, values = merged_two(config("regmean", text, *models, alpha=0.8), models, tmp_path / "merged")
     for layer in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"):
         name = f"{layer}.weight"
         grams = [0.8 * g + 0.2 * np.diag(np.diag(g)) for g in (products(model, layer).numpy() for model in models)]
@@ -208,3 +216,11 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(
         with pytest.raises(InputError, match=message):
             run(asked, tmp_path / "merged")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_mixture_of_experts_is_refused(text: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its experts are no linear layers of the loaded model: they would be averaged without a word."""
+    save_mixture("mixtral", tmp_path / "base", tiny_tokenizer)
+    with pytest.raises(InputError, match="is a mixture of experts, which regmean does not measure"):
+        entrenar.merge(config("regmean", text, tmp_path / "base"), tmp_path / "merged")
+    assert not list(tmp_path.glob(".*"))

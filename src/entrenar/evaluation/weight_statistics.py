@@ -4,7 +4,8 @@ Statistics are as large as the weights or larger, so they are made a group at a 
 and handed on to be written before the next.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -65,30 +66,36 @@ def input_products(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[LazyT
     leaders = _shared_inputs(model, modules, rows[0])
     tokens = sum(map(len, rows))
 
+    @torch.no_grad()
     def run(names: Sequence[str]) -> dict[str, Tensor]:
         totals: dict[str, Tensor] = {}
-        hooks = [
-            modules[name].register_forward_pre_hook(_adder(totals, name)) for name in {leaders[name] for name in names}
-        ]
-        try:
-            with torch.no_grad():
-                for ids in rows:
-                    model(input_ids=ids[None].to(model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+        def add(name: str, x: Tensor) -> None:
+            x = x.flatten(0, -2).float()
+            totals[name] = totals[name].addmm_(x.t(), x) if name in totals else x.t() @ x
+
+        with _watching({leaders[name]: modules[leaders[name]] for name in names}, add):
+            for ids in rows:
+                model(input_ids=ids[None].to(model.device), use_cache=False)
         return {name: totals[leaders[name]] / tokens for name in names}
 
     made = _in_groups({name: (modules[name].in_features,) * 2 for name in leaders}, run)
     return [LazyTensor(f"{tensor.name}.weight", tensor.shape, tensor.make) for tensor in made]
 
 
-def _adder(totals: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).float()
-        totals[name] = totals[name].addmm_(x.t(), x) if name in totals else x.t() @ x
+@contextmanager
+def _watching(modules: Mapping[str, nn.Module], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `note` with the name and the input of each of the modules whenever it runs."""
 
-    return add
+    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        note(name, args[0])
+
+    hooks = [module.register_forward_pre_hook(partial(hook, name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
 
 
 def _shared_inputs(model: PreTrainedModel, modules: Mapping[str, nn.Linear], ids: Tensor) -> dict[str, str]:
@@ -97,17 +104,13 @@ def _shared_inputs(model: PreTrainedModel, modules: Mapping[str, nn.Linear], ids
     leaders: dict[str, str] = {}
     last: list[tuple[Tensor, str]] = []
 
-    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not last or last[0][0] is not args[0]:
-            last[:] = [(args[0], name)]
+    def note(name: str, x: Tensor) -> None:
+        if not last or last[0][0] is not x:
+            last[:] = [(x, name)]
         leaders[name] = last[0][1]
 
-    hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in modules.items()]
-    try:
+    with _watching(modules, note):
         model(input_ids=ids[None, :2].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return leaders
 
 

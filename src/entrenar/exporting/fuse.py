@@ -5,6 +5,7 @@ adapter no model is needed: the tensors come straight from its files, one at a t
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -53,7 +54,7 @@ def source_tensors(source: ModelSource, format: str | None) -> list[LazyTensor]:
 def _on_cpu(tensor: LazyTensor) -> LazyTensor:
     make, packed = tensor.make, tensor.packed
     moved = packed and Packed(packed.type, lambda: packed.make().cpu())
-    return LazyTensor(tensor.name, tensor.shape, lambda: make().cpu(), packed=moved)
+    return replace(tensor, make=lambda: make().cpu(), packed=moved)
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor]:

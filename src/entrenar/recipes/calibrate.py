@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.evaluation.importance import column_importance
-from entrenar.recipes.text import read_text, token_ids
+from entrenar.recipes.text import read_text, text_rows
 
 ROW, MAX_ROWS = 512, 128  # tokens of a row, as llama.cpp's imatrix has them; rows at most
 _PURPOSE = "calibrate on"
@@ -37,6 +37,5 @@ def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
     Raises:
         InputError: the text cannot be read, or is too short.
     """
-    ids = token_ids(tokenizer, read_text(text, _PURPOSE), str(text), _PURPOSE, ROW * MAX_ROWS)
-    rows = [row for row in ids.split(ROW) if len(row) > 1]
+    rows = text_rows(tokenizer, read_text(text, _PURPOSE), str(text), _PURPOSE, row=ROW, most=MAX_ROWS)
     return Calibration(column_importance(model, rows), Path(text).name, len(rows))

@@ -73,9 +73,10 @@ def export_merged(directory: Path, output: Path, to: str, type: str) -> None:
         write_text(report_file(output), report)
     else:
         with atomic_directory(output) as temporary:
-            made = export(str(directory), directory.with_name("exported"), to=to, type=type)
+            made = export(str(directory), temporary / "exported", to=to, type=type)
             for file in (*made.iterdir(), directory / REPORT_NAME, directory / "README.md"):
                 shutil.move(file, temporary / file.name)
+            made.rmdir()
     shutil.rmtree(directory.parent)
 
 

@@ -71,14 +71,16 @@ def _measure(plan: MergePlan, model: InputModel, directory: Path, text: str) -> 
         import torch
 
         from entrenar.evaluation.weight_statistics import input_products, squared_gradients
+        from entrenar.models.experts import Experts
         from entrenar.recipes.open_model import open_model
-        from entrenar.recipes.text import token_ids
+        from entrenar.recipes.text import text_rows
 
         path, adapter = split_label(model.label)
         loaded, tokenizer = open_model(path, adapter, "none")
+        if any(isinstance(module, Experts) for module in loaded.modules()):
+            raise InputError(f"{model.label} is a mixture of experts, which {plan.method.name} does not measure")
         _fuse(loaded)
-        ids = token_ids(tokenizer, text, "the text", f"measure {model.label} on", ROW * MAX_ROWS)
-        rows = [row for row in ids.split(ROW) if len(row) > 1]
+        rows = text_rows(tokenizer, text, "the text", f"measure {model.label} on", row=ROW, most=MAX_ROWS)
         make = squared_gradients if plan.method.statistic == "squared gradients" else input_products
         with atomic_directory(found) as temporary:
             write_checkpoint(temporary, make(loaded, rows), torch.float32, _SHARD_BYTES)

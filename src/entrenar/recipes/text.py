@@ -18,6 +18,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, where: str, purpose
     return torch.tensor(encoded)
 
 
+def text_rows(
+    tokenizer: PreTrainedTokenizerBase, text: str, where: str, purpose: str, *, row: int, most: int
+) -> list[Tensor]:
+    """The same in rows of `row` tokens, `most` rows at most; what is left at the end counts if it is two tokens."""
+    return [ids for ids in token_ids(tokenizer, text, where, purpose, row * most).split(row) if len(ids) > 1]
+
+
 def read_text(path: str | Path, purpose: str) -> str:
     """The content of a file; InputError if it cannot be read as UTF-8."""
     try:
