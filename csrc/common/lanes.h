@@ -32,6 +32,7 @@ typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef float Quad __attribute__((vector_size(16)));
 
 template <class Vector>
@@ -126,9 +127,30 @@ inline Floats widen_f16(const char* from) {
 #endif
 }
 
-inline Floats widen_bf16(const char* from) {
-    return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+// __builtin_convertvector between 16 and 32 bits makes several shuffles of what is one instruction (GCC 12).
+inline Words words_of(const char* halves) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_maskz_cvtepu16_epi32(0xFFFF, load<__m256i>(halves));
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu16_epi32(load<__m128i>(halves));
+#else
+    return __builtin_convertvector(load<Halves>(halves), Words);
+#endif
 }
+
+// The lower 16 bits of each lane.
+inline void store_halves(Words value, char* to) {
+#if defined(__AVX512F__)
+    store(to, _mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)value));
+#elif defined(__AVX2__)
+    const __m256i packed = _mm256_packus_epi32(_mm256_and_si256((__m256i)value, _mm256_set1_epi32(0xFFFF)), _mm256_setzero_si256());
+    store(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+    store(to, __builtin_convertvector(value, Halves));
+#endif
+}
+
+inline Floats widen_bf16(const char* from) { return (Floats)(words_of(from) << 16); }
 
 inline void narrow_f16(Floats value, char* to) {
 #if defined(__AVX512F__)
@@ -156,7 +178,39 @@ inline Words rounded_bf16(Floats value) {
 }
 
 inline void narrow_bf16(Floats value, char* to) {
-    store(to, __builtin_convertvector(rounded_bf16(value) >> 16, Halves));
+    store_halves(rounded_bf16(value) >> 16, to);
+}
+
+// Codes of 0…255 or −128…127 to bytes. (The compiler's own conversion is slow.)
+inline void store_bytes(Ints codes, void* to) {
+#if defined(__AVX512F__)
+    store(to, _mm512_maskz_cvtepi32_epi8(0xFFFF, (__m512i)codes));
+#elif defined(__AVX2__)
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)(codes & 255)),
+                                           _mm256_extracti128_si256((__m256i)(codes & 255), 1));
+    const __m128i bytes = _mm_packus_epi16(halves, halves);
+    std::memcpy(to, &bytes, kLanes);
+#elif defined(__SSE2__)
+    const __m128i halves = _mm_packs_epi32((__m128i)(codes & 255), (__m128i)(codes & 255));
+    const __m128i bytes = _mm_packus_epi16(halves, halves);
+    std::memcpy(to, &bytes, kLanes);
+#else
+    store(to, __builtin_convertvector(codes, Bytes));
+#endif
+}
+
+// Signed bytes to lanes. (As above.)
+inline Ints load_bytes(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepi8_epi32(load<__m128i>(from));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__SSE2__)
+    const __m128i bytes = _mm_cvtsi32_si128(load<int32_t>(from)), halves = _mm_unpacklo_epi8(bytes, bytes);
+    return (Ints)_mm_srai_epi32(_mm_unpacklo_epi16(halves, halves), 24);
+#else
+    return __builtin_convertvector(load<Bytes>(from), Ints);
+#endif
 }
 
 }  // namespace

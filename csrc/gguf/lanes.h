@@ -1,4 +1,4 @@
-// What the GGUF kernels need beyond common/lanes.h: codes to and from bytes, whole tiles of any dtype, single halves.
+// What the GGUF kernels need beyond common/lanes.h: whole tiles of any dtype, single halves.
 //
 // No `fused` here: these kernels give the same bytes on every path.
 #pragma once
@@ -8,7 +8,6 @@
 namespace entrenar::gguf {
 namespace {
 
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef uint8_t Sixteen __attribute__((vector_size(16)));
 
 inline Floats copy_if(Ints mask, Floats value) { return (Floats)((Ints)value & mask); }
@@ -17,36 +16,6 @@ inline Floats copy_if(Ints mask, Floats value) { return (Floats)((Ints)value & m
 constexpr float kRounder = 12582912.0f;
 inline Floats nearest(Floats value) { return (value + kRounder) - kRounder; }
 inline float nearest(float value) { return (value + kRounder) - kRounder; }
-
-// Codes of 0…255 or −128…127 to bytes. (The compiler's own conversion is slow below AVX-512.)
-inline void store_bytes(Ints codes, void* to) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)(codes & 255)),
-                                           _mm256_extracti128_si256((__m256i)(codes & 255), 1));
-    const __m128i bytes = _mm_packus_epi16(halves, halves);
-    std::memcpy(to, &bytes, kLanes);
-#elif defined(__SSE2__) && !defined(__AVX512F__)
-    const __m128i halves = _mm_packs_epi32((__m128i)(codes & 255), (__m128i)(codes & 255));
-    const __m128i bytes = _mm_packus_epi16(halves, halves);
-    std::memcpy(to, &bytes, kLanes);
-#else
-    store(to, __builtin_convertvector(codes, Bytes));
-#endif
-}
-
-// Signed bytes to lanes. (As above.)
-inline Ints load_bytes(const int8_t* from) {
-#if defined(__AVX512F__)
-    return (Ints)_mm512_cvtepi8_epi32(load<__m128i>(from));
-#elif defined(__AVX2__)
-    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-#elif defined(__SSE2__)
-    const __m128i bytes = _mm_cvtsi32_si128(load<int32_t>(from)), halves = _mm_unpacklo_epi8(bytes, bytes);
-    return (Ints)_mm_srai_epi32(_mm_unpacklo_epi16(halves, halves), 24);
-#else
-    return __builtin_convertvector(load<Bytes>(from), Ints);
-#endif
-}
 
 // The sign bit of every lane, lane 0 in bit 0.
 inline uint32_t sign_bits(Ints value) {

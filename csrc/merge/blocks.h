@@ -13,22 +13,24 @@ namespace {
 
 constexpr int64_t kBlock = 256;
 
-// Elements [at, at + count) as float32.
-inline void widen_block(const Operand& x, int64_t at, int64_t count, float* out) {
-    if (x.data == nullptr) {
-        std::fill(out, out + count, 0.0f);
-        return;
-    }
-    const char* from = static_cast<const char*>(x.data) + at * dtype_bytes(static_cast<int>(x.dtype));
-    if (x.dtype == kFloat32) {
-        std::memcpy(out, from, static_cast<size_t>(count) * 4);
-        return;
-    }
+template <int kDtype>
+inline void widen_block(const char* from, int64_t count, float* out) {
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
-        store(out + i, x.dtype == kFloat16 ? widen_f16(from + i * 2) : widen_bf16(from + i * 2));
+        store(out + i, kDtype == kFloat16 ? widen_f16(from + i * 2) : widen_bf16(from + i * 2));
     }
-    for (; i < count; ++i) out[i] = load_element(from, static_cast<int>(x.dtype), i);
+    for (; i < count; ++i) out[i] = load_element(from, kDtype, i);
+}
+
+// Elements [at, at + count) as float32, and zeros up to the end of the block: its place need not be cleared before, which
+// for a few blocks costs more than what is done with them.
+inline void widen_block(const Operand& x, int64_t at, int64_t count, float* out) {
+    std::fill(out + (x.data == nullptr ? 0 : count), out + kBlock, 0.0f);
+    if (x.data == nullptr) return;
+    const char* from = static_cast<const char*>(x.data) + at * dtype_bytes(static_cast<int>(x.dtype));
+    if (x.dtype == kFloat32) std::memcpy(out, from, static_cast<size_t>(count) * 4);
+    if (x.dtype == kFloat16) widen_block<kFloat16>(from, count, out);
+    if (x.dtype == kBfloat16) widen_block<kBfloat16>(from, count, out);
 }
 
 inline void round_block(const float* values, int64_t count, void* out, int dtype, int64_t at) {
@@ -51,13 +53,13 @@ inline void round_block(const double* values, int64_t count, void* out, int dtyp
     round_block(narrow, count, out, dtype, at);
 }
 
-// x − base of a block.
+// x − base of a block, zeros behind its end.
 inline void delta_block(const Operand& x, const Operand& base, int64_t at, int64_t count, float* delta) {
     widen_block(x, at, count, delta);
     if (base.data == nullptr) return;
-    float other[kBlock];
+    alignas(64) float other[kBlock];
     widen_block(base, at, count, other);
-    for (int64_t i = 0; i < count; ++i) delta[i] -= other[i];
+    for (int64_t i = 0; i < kBlock; ++i) delta[i] -= other[i];
 }
 
 // body(at, count) over blocks.
@@ -66,15 +68,15 @@ inline void for_blocks(int64_t count, const Body& body) {
     for (int64_t at = 0; at < count; at += kBlock) body(at, std::min(kBlock, count - at));
 }
 
-// body(at, count, magnitude bits of δ) over blocks.
+// body(at, count, magnitude bits of δ) over blocks; behind the last one's end the bits are −1, which no magnitude has.
 template <class Body>
 inline void for_magnitudes(const Operand& x, const Operand& base, int64_t count, const Body& body) {
     for_blocks(count, [&](int64_t at, int64_t length) {
-        float delta[kBlock];
-        int32_t bits[kBlock];  // signed, but never negative: vectors compare signed integers
+        alignas(64) float delta[kBlock];
+        alignas(64) int32_t bits[kBlock];  // signed, but never negative: vectors compare signed integers
         delta_block(x, base, at, length, delta);
-        std::memcpy(bits, delta, sizeof bits);
-        for (int64_t i = 0; i < length; ++i) bits[i] &= 0x7FFFFFFF;
+        for (int64_t i = 0; i < kBlock; i += kLanes) store(bits + i, load<Ints>(delta + i) & 0x7FFFFFFF);
+        std::fill(bits + length, bits + kBlock, -1);
         body(at, length, bits);
     });
 }
@@ -104,20 +106,68 @@ void histogram(const Operand& x, const Operand& base, int64_t count, int64_t pre
     });
 }
 
-// Plain pointers and values: through a lambda's references a byte that is stored might be any of them.
-inline int32_t count_equal(const int32_t* bits, int64_t length, int32_t limit) {
-    int32_t equal = 0;
-    for (int64_t i = 0; i < length; ++i) equal += bits[i] == limit;
-    return equal;
+// How many lanes of a block are true of `condition`, a function of one vector.
+template <class Condition>
+ENTRENAR_INLINE inline int64_t count_lanes(const int32_t* bits, const Condition& condition) {
+    Ints counts{};
+    for (int64_t i = 0; i < kBlock; i += kLanes) counts -= condition(load<Ints>(bits + i));
+    int64_t total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += counts[lane];
+    return total;
 }
 
-inline void at_least(const int32_t* __restrict bits, int64_t length, int64_t least, uint8_t* __restrict top) {
-    if (least > 0x7FFFFFFF) {
-        std::fill(top, top + length, uint8_t{0});
-        return;
+// Writes the numbers from `first` to `last` of a block, and up to a vector more behind them; how many there are.
+inline int64_t pick_between(const int32_t* __restrict bits, int32_t first, int32_t last, int32_t* __restrict out) {
+    int64_t found = 0;
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_set1_epi32(first), high = _mm512_set1_epi32(last);
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+        const __m512i values = load<__m512i>(bits + i);
+        const __mmask16 inside = _mm512_mask_cmple_epi32_mask(_mm512_cmpge_epi32_mask(values, low), values, high);
+        store(out + found, _mm512_maskz_compress_epi32(inside, values));
+        found += __builtin_popcount(inside);
     }
-    const auto limit = static_cast<int32_t>(least);
-    for (int64_t i = 0; i < length; ++i) top[i] = bits[i] >= limit;
+#else
+    for (int64_t i = 0; i < kBlock; ++i) {
+        out[found] = bits[i];
+        found += static_cast<int>(bits[i] >= first) & static_cast<int>(bits[i] <= last);
+    }
+#endif
+    return found;
+}
+
+void between(const Operand& x, const Operand& base, int64_t count, int32_t first, int32_t last, int32_t* out, int64_t room,
+             int64_t* found) {
+    for_magnitudes(x, base, count, [&](int64_t, int64_t, const int32_t* bits) {
+        int32_t inside[kBlock + kLanes];
+        const int64_t here = pick_between(bits, first, last, inside);
+        const int64_t fitting = std::min(here, std::max<int64_t>(room - found[1], 0));
+        if (fitting > 0) std::memcpy(out + found[1], inside, static_cast<size_t>(fitting) * 4);
+        found[0] += count_lanes(bits, [last](Ints lanes) ENTRENAR_INLINE { return lanes > last; });
+        found[1] += here;
+    });
+}
+
+// top[i] = whether the bits of a whole block are `least` or more.
+inline void at_least(const int32_t* __restrict bits, int32_t least, uint8_t* __restrict top) {
+    for (int64_t i = 0; i < kBlock; i += kLanes) store_bytes((load<Ints>(bits + i) >= least) & 1, top + i);
+}
+
+// top[i] = whether the bits of a block are above `limit`, or equal to it and among the first `ties` of those; how many
+// of those there were.
+inline int64_t top_of_block(const int32_t* bits, int32_t limit, int64_t ties, uint8_t* top) {
+    if (ties <= 0 && limit < 0x7FFFFFFF) {
+        at_least(bits, limit + 1, top);
+        return 0;
+    }
+    const int64_t equal = count_lanes(bits, [limit](Ints lanes) ENTRENAR_INLINE { return lanes == limit; });
+    at_least(bits, limit, top);
+    if (equal <= ties) return equal;
+    int64_t left = ties;
+    for (int64_t i = 0; i < kBlock; ++i) {
+        if (bits[i] == limit) top[i] = left-- > 0;
+    }
+    return ties;
 }
 
 inline void clear_where(const uint8_t* __restrict top, int64_t length, uint8_t* __restrict mask) {
@@ -127,26 +177,15 @@ inline void clear_where(const uint8_t* __restrict top, int64_t length, uint8_t* 
 int64_t keep_top(const Operand& x, const Operand& base, int64_t count, uint32_t threshold, int64_t ties, bool outside,
                  uint8_t* mask) {
     const auto limit = static_cast<int32_t>(threshold);
-    int64_t used = 0;
+    int64_t left = ties;
     for_magnitudes(x, base, count, [&](int64_t at, int64_t length, const int32_t* bits) {
-        uint8_t top[kBlock];
-        const int32_t equal = count_equal(bits, length, limit);
-        const bool all = used + equal <= ties;
-        at_least(bits, length, static_cast<int64_t>(limit) + (all ? 0 : 1), top);
-        if (!all) {
-            int64_t left = std::max<int64_t>(ties - used, 0);
-            for (int64_t i = 0; i < length && left > 0; ++i) {
-                if (bits[i] == limit) top[i] = 1, --left;
-            }
-        }
-        used += equal;
-        if (outside) {
-            clear_where(top, length, mask + at);
-        } else {
-            std::memcpy(mask + at, top, static_cast<size_t>(length));
-        }
+        alignas(64) uint8_t here[kBlock];
+        uint8_t* const top = outside || length < kBlock ? here : mask + at;
+        left -= top_of_block(bits, limit, left, top);
+        if (outside) clear_where(top, length, mask + at);
+        if (!outside && length < kBlock) std::memcpy(mask + at, top, static_cast<size_t>(length));
     });
-    return std::min(used, ties);
+    return ties - left;
 }
 
 // MurmurHash3's 32-bit finaliser (Appleby): every bit of the input reaches every bit of the output.
@@ -201,10 +240,9 @@ int64_t full_exponents(const void* data, int64_t count, Bits exponent) {
     const char* from = static_cast<const char*>(data);
     int64_t found = 0;
     for_blocks(count, [&](int64_t at, int64_t length) {
-        Bits bits[kBlock] = {};
-        std::memcpy(bits, from + at * static_cast<int64_t>(sizeof(Bits)), static_cast<size_t>(length) * sizeof(Bits));
+        const char* const block = from + at * static_cast<int64_t>(sizeof(Bits));
         Bits here = 0;  // a block has fewer numbers than 16 bits count
-        for (int64_t i = 0; i < kBlock; ++i) here += (bits[i] & exponent) == exponent;
+        for (int64_t i = 0; i < length; ++i) here += (load<Bits>(block + i * sizeof(Bits)) & exponent) == exponent;
         found += here;
     });
     return found;
@@ -218,8 +256,9 @@ int64_t non_finite(const Operand& x, int64_t count) {
 void absolute_sums(const Operand& x, const Operand& base, const uint8_t* mask, int64_t count, double* sums) {
     Sums every, kept;
     for_blocks(count, [&](int64_t at, int64_t length) {
-        float delta[kBlock] = {}, masked[kBlock] = {};
+        float delta[kBlock], masked[kBlock];
         delta_block(x, base, at, length, delta);
+        std::fill(masked + length, masked + kBlock, 0.0f);
         for (int64_t i = 0; i < length; ++i) {
             delta[i] = bits_float(float_bits(delta[i]) & 0x7FFFFFFFu);
             masked[i] = mask[at + i] ? delta[i] : 0.0f;

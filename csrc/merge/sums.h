@@ -17,18 +17,12 @@ struct Vector {
     static Type all(Real value) { return value - Type{}; }
 };
 
-// body(i) for the start of every vector of a block; what lies behind a block's end is computed and not used.
-template <class Real, class Body>
-ENTRENAR_INLINE inline void for_vectors(const Body& body) {
-    for (int64_t i = 0; i < kBlock; i += Vector<Real>::kCount) body(i);
-}
-
 template <class Real>
 void weighted_sum(const Operand* x, const double* coefficients, int64_t inputs, int64_t count, void* out, int dtype) {
     for_blocks(count, [&](int64_t at, int64_t length) {
         Real sum[kBlock] = {};
         for (int64_t input = 0; input < inputs; ++input) {
-            float values[kBlock] = {};
+            alignas(64) float values[kBlock];
             widen_block(x[input], at, length, values);
             const auto factor = static_cast<Real>(coefficients[input]);
             for (int64_t i = 0; i < kBlock; ++i) sum[i] += factor * static_cast<Real>(values[i]);
@@ -45,82 +39,86 @@ void weighted_sum(const Operand* x, const double* coefficients, int64_t inputs, 
 // delta (kBlock): (x − base) · mask: with products instead of choices a NaN is never hidden.
 template <class Real>
 inline void masked_delta(const TaskModel& model, const Real* base, int64_t at, int64_t length, Real* delta) {
-    float values[kBlock] = {};
+    alignas(64) float values[kBlock];
     widen_block(model.x, at, length, values);
     for (int64_t i = 0; i < kBlock; ++i) delta[i] = static_cast<Real>(values[i]) - base[i];
     if (model.mask == nullptr) return;
-    float factors[kBlock] = {};
-    const uint8_t* mask = model.mask + at;
-    for (int64_t i = 0; i < length; ++i) factors[i] = static_cast<float>(mask[i]);
-    for (int64_t i = 0; i < kBlock; ++i) delta[i] *= static_cast<Real>(factors[i]);
+    const auto* mask = reinterpret_cast<const int8_t*>(model.mask) + at;
+    alignas(64) int8_t rest[kBlock];
+    if (length < kBlock) {
+        std::memcpy(rest, mask, static_cast<size_t>(length));
+        std::fill(rest + length, rest + kBlock, int8_t{0});
+        mask = rest;
+    }
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+        store(values + i, __builtin_convertvector(load_bytes(mask + i), Floats));
+    }
+    for (int64_t i = 0; i < kBlock; ++i) delta[i] *= static_cast<Real>(values[i]);
 }
 
-// The elected sign of each element: +1, −1, or 0 where nobody is to be kept.
+// A model's factors in the type of the sums.
 template <class Real>
-inline void elect(const TaskSum& task, const Real* deltas, Real* sign) {
+struct Factors {
+    Real value, vote, divisor;
+};
+
+// The elected sign of a vector of elements: +1, −1, or 0 where nobody is to be kept.
+template <class Real>
+ENTRENAR_INLINE inline typename Vector<Real>::Type elect(const TaskSum& task, const Factors<Real>* factors, const Real* deltas) {
     using V = Vector<Real>;
     typedef typename V::Type Values;
     const Values plus = V::all(1), minus = V::all(-1), none = V::all(0), zero = task.zero_is_positive ? plus : none;
-    for_vectors<Real>([&](int64_t i) ENTRENAR_INLINE {
-        Values votes = none;
-        for (int64_t m = 0; m < task.count; ++m) {
-            votes += V::all(static_cast<Real>(task.models[m].vote)) * load<Values>(deltas + m * kBlock + i);
-        }
-        store<Values>(sign + i, votes > none ? plus : (votes < none ? minus : zero));
-    });
+    Values votes = none;
+    for (int64_t m = 0; m < task.count; ++m) votes += V::all(factors[m].vote) * load<Values>(deltas + m * kBlock);
+    return votes > none ? plus : (votes < none ? minus : zero);
 }
 
-// sum and divisor (kBlock) += what this model adds where its vote has the elected sign.
+// What a vector of elements moves by: of every model's value · δ the sum, or with consensus of those whose vote has the
+// elected sign, over the sum of their divisors where that is asked for.
 template <class Real>
-inline void add_kept(const TaskModel& model, const Real* delta, const Real* sign, Real* sum, Real* divisor) {
+ENTRENAR_INLINE inline typename Vector<Real>::Type moved(const TaskSum& task, const Factors<Real>* factors, const Real* deltas) {
     using V = Vector<Real>;
     typedef typename V::Type Values;
-    const Values value = V::all(static_cast<Real>(model.value)), weight = V::all(static_cast<Real>(model.divisor));
-    const Values vote = V::all(static_cast<Real>(model.vote)), none = V::all(0), one = V::all(1);
-    for_vectors<Real>([&](int64_t i) ENTRENAR_INLINE {
-        const Values change = load<Values>(delta + i);
-        const Values kept = vote * change * load<Values>(sign + i) > none ? one : none;
-        store<Values>(sum + i, load<Values>(sum + i) + value * change * kept);
-        store<Values>(divisor + i, load<Values>(divisor + i) + weight * kept);
-    });
-}
-
-template <class Real>
-inline void divide(const Real* divisor, Real* sum) {
-    typedef typename Vector<Real>::Type Values;
-    const Values none = Vector<Real>::all(0), one = Vector<Real>::all(1);
-    for_vectors<Real>([&](int64_t i) ENTRENAR_INLINE {
-        const Values by = load<Values>(divisor + i);
-        store<Values>(sum + i, load<Values>(sum + i) / (by == none ? one : by));
-    });
+    const Values none = V::all(0), one = V::all(1), sign = task.consensus ? elect(task, factors, deltas) : none;
+    Values sum = none, divisor = none;
+    for (int64_t m = 0; m < task.count; ++m) {
+        const Values delta = load<Values>(deltas + m * kBlock), value = V::all(factors[m].value);
+        if (!task.consensus) {
+            sum += value * delta;
+            continue;
+        }
+        const Values kept = V::all(factors[m].vote) * delta * sign > none ? one : none;
+        sum += value * delta * kept;
+        divisor += V::all(factors[m].divisor) * kept;
+    }
+    return task.divide ? sum / (divisor == none ? one : divisor) : sum;
 }
 
 template <class Real>
 bool task_sum(const TaskSum& task, int64_t count) {
-    auto* deltas = reinterpret_cast<Real*>(thread_scratch(task.count * kBlock * static_cast<int64_t>(sizeof(Real))));
-    if (deltas == nullptr) return false;
-    const auto lambda = static_cast<Real>(task.lambda);
+    typedef typename Vector<Real>::Type Values;
+    const int64_t delta_bytes = task.count * kBlock * static_cast<int64_t>(sizeof(Real));
+    char* const scratch = thread_scratch(delta_bytes + task.count * static_cast<int64_t>(sizeof(Factors<Real>)));
+    if (scratch == nullptr) return false;
+    auto* const deltas = reinterpret_cast<Real*>(scratch);
+    auto* const factors = reinterpret_cast<Factors<Real>*>(scratch + delta_bytes);
+    for (int64_t m = 0; m < task.count; ++m) {
+        const TaskModel& model = task.models[m];
+        factors[m] = {static_cast<Real>(model.value), static_cast<Real>(model.vote), static_cast<Real>(model.divisor)};
+    }
+    const Values lambda = Vector<Real>::all(static_cast<Real>(task.lambda));
     for_blocks(count, [&](int64_t at, int64_t length) {
-        float narrow[kBlock] = {};
-        Real base[kBlock], sign[kBlock], sum[kBlock] = {}, divisor[kBlock] = {};
+        alignas(64) float narrow[kBlock];
+        alignas(64) Real base[kBlock], result[kBlock];
         widen_block(task.base, at, length, narrow);
         for (int64_t i = 0; i < kBlock; ++i) base[i] = static_cast<Real>(narrow[i]);
         for (int64_t m = 0; m < task.count; ++m) {
             masked_delta(task.models[m], base, at, length, deltas + m * kBlock);
         }
-        if (task.consensus) elect(task, deltas, sign);
-        for (int64_t m = 0; m < task.count; ++m) {
-            const Real* delta = deltas + m * kBlock;
-            if (task.consensus) {
-                add_kept(task.models[m], delta, sign, sum, divisor);
-                continue;
-            }
-            const auto value = static_cast<Real>(task.models[m].value);
-            for (int64_t i = 0; i < kBlock; ++i) sum[i] += value * delta[i];
+        for (int64_t i = 0; i < kBlock; i += Vector<Real>::kCount) {
+            store<Values>(result + i, load<Values>(base + i) + lambda * moved(task, factors, deltas + i));
         }
-        if (task.divide) divide(divisor, sum);
-        for (int64_t i = 0; i < kBlock; ++i) sum[i] = base[i] + lambda * sum[i];
-        round_block(sum, length, task.out, task.out_dtype, at);
+        round_block(result, length, task.out, task.out_dtype, at);
     });
     return true;
 }
@@ -147,9 +145,9 @@ bool gram(const Operand* x, int64_t inputs, const Operand& base, int64_t count, 
     std::fill(sums, sums + pairs, Sums{});
     for_blocks(count, [&](int64_t at, int64_t length) {
         for (int64_t input = 0; input < inputs; ++input) {
-            float delta[kBlock] = {}, other[kBlock] = {};
+            float delta[kBlock], other[kBlock];
             widen_block(x[input], at, length, delta);
-            if (base.data != nullptr) widen_block(base, at, length, other);
+            widen_block(base, at, length, other);
             double* const block = blocks + input * kBlock;
             for (int64_t i = 0; i < kBlock; ++i) block[i] = static_cast<double>(delta[i]) - static_cast<double>(other[i]);
         }

@@ -8,9 +8,8 @@
 namespace entrenar {
 namespace {
 
-constexpr Merge kMerge = {histogram,     keep_top,     keep_random, keep_by_rank,
-                          absolute_sums, non_finite,   weighted_sum, task_sum,
-                          gram};
+constexpr Merge kMerge = {histogram,     between,    keep_top,     keep_random, keep_by_rank,
+                          absolute_sums, non_finite, weighted_sum, task_sum,    gram};
 
 }  // namespace
 }  // namespace entrenar

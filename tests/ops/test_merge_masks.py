@@ -16,6 +16,7 @@ from entrenar.ops.merge_masks import (
     keep_random,
     keep_top,
     magnitude_bits,
+    magnitudes_between,
     random_words,
 )
 
@@ -45,6 +46,33 @@ def test_magnitudes_are_counted_by_their_bits(kernel_path: str, dtype: torch.dty
     prefix = int(bits[0] >> 16)
     count_magnitudes(x, base, lower, prefix)
     assert torch.equal(lower.sum(0), torch.bincount(bits[bits >> 16 == prefix] & 0xFFFF, minlength=LOWER_BINS))
+
+
+@every_dtype
+@every_count
+@pytest.mark.parametrize("room", [0, 5, 2000])
+def test_magnitudes_between_are_gathered_as_far_as_there_is_room(
+    kernel_path: str, dtype: torch.dtype, count: int, room: int
+) -> None:
+    x, base = pair(count, dtype)
+    bits = magnitude_bits(x, base)
+    first, last = sorted(int(bits[place]) for place in (count // 3, count // 2))
+    inside = bits[(bits >= first) & (bits <= last)]
+    out, found = torch.full((room + 8,), -7, dtype=torch.int32), torch.tensor([100, 2])
+    magnitudes_between(x, base, first, last, out[: room + 2], found)
+    assert found.tolist() == [100 + int((bits > last).sum()), 2 + len(inside)]
+    written = min(len(inside), room)
+    assert torch.equal(out[2 : 2 + written], inside[:written])
+    assert (out[2 + written :] == -7).all()
+    assert (out[:2] == -7).all()
+
+
+def test_every_magnitude_is_between_the_ends(kernel_path: str) -> None:
+    x = torch.tensor([0.0, -0.0, 1e-45, -torch.inf, torch.nan, 1.0])
+    out, found = torch.empty(6, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    magnitudes_between(x, None, 0, 0x7FFFFFFF, out, found)
+    assert found.tolist() == [0, 6]
+    assert torch.equal(out, magnitude_bits(x, None))
 
 
 @every_dtype
@@ -144,3 +172,8 @@ def test_a_buffer_that_is_too_small_is_refused() -> None:
         keep_top(torch.zeros(9), None, 1, torch.tensor([0]), torch.empty(8, dtype=torch.uint8))
     with pytest.raises(InputError, match="buffer is too small"):
         count_magnitudes(torch.zeros(9), None, torch.zeros(2, 5, dtype=torch.int64))
+    out = torch.empty(9, dtype=torch.int32)
+    with pytest.raises(InputError, match="buffer is too small"):
+        magnitudes_between(torch.zeros(9), None, 0, 1, out, torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(InputError, match="out of range"):
+        magnitudes_between(torch.zeros(9), None, 2, 1, out, torch.zeros(2, dtype=torch.int64))

@@ -29,6 +29,7 @@ def merge(
     gc.disable()  # importing torch makes a million objects and no garbage: a tenth of a second of a few
     from entrenar.recipes.merge import merge as run
 
+    gc.freeze()  # nor is it looked for among them later
     gc.enable()
     max_shard_bytes = int(shard_size * 1e9)
     if plan:

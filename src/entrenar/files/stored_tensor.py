@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import torch
@@ -35,17 +34,20 @@ class FileVersion:
         return cls(path, _identity(descriptor))
 
     @contextmanager
-    def open(self) -> Iterator[FileIO]:
-        """The file again, unbuffered.
+    def open(self) -> Iterator[int]:
+        """A descriptor of the file again.
 
         Raises:
             InputError: it is gone, or no longer the same; also for whatever goes wrong while it is read.
         """
         try:
-            with FileIO(self.path) as file:
-                if _identity(file.fileno()) != self.identity:
+            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            try:
+                if _identity(descriptor) != self.identity:
                     raise InputError(f"{self.path} has changed since its header was read: load it again")
-                yield file
+                yield descriptor
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error}") from None
 
@@ -128,11 +130,10 @@ class StoredTensor:
 
     def _fill(self, offset: int, raw: Tensor) -> None:
         """Fill raw (n,) uint8 with the tensor's bytes from `offset`."""
-        left = raw.numpy().data
-        with self.file.open() as file:
-            file.seek(self.start + offset)
+        left, place = raw.numpy().data, self.start + offset
+        with self.file.open() as descriptor:
             while left:
-                count = file.readinto(left)
+                count = os.preadv(descriptor, [left], place)
                 if not count:
                     raise InputError(f"{self.file.path} ends inside a tensor: fetch or save it again")
-                left = left[count:]
+                left, place = left[count:], place + count

@@ -39,7 +39,8 @@ def stream(tensors: Sequence[StoredTensor], sinks: Iterable[AnySink]) -> Generat
     Raises:
         InputError: a file cannot be read, ends early, or is another than when its header was read.
     """
-    with one_openmp_thread_each() as count:
+    with one_openmp_thread_each() as computing:
+        count = computing + 1  # one more keeps the disk busy
         largest = max((tensor.piece_bytes for tensor in tensors), default=0)
         buffers: SimpleQueue[Tensor] = SimpleQueue()
         # Made here: what a thread takes from malloc comes from an arena of its own and stays there.
@@ -77,10 +78,10 @@ def _carry(tensor: StoredTensor, start: int, sink: Sink, buffers: SimpleQueue[Te
 
 @contextmanager
 def one_openmp_thread_each() -> Iterator[int]:
-    """Threads made inside do their work alone; yields how many to make: one more than compute, which reads."""
+    """Threads made inside do their work alone; yields how many of them the machine computes with."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield min(before, MAX_THREADS) + 1
+        yield min(before, MAX_THREADS)
     finally:
         torch.set_num_threads(before)

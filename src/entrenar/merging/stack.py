@@ -16,6 +16,7 @@ from torch import Tensor
 from entrenar.ops.merge_masks import Key
 
 PIECE_ELEMENTS = 1 << 20  # of every input; larger ones leave the cache, smaller ones cost time in Python
+SAMPLES, SAMPLE_ELEMENTS = 16, 1 << 13  # pieces of a sample, and elements of each
 
 
 class Source(Protocol):
@@ -128,14 +129,28 @@ class Stack:
 
     def pieces(self) -> Iterator[Piece]:
         """All elements, in order."""
-        sources = [*self.models, *([] if self.base is None else [self.base])]
-        step = math.lcm(self.columns if self.whole_rows else 1, *(source.step for source in sources))
-        size = max(PIECE_ELEMENTS // step, 1) * step
+        size = max(PIECE_ELEMENTS // self._step, 1) * self._step
         for start in range(0, self.numel, size):
-            count = min(size, self.numel - start)
-            models = [source.read(start, count, self.scratch, index) for index, source in enumerate(self.models)]
-            base = None if self.base is None else self.base.read(start, count, self.scratch, "base")
-            yield Piece(start, count, models, base, self.scratch)
+            yield self._piece(start, min(size, self.numel - start))
+
+    def sample(self) -> Iterator[Piece]:
+        """Short pieces from all over the tensor; none of a tensor that is read in one piece, or nearly so."""
+        size = -(-SAMPLE_ELEMENTS // self._step) * self._step
+        stride = self.numel // SAMPLES // self._step * self._step
+        if self.numel > PIECE_ELEMENTS and size < stride:
+            for start in range(0, stride * SAMPLES, stride):
+                yield self._piece(start, size)
+
+    @property
+    def _step(self) -> int:
+        """Pieces start at multiples of it."""
+        sources = [*self.models, *([] if self.base is None else [self.base])]
+        return math.lcm(self.columns if self.whole_rows else 1, *(source.step for source in sources))
+
+    def _piece(self, start: int, count: int) -> Piece:
+        models = [source.read(start, count, self.scratch, index) for index, source in enumerate(self.models)]
+        base = None if self.base is None else self.base.read(start, count, self.scratch, "base")
+        return Piece(start, count, models, base, self.scratch)
 
     def random_key(self, index: int) -> Key:
         """The key of the random masks of the model `index`."""

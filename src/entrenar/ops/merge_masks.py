@@ -1,7 +1,8 @@
 """Which elements of a task vector δ = x − base are kept: by magnitude, at random, or by rank; and exact thresholds.
 
 Magnitudes are compared as the bits of |δ| in float32. A threshold is found by counting: first the upper 15 bits, then,
-of the elements in the bin that holds it, the lower 16; no sort, whatever the size of the tensor. Random numbers are a
+of the elements in the bin that holds it, the lower 16; no sort, whatever the size of the tensor. (Where a sample says
+about where it lies, the few magnitudes around it are gathered instead.) Random numbers are a
 function of (key, index) alone (two rounds of MurmurHash3's 32-bit finaliser, Appleby 2008): the same whatever the
 order, the pieces or the threads. Native kernels and the reference give the same bits. Letters: n elements of a piece.
 """
@@ -17,6 +18,7 @@ _WORD = 0xFFFFFFFF
 Key = tuple[int, int]
 
 _histogram = native.Function("entrenar_merge_histogram", "bibinnb")
+_between = native.Function("entrenar_merge_between", "bibinnnbb")
 _keep_top = native.Function("entrenar_merge_keep_top", "bibinnbib")
 _keep_random = native.Function("entrenar_merge_keep_random", "nnnnnb")
 _non_finite = native.Function("entrenar_merge_non_finite", "binb")
@@ -45,6 +47,25 @@ def count_magnitudes(
     bits = magnitude_bits(x, base)
     found = bits >> 16 if prefix is None else bits[bits >> 16 == prefix] & 0xFFFF
     counts[0] += torch.bincount(found, minlength=counts.shape[1])
+
+
+def magnitudes_between(
+    x: Tensor,  # (n,) float
+    base: Tensor | None,  # (n,)
+    first: int,
+    last: int,
+    out: Tensor,  # (room,) int32, filled from found[1] on
+    found: Tensor,  # (2,) int64, added to: how many magnitudes are above `last`, and how many from `first` to `last`
+) -> None:
+    """Gather the bits of the magnitudes from `first` to `last`, as far as there is room, and count all of those."""
+    if is_native(x, base):
+        _between(x, dtype_code(x), base, dtype_code(base), x.numel(), first, last, out, found)
+        return
+    bits = magnitude_bits(x, base)
+    inside = bits[(bits >= first) & (bits <= last)]
+    place = out[int(found[1]) :][: len(inside)]
+    place.copy_(inside[: len(place)])
+    found += torch.stack([(bits > last).sum(), torch.tensor(len(inside))])
 
 
 def count_non_finite(

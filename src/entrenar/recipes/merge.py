@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import entrenar
+from entrenar.files.stream import MAX_THREADS
 from entrenar.merging.config import read_merge_config
 from entrenar.merging.directory import write_model_files
 from entrenar.merging.execute import Progress, execute, working, working_directory
@@ -17,6 +19,7 @@ from entrenar.merging.plan import MergePlan, PlannedTensor, make_plan
 from entrenar.merging.registry import METHODS
 from entrenar.merging.report import MergeReport, make_report
 from entrenar.merging.stack import PIECE_ELEMENTS
+from entrenar.merging.thresholds import MOST_MARGIN
 from entrenar.recipes.merge_export import (
     REPORT_NAME,
     check_architecture,
@@ -162,15 +165,18 @@ def _merge(opened: _Opened, output: Path, max_shard_bytes: int, progress: Progre
 
 
 def _memory(plan: MergePlan) -> int:
-    """A thread's pieces: inputs at their width, a mask each, the result, and float64 temporaries; for regmean a matrix
-    of each model's inputs, their sum and its factor."""
+    """A thread's pieces: inputs at their width, a mask each, the result, and float64 temporaries; where magnitudes are
+    compared at most those near a threshold; for regmean a matrix of each model's inputs, their sum and its factor."""
     import torch
 
     inputs = max((len(tensor.models) + 1 for tensor in plan.tensors), default=1)
-    threads = min(torch.get_num_threads(), 8) + 1
+    threads = min(torch.get_num_threads(), MAX_THREADS)
     columns = max((tensor.shape[-1] for tensor in plan.tensors if len(tensor.shape) == 2), default=0)
     matrices = (inputs + 2) * columns**2 * 8 if plan.method.statistic == "input products" else 0
-    return threads * (PIECE_ELEMENTS * (inputs * (4 + 1) + 4 + 8) + matrices)
+    largest = max((math.prod(tensor.shape) for tensor in plan.tensors), default=0)
+    compares = not {"density", "select_topk"}.isdisjoint(plan.method.parameters)
+    near = int(inputs * largest * 2 * MOST_MARGIN) * 4 if compares else 0
+    return threads * (PIECE_ELEMENTS * (inputs * (4 + 1) + 4 + 8) + near + matrices)
 
 
 def _provenance(plan: MergePlan, text: str, seed: int, texts: dict[str, str]) -> dict[str, str]:

@@ -28,8 +28,8 @@ def arcee_fusion(stack: Stack, options: Options) -> Combine:  # noqa: ARG001 - a
 def _limit(stack: Stack) -> float:
     n = stack.numel
     ranks = (int((n - 1) * share) for share in (0.5, 0.25, 0.75))  # ascending, from 0
-    series = lambda: ([(_importance(piece, stack.columns), None)] for piece in stack.pieces())  # noqa: E731
-    ((median, first, third),) = largest(series, [[n - rank for rank in ranks]])
+    series = lambda piece: [(_importance(piece, stack.columns), None)]  # noqa: E731
+    ((median, first, third),) = largest(stack, series, [[n - rank for rank in ranks]])
     return median.value + 1.5 * (third.value - first.value)
 
 

@@ -59,9 +59,7 @@ class _Selection:
 
 def _selection(stack: Stack, share: float) -> Threshold:
     varying = sum(int(_variance(piece).count_nonzero()) for piece in stack.pieces())
-    ((threshold,),) = largest(
-        lambda: ([(_variance(piece), None)] for piece in stack.pieces()), [[int(varying * share)]]
-    )
+    ((threshold,),) = largest(stack, lambda piece: [(_variance(piece), None)], [[int(varying * share)]])
     return threshold
 
 

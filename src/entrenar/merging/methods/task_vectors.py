@@ -9,7 +9,7 @@ one, an element's sign is that of Σd (plus for 0), only d of that sign count, a
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -127,10 +127,7 @@ def _top(inner: Threshold, outer: Threshold | None) -> _Top:
 
 
 def _thresholds(stack: Stack, indices: list[int], counts: list[list[int]]) -> list[list[Threshold]]:
-    def passes() -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-        return ([(piece.models[index], piece.base) for index in indices] for piece in stack.pieces())
-
-    return largest(passes, counts)
+    return largest(stack, lambda piece: [(piece.models[index], piece.base) for index in indices], counts)
 
 
 def _largest(stack: Stack, densities: Sequence[float]) -> list[Keep | None]:
