@@ -1,5 +1,8 @@
 """torch.library's own checks of every operation, on each path."""
 
+import logging
+import sys
+
 import pytest
 import torch
 from samples import gaussian
@@ -35,3 +38,18 @@ def test_compile_passes_through_quantization() -> None:
     flat = gaussian(1000)
     compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(flat), there_and_back(flat))
+
+
+@pytest.mark.parametrize(("found", "said"), [(None, "missing or switched off"), (object(), "cannot compile here")])
+def test_where_triton_does_not_serve_that_is_said_and_pytorch_does(
+    found: object, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dequantize_codebook, "find_spec", lambda _: found)
+    monkeypatch.setitem(sys.modules, "entrenar.ops.dequantize_codebook_gpu", None)  # an ImportError, as any other
+    dequantize_codebook._has_gpu_kernel.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO):
+            assert not dequantize_codebook._has_gpu_kernel()
+    finally:
+        dequantize_codebook._has_gpu_kernel.cache_clear()
+    assert said in caplog.text

@@ -35,6 +35,7 @@ def define(
     native_cpu: Callable[..., Any],
     fake: Callable[..., Any],
     accepts: Callable[..., bool],
+    gpu: Callable[..., Any] | None = None,
 ) -> None:
     """Register one operation.
 
@@ -43,7 +44,8 @@ def define(
         reference: plain PyTorch; serves every device, and the CPU where the native library is missing or switched off.
         native_cpu: calls the native library; same arguments.
         fake: same arguments, empty results.
-        accepts: same arguments; whether the native library handles this dtype and block size.
+        accepts: same arguments; whether the kernels handle this dtype and block size.
+        gpu: a kernel for CUDA devices; same arguments. None: the reference serves there.
     """
     name = schema.partition("(")[0]
 
@@ -51,12 +53,19 @@ def define(
         chosen = native_cpu if native.available() and accepts(*args) else reference
         return chosen(*args)
 
+    def on_gpu(*args: Any) -> Any:
+        chosen = gpu if gpu is not None and accepts(*args) else reference
+        return chosen(*args)
+
+    on = {"cpu": on_cpu, "cuda": on_gpu}
+
     def compute(*args: Any) -> Any:
-        return (on_cpu if args[0].device.type == "cpu" else reference)(*args)
+        return on.get(args[0].device.type, reference)(*args)
 
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, on_cpu, "CPU")
+    _LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"entrenar::{name}", fake, lib=_LIBRARY)
     _OPERATIONS[name] = _Operation(compute)
 

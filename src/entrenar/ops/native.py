@@ -125,6 +125,12 @@ def available() -> bool:
     return not _state.reference and _library() is not None
 
 
+def asks_for_reference() -> bool:
+    """Whether the user wants plain PyTorch, on every device."""
+    _library()
+    return _state.reference
+
+
 def path() -> str:
     """The path in use: `reference`, `generic`, `avx2`, `avx512` or `neon`."""
     library = _library()
