@@ -1,8 +1,8 @@
 """The `entrenar` namespace of torch.library: how an operation of this room is registered.
 
 Each operation has a schema, a PyTorch reference that runs on any device, a native CPU implementation that gives the
-same bits (the same to rounding where it sums or takes exponentials), a fake (what shapes come out, for torch.compile),
-and where it is differentiable an autograd formula.
+same bits (the same to rounding where it sums or takes exponentials), perhaps a GPU kernel that does too, a fake (what
+shapes come out, for torch.compile), and where it is differentiable an autograd formula.
 """
 
 from collections.abc import Callable
