@@ -41,7 +41,7 @@ class FileVersion:
             InputError: it is gone, or no longer the same; also for whatever goes wrong while it is read.
         """
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            descriptor = os.open(self.path, os.O_RDONLY)
             try:
                 if _identity(descriptor) != self.identity:
                     raise InputError(f"{self.path} has changed since its header was read: load it again")

@@ -8,6 +8,7 @@ counting passes over the whole tensor find it: the sample decides the time, neve
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy
 import torch
@@ -25,6 +26,7 @@ from entrenar.ops.merge_masks import (
 
 Pair = tuple[Tensor, Tensor | None]
 Bits = NDArray[numpy.int32]
+Found = TypeVar("Found")
 Series = Callable[[Piece], Sequence[Pair]]
 """One (x, base) a series; magnitudes are those of x − base."""
 
@@ -86,8 +88,8 @@ def _near(stack: Stack, series: Series, counts: Sequence[Sequence[int]]) -> list
         [_bounds(stack, (place, k), sample, k) for k in wanted]
         for place, (sample, wanted) in enumerate(zip(samples, counts, strict=False))
     ]
-    known = [[one for one in several if one is not None] for several in bounds]
-    if list(map(len, known)) != list(map(len, counts)):
+    known = _all_of(bounds, counts)
+    if known is None:
         return None
     for piece in stack.pieces():
         for several, pair in zip(known, series(piece), strict=True):
@@ -97,8 +99,13 @@ def _near(stack: Stack, series: Series, counts: Sequence[Sequence[int]]) -> list
         [_NOTHING if k <= 0 else one.threshold(k) for one, k in zip(several, wanted, strict=True)]
         for several, wanted in zip(known, counts, strict=True)
     ]
-    found = [[one for one in several if one is not None] for several in thresholds]
-    return found if list(map(len, found)) == list(map(len, counts)) else None
+    return _all_of(thresholds, counts)
+
+
+def _all_of(found: list[list[Found | None]], counts: Sequence[Sequence[int]]) -> list[list[Found]] | None:
+    """As it is, if there is one for every count."""
+    known = [[one for one in several if one is not None] for several in found]
+    return known if list(map(len, known)) == list(map(len, counts)) else None
 
 
 def _samples(stack: Stack, series: Series) -> list[Bits]:

@@ -4,6 +4,7 @@ Into a fresh tensor, or into a caller's.
 """
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -117,36 +118,25 @@ def _fake(
     return packed.new_empty(count, dtype=dtype)
 
 
-def _reference(
-    packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, count: int, dtype: torch.dtype
-) -> Tensor:
-    out = packed.new_empty(count, dtype=dtype)
-    _reference_into(packed, scales, codebook, block_size, out)
-    return out
+def _fresh(into: Callable[..., None]) -> Callable[..., Tensor]:
+    """The same into a new tensor."""
 
+    def fresh(
+        packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, count: int, dtype: torch.dtype
+    ) -> Tensor:
+        out = packed.new_empty(count, dtype=dtype)
+        into(packed, scales, codebook, block_size, out)
+        return out
 
-def _gpu(
-    packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, count: int, dtype: torch.dtype
-) -> Tensor:
-    out = packed.new_empty(count, dtype=dtype)
-    _gpu_into(packed, scales, codebook, block_size, out)
-    return out
-
-
-def _native(
-    packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, count: int, dtype: torch.dtype
-) -> Tensor:
-    out = packed.new_empty(count, dtype=dtype)
-    _native_into(packed, scales, codebook, block_size, out)
-    return out
+    return fresh
 
 
 _ARGUMENTS = "Tensor packed, Tensor[] scales, Tensor codebook, int block_size"
 define(
     f"dequantize_codebook({_ARGUMENTS}, SymInt count, ScalarType dtype) -> Tensor",
-    reference=_reference,
-    native_cpu=_native,
-    gpu=_gpu,
+    reference=_fresh(_reference_into),
+    native_cpu=_fresh(_native_into),
+    gpu=_fresh(_gpu_into),
     fake=_fake,
     accepts=_accepts,
 )
