@@ -8,10 +8,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "common/errors.h"
 #include "common/floats.h"
+#include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/sizes.h"
 #include "matmul/panel.h"
@@ -80,16 +82,20 @@ Sum into(int64_t rows, int64_t columns, void* data, int64_t stride, int dtype, f
     return {rows, columns, {}, {data, stride, dtype, false, rows, {}}, alpha, nullptr, nullptr};
 }
 
-// u (M, R): x·Aᵀ of all members in one product, which reads x once.
-int multiply_hidden(const Group& group, uint16_t* u) {
+// The members' A one below the other, (R, inner).
+Source stacked_a(const Group& group) {
     std::vector<const Source*> parts;
     for (const Member& member : group.members) {
         if (member.view->rank > 0) parts.push_back(&member.a);
     }
-    const Source stacked = stack_sources(parts);
+    return stack_sources(parts);
+}
+
+// u (M, R): x·Aᵀ of all members in one product, which reads x once.
+Sum hidden_product(const Group& group, const Source& stacked, uint16_t* u) {
     Sum sum = into(group.view.tokens, group.width, u, group.width, kBfloat16);
     sum.terms.push_back({static_cast<const uint16_t*>(group.view.x), group.view.inner, group.view.inner, true, &stacked});
-    return multiply_sum(group.kernel, sum, group.threads);
+    return sum;
 }
 
 int forward(const Group& group) {
@@ -98,9 +104,11 @@ int forward(const Group& group) {
     auto* u = reinterpret_cast<uint16_t*>(scratch);
     std::memset(u + group.view.tokens * group.width, 0, kStep * 2);  // the last row's step may reach so far
     if (group.width > 0) {
-        if (const int error = multiply_hidden(group, u)) return error;
+        const Source stacked = stacked_a(group);
+        if (const int error = multiply_sums(group.kernel, {hidden_product(group, stacked, u)}, group.threads)) return error;
     }
     const auto* x = static_cast<const uint16_t*>(group.view.x);
+    std::vector<Sum> sums;
     for (const Member& member : group.members) {
         const int64_t rows = member.view->weight.rows;
         Sum sum = into(group.view.tokens, rows, member.view->y, rows, kBfloat16);
@@ -108,32 +116,30 @@ int forward(const Group& group) {
         sum.residual = static_cast<const uint16_t*>(group.view.residual);
         sum.terms.push_back({x, group.view.inner, group.view.inner, true, &member.weight});
         if (member.view->rank > 0) sum.terms.push_back({u + member.offset, group.width, member.inner_rank(), true, &member.b});
-        if (const int error = multiply_sum(group.kernel, sum, group.threads)) return error;
+        sums.push_back(std::move(sum));
     }
-    return kOk;
+    return multiply_sums(group.kernel, sums, group.threads);
 }
 
 // v (M, R): g·(scale·B) of every member.
-int multiply_passed_back(const Group& group, uint16_t* v) {
+void add_passed_back(const Group& group, uint16_t* v, std::vector<Sum>* sums) {
     for (const Member& member : group.members) {
         if (member.view->rank == 0) continue;
         const int64_t rows = member.view->weight.rows;
-        Sum sum = into(group.view.tokens, member.padded_rank(), v + member.offset, group.width, kBfloat16);
-        sum.terms.push_back({static_cast<const uint16_t*>(member.view->y), rows, rows, false, &member.b});
-        if (const int error = multiply_sum(group.kernel, sum, group.threads)) return error;
+        sums->push_back(into(group.view.tokens, member.padded_rank(), v + member.offset, group.width, kBfloat16));
+        sums->back().terms.push_back({static_cast<const uint16_t*>(member.view->y), rows, rows, false, &member.b});
     }
-    return kOk;
 }
 
 // dx = Σ g·W + v·A.
-int multiply_input_gradient(const Group& group, const uint16_t* v) {
+Sum input_gradient(const Group& group, const uint16_t* v) {
     Sum sum = into(group.view.tokens, group.view.inner, group.view.dx, group.view.inner, kBfloat16);
     for (const Member& member : group.members) {
         const int64_t rows = member.view->weight.rows;
         sum.terms.push_back({static_cast<const uint16_t*>(member.view->y), rows, rows, false, &member.weight});
         if (member.view->rank > 0) sum.terms.push_back({v + member.offset, group.width, member.inner_rank(), false, &member.a});
     }
-    return multiply_sum(group.kernel, sum, group.threads);
+    return sum;
 }
 
 Source plain_source(const void* data, int64_t rows, int64_t columns) {
@@ -150,8 +156,7 @@ Source plain_source(const void* data, int64_t rows, int64_t columns) {
 }
 
 // dA = vᵀ·x of all members in one product, which reads x once; v transposed is (R, padded).
-int multiply_gradients_of_a(const Group& group, const uint16_t* v, int64_t padded) {
-    const Source x = plain_source(group.view.x, group.view.tokens, group.view.inner);
+Sum gradients_of_a(const Group& group, const uint16_t* v, int64_t padded, const Source& x) {
     Sum sum = into(group.width, group.view.inner, nullptr, 0, kFloat32);
     for (const Member& member : group.members) {
         for (int64_t row = 0; row < member.padded_rank(); ++row) {
@@ -160,41 +165,71 @@ int multiply_gradients_of_a(const Group& group, const uint16_t* v, int64_t padde
         }
     }
     sum.terms.push_back({v, padded, group.view.tokens, false, &x});
-    return multiply_sum(group.kernel, sum, group.threads);
+    return sum;
 }
 
-// dB = scale · gᵀ·u, as the transpose of uᵀ·g; u transposed is (R, padded).
-int multiply_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded) {
-    for (const Member& member : group.members) {
+// dB = scale · gᵀ·u, as the transpose of uᵀ·g; u transposed is (R, padded), `grads` a source for every member.
+void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, const std::vector<Source>& grads,
+                        std::vector<Sum>* sums) {
+    for (size_t i = 0; i < group.members.size(); ++i) {
+        const Member& member = group.members[i];
         if (member.view->rank == 0) continue;
-        const int64_t rows = member.view->weight.rows;
-        const Source grad = plain_source(member.view->y, group.view.tokens, rows);
-        Sum sum = into(member.padded_rank(), rows, member.view->db, member.view->rank, kFloat32, member.view->scale);
+        Sum sum = into(member.padded_rank(), member.view->weight.rows, member.view->db, member.view->rank, kFloat32, member.view->scale);
         sum.out.transposed = true;
         sum.out.kept = member.view->rank;
-        sum.terms.push_back({u + member.offset * padded, padded, group.view.tokens, false, &grad});
-        if (const int error = multiply_sum(group.kernel, sum, group.threads)) return error;
+        sum.terms.push_back({u + member.offset * padded, padded, group.view.tokens, false, &grads[i]});
+        sums->push_back(std::move(sum));
     }
-    return kOk;
 }
 
-int backward(const Group& group) {
-    const int64_t tokens = group.view.tokens, width = group.width, padded = divide_up(tokens, kStep) * kStep;
-    char* scratch = thread_scratch((2 * padded * width + kStep + packed_elements(tokens, width)) * 2, Scratch::call);
-    if (scratch == nullptr) return kNoMemory;
-    auto* plain = reinterpret_cast<uint16_t*>(scratch);  // v, then u: (M, R)
-    std::memset(plain + tokens * width, 0, kStep * 2);
-    uint16_t *turned = plain + padded * width + kStep, *packed = turned + padded * width;
-    if (const int error = multiply_passed_back(group, plain)) return error;
-    if (group.view.dx != nullptr) {
-        if (const int error = multiply_input_gradient(group, plain)) return error;
+// What a backward makes on its way: v and u (M, R), each with zeros behind it, and both transposed, (R, padded).
+struct Hidden {
+    uint16_t *v, *u, *v_turned, *u_turned, *packed;
+    int64_t padded;
+
+    static int64_t plain_elements(const Group& group) { return group.view.tokens * group.width + kStep; }
+    static int64_t packed_strip(const Group& group) { return packed_elements(group.view.tokens, kStrip); }
+
+    // False if there is no memory.
+    bool make(const Group& group) {
+        padded = divide_up(group.view.tokens, kStep) * kStep;
+        const int64_t plain = plain_elements(group), turned = padded * group.width;
+        const int64_t strips = 2 * group.width / kStrip;
+        v = reinterpret_cast<uint16_t*>(thread_scratch((2 * (plain + turned) + strips * packed_strip(group)) * 2, Scratch::call));
+        if (v == nullptr) return false;
+        u = v + plain, v_turned = u + plain, u_turned = v_turned + turned, packed = u_turned + turned;
+        for (uint16_t* each : {v, u}) std::memset(each + plain - kStep, 0, kStep * 2);
+        return true;
     }
-    if (width == 0) return kOk;
-    transpose_rows(group.kernel, plain, width, tokens, width, padded, packed, turned);
-    if (const int error = multiply_gradients_of_a(group, turned, padded)) return error;
-    if (const int error = multiply_hidden(group, plain)) return error;
-    transpose_rows(group.kernel, plain, width, tokens, width, padded, packed, turned);
-    return multiply_gradients_of_b(group, turned, padded);
+
+    void transpose(const Group& group) const {
+        const int64_t strips = group.width / kStrip;
+        parallel_items(2 * strips, group.threads, [&](int64_t item) {
+            const int64_t column = item % strips * kStrip;
+            transpose_rows(group.kernel, (item < strips ? v : u) + column, group.width, group.view.tokens, kStrip, padded,
+                           packed + item * packed_strip(group), (item < strips ? v_turned : u_turned) + column * padded);
+        });
+    }
+};
+
+int backward(const Group& group) {
+    if (group.width == 0) return group.view.dx == nullptr ? kOk : multiply_sums(group.kernel, {input_gradient(group, nullptr)}, group.threads);
+    Hidden made;
+    if (!made.make(group)) return kNoMemory;
+    const Source stacked = stacked_a(group), x = plain_source(group.view.x, group.view.tokens, group.view.inner);
+    std::vector<Sum> first{hidden_product(group, stacked, made.u)};
+    add_passed_back(group, made.v, &first);
+    if (const int error = multiply_sums(group.kernel, first, group.threads)) return error;
+    made.transpose(group);
+    std::vector<Source> grads;
+    for (const Member& member : group.members) {
+        grads.push_back(plain_source(member.view->y, group.view.tokens, member.view->weight.rows));
+    }
+    std::vector<Sum> second;
+    if (group.view.dx != nullptr) second.push_back(input_gradient(group, made.v));
+    second.push_back(gradients_of_a(group, made.v_turned, made.padded, x));
+    add_gradients_of_b(group, made.u_turned, made.padded, grads, &second);
+    return multiply_sums(group.kernel, second, group.threads);
 }
 
 // Of a member that was read.

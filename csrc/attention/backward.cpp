@@ -88,9 +88,7 @@ void run_block(const AttentionView& view, const AttentionKernels& kernels, const
 }
 
 void store_rows(const AttentionKernels& kernels, const float* from, int64_t width, int64_t tokens, uint16_t* to, int64_t stride) {
-    for (int64_t token = 0; token < tokens; ++token) {
-        kernels.products.store_bf16(from + token * width, 1.0f, nullptr, nullptr, width, to + token * stride);
-    }
+    kernels.products.store_bf16({to, nullptr, nullptr, stride, tokens, width}, from, width, 1.0f);
 }
 
 // The last query that attends each key: first keys never fall, so those queries are one stretch.

@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "errors.h"
+#include "memory.h"
 #include "sizes.h"
 
 namespace entrenar {
@@ -147,6 +148,7 @@ Pool* pool() {
 
 void parallel_ranges(int64_t items, int64_t grain, int threads, RangeBody body, const void* context) {
     if (items <= 0) return;
+    advise_new_heap();  // here, because a result's memory is new now, and untouched
     const bool single = grain == 0;
     grain = std::max<int64_t>(grain, 1);
     const int64_t grains = divide_up(items, grain);

@@ -62,5 +62,5 @@ ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const v
         if (const int error = read_source(view.source, &source)) return error;
         sum.terms.push_back({static_cast<const uint16_t*>(view.a), view.a_stride, view.inner, view.transposed != 0, &source});
     }
-    return multiply_sum(matmul_kernel(), sum, threads);
+    return multiply_sums(matmul_kernel(), {sum}, threads);
 }

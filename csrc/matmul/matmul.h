@@ -26,6 +26,14 @@ struct Run {
     int64_t steps;
 };
 
+// Where a block of C goes: out = alpha · c + bias + residual as bfloat16, rows `stride` elements apart; the residual lies as
+// the output does, and it and the bias may be null.
+struct Bf16Block {
+    uint16_t* out;
+    const uint16_t *bias, *residual;
+    int64_t stride, rows, columns;
+};
+
 struct MatmulKernel {
     int64_t rows, groups;  // of a block of C at most
     // c (rows, strips · 16), rows apart by `pitch` floats, = or += the sum over the runs; the first group of columns lies
@@ -40,9 +48,7 @@ struct MatmulKernel {
     // Two rows of `groups` · 32 elements → a pair of every strip; groups lie `group_elements` apart.
     void (*pack_pairs)(const uint16_t* first, const uint16_t* second, int64_t groups, int64_t group_elements,
                        uint16_t* pair);
-    // out[i] = alpha · c[i] + bias[i] + residual[i] as bfloat16; bias and residual may be null.
-    void (*store_bf16)(const float* c, float alpha, const uint16_t* bias, const uint16_t* residual, int64_t count,
-                       uint16_t* out);
+    void (*store_bf16)(const Bf16Block& to, const float* c, int64_t pitch, float alpha);
 };
 
 extern const MatmulKernel matmul_generic, matmul_avx2, matmul_avx512bf16, matmul_amx;
@@ -54,7 +60,6 @@ const MatmulKernel& matmul_kernel();
 void pack_transposed_avx512bf16(const uint16_t* rows, int64_t stride, uint16_t* strip);
 void pack_pairs_avx512bf16(const uint16_t* first, const uint16_t* second, int64_t groups, int64_t group_elements,
                            uint16_t* pair);
-void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, const uint16_t* residual, int64_t count,
-                           uint16_t* out);
+void store_bf16_avx512bf16(const Bf16Block& to, const float* c, int64_t pitch, float alpha);
 
 }  // namespace entrenar

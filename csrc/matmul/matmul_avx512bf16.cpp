@@ -116,14 +116,24 @@ inline __m512 widened(const uint16_t* from, __mmask16 mask) {
 
 }  // namespace
 
-void store_bf16_avx512bf16(const float* c, float alpha, const uint16_t* bias, const uint16_t* residual, int64_t count,
-                           uint16_t* out) {
-    for (int64_t i = 0; i < count; i += 16) {
-        const auto mask = static_cast<__mmask16>(count - i < 16 ? (1u << (count - i)) - 1 : 0xFFFFu);
-        __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, c + i), _mm512_set1_ps(alpha));
-        if (bias != nullptr) values = _mm512_add_ps(values, widened(bias + i, mask));
-        if (residual != nullptr) values = _mm512_add_ps(values, widened(residual + i, mask));
-        _mm256_mask_storeu_epi16(out + i, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+void store_bf16_avx512bf16(const Bf16Block& to, const float* c, int64_t pitch, float alpha) {
+    const __m512 factor = _mm512_set1_ps(alpha);
+    for (int64_t row = 0; row < to.rows; ++row, c += pitch) {
+        const int64_t at = row * to.stride;
+        for (int64_t i = 0; i < to.columns; i += 32) {
+            const int64_t there = to.columns - i;
+            const auto mask = static_cast<__mmask32>(there < 32 ? (1u << there) - 1 : ~0u);
+            __m512 values[2];
+            for (int half = 0; half < 2; ++half) {
+                const auto lanes = static_cast<__mmask16>(mask >> 16 * half);
+                const int64_t from = i + 16 * half;
+                values[half] = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, c + from), factor);
+                if (to.bias != nullptr) values[half] = _mm512_add_ps(values[half], widened(to.bias + from, lanes));
+                if (to.residual != nullptr) values[half] = _mm512_add_ps(values[half], widened(to.residual + at + from, lanes));
+            }
+            const __m512bh rounded = _mm512_cvtne2ps_pbh(values[1], values[0]);
+            _mm512_mask_storeu_epi16(to.out + at + i, mask, reinterpret_cast<__m512i>(rounded));
+        }
     }
 }
 

@@ -116,14 +116,15 @@ void store(const MatmulKernel& kernel, const Sum& sum, const float* c, int64_t p
     columns = std::min(columns, sum.columns - column);
     rows = std::min(rows, sum.out.kept - row);
     if (sum.out.transposed) return store_transposed(sum, c, pitch, row, rows, column, columns);
+    const int64_t first = row * sum.out.stride + column;
     const uint16_t* bias = sum.bias ? sum.bias + column : nullptr;
+    if (sum.out.dtype == kBfloat16) {
+        const uint16_t* residual = sum.residual ? sum.residual + first : nullptr;
+        auto* out = static_cast<uint16_t*>(sum.out.data) + first;
+        return kernel.store_bf16({out, bias, residual, sum.out.stride, rows, columns}, c, pitch, sum.alpha);
+    }
     for (int64_t r = 0; r < rows; ++r, c += pitch) {
-        const int64_t at = (row + r) * sum.out.stride + column;
-        if (sum.out.dtype == kBfloat16) {
-            kernel.store_bf16(c, sum.alpha, bias, sum.residual ? sum.residual + at : nullptr, columns, static_cast<uint16_t*>(sum.out.data) + at);
-            continue;
-        }
-        float* out = static_cast<float*>(sum.out.data) + at;
+        float* out = static_cast<float*>(sum.out.data) + first + r * sum.out.stride;
         if (!sum.out.rows.empty()) {
             out = sum.out.rows[static_cast<size_t>(row + r)];
             if (out == nullptr) continue;
@@ -220,22 +221,46 @@ Cut cut(const Sum& sum, const MatmulKernel& kernel, int64_t steps, int threads) 
     return {each, panels, rows, divide_up(sum.rows, rows)};
 }
 
-}  // namespace
+// A sum with how it is cut; its windows are items [begin, begin + panels · chunks) of those that threads take.
+struct Task {
+    const Sum& sum;
+    Cut windows;
+    std::vector<Pass> passes;
+    int64_t begin;
 
-int multiply_sum(const MatmulKernel& kernel, const Sum& sum, int threads) {
-    if (sum.rows == 0 || sum.columns == 0) return kOk;
-    threads = std::max(threads, 1);
+    int64_t end() const { return begin + windows.panels * windows.chunks; }
+
+    int run(const MatmulKernel& kernel, int64_t item) const {
+        const int64_t panel = (item - begin) / windows.chunks, chunk = (item - begin) % windows.chunks;
+        const int64_t first = panel * windows.groups, row = chunk * windows.rows;
+        const int64_t groups = std::min(windows.groups, divide_up(sum.columns, kGroup) - first);
+        return run_window(kernel, sum, passes, {row, std::min(windows.rows, sum.rows - row), first * kGroup, groups});
+    }
+};
+
+Task make_task(const MatmulKernel& kernel, const Sum& sum, int64_t begin, int threads) {
     int64_t steps = 0;
     for (const Term& term : sum.terms) steps += divide_up(term.inner, kStep);
     const Cut windows = cut(sum, kernel, steps, threads);
-    const std::vector<Pass> passes =
-        make_passes(sum.terms, std::max<int64_t>(kPanelBytes / (windows.groups * kStepElements * 2), 1));
+    const int64_t most = std::max<int64_t>(kPanelBytes / (windows.groups * kStepElements * 2), 1);
+    return {sum, windows, make_passes(sum.terms, most), begin};
+}
+
+}  // namespace
+
+int multiply_sums(const MatmulKernel& kernel, const std::vector<Sum>& sums, int threads) {
+    threads = std::max(threads, 1);
+    std::vector<Task> tasks;
+    int64_t items = 0;
+    for (const Sum& sum : sums) {
+        if (sum.rows == 0 || sum.columns == 0) continue;
+        tasks.push_back(make_task(kernel, sum, items, threads));
+        items = tasks.back().end();
+    }
     std::atomic<int> error{kOk};
-    parallel_items(windows.panels * windows.chunks, threads, [&](int64_t item) {
-        const int64_t panel = item / windows.chunks, chunk = item % windows.chunks, first = panel * windows.groups;
-        const int64_t groups = std::min(windows.groups, divide_up(sum.columns, kGroup) - first);
-        const int64_t row = chunk * windows.rows, rows = std::min(windows.rows, sum.rows - row);
-        if (const int code = run_window(kernel, sum, passes, {row, rows, first * kGroup, groups})) error.store(code);
+    parallel_items(items, threads, [&](int64_t item) {
+        const auto task = std::find_if(tasks.begin(), tasks.end(), [item](const Task& each) { return item < each.end(); });
+        if (const int code = task->run(kernel, item)) error.store(code);
     });
     return error.load();
 }

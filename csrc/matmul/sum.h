@@ -37,8 +37,8 @@ struct Sum {
     const uint16_t* residual;  // laid out as the bfloat16 output it is added to, or null
 };
 
-// out = alpha · Σ A·op(B) + bias + residual.
-int multiply_sum(const MatmulKernel& kernel, const Sum& sum, int threads);
+// For each: out = alpha · Σ A·op(B) + bias + residual. None may read what another writes: threads take from all of them.
+int multiply_sums(const MatmulKernel& kernel, const std::vector<Sum>& sums, int threads);
 
 // A stretch of a term's inner dimension, a whole number of steps but for the term's end.
 struct Piece {

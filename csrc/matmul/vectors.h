@@ -112,8 +112,8 @@ void pack_pairs(const uint16_t* first, const uint16_t* second, int64_t groups, i
     }
 }
 
-void store_bf16(const float* c, float alpha, const uint16_t* bias, const uint16_t* residual, int64_t count,
-                uint16_t* out) {
+void store_row(const float* c, float alpha, const uint16_t* bias, const uint16_t* residual, int64_t count,
+               uint16_t* out) {
     const auto bytes = [](const uint16_t* from, int64_t i) { return reinterpret_cast<const char*>(from + i); };
     int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) {
@@ -127,6 +127,13 @@ void store_bf16(const float* c, float alpha, const uint16_t* bias, const uint16_
         if (bias != nullptr) value += load_element(bias, kBfloat16, i);
         if (residual != nullptr) value += load_element(residual, kBfloat16, i);
         store_element(out, kBfloat16, i, value);
+    }
+}
+
+void store_bf16(const Bf16Block& to, const float* c, int64_t pitch, float alpha) {
+    for (int64_t row = 0; row < to.rows; ++row) {
+        const int64_t at = row * to.stride;
+        store_row(c + row * pitch, alpha, to.bias, to.residual ? to.residual + at : nullptr, to.columns, to.out + at);
     }
 }
 

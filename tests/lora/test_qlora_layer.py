@@ -1,7 +1,9 @@
 """QLoRALayer: a low-rank adapter over a quantized weight that never changes."""
 
+import copy
 import gc
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -225,3 +227,45 @@ def test_a_base_that_is_not_finite_is_an_error(odd: float) -> None:
 def test_an_unknown_format_lists_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"'nf5'.*nf4"):
         QLoRALayer(random(12, 10), rank=3, format="nf5")
+
+
+def _replace_b(layer: QLoRALayer) -> None:
+    layer.lora_b = torch.nn.Parameter(random(*layer.lora_b.shape, seed=4))
+
+
+def _move_b(layer: QLoRALayer) -> None:
+    layer.lora_b.data = layer.lora_b.data * 3
+
+
+def _halve_a(layer: QLoRALayer) -> None:
+    layer.lora_a.data = layer.lora_a.data.half()
+
+
+def _scale(layer: QLoRALayer) -> None:
+    layer.scale = 0.25
+
+
+CHANGES = [
+    lambda layer: layer.lora_b.data.mul_(2), lambda layer: layer.set_base(random(64, 96, seed=3)),
+    _replace_b, _move_b, _halve_a, _scale,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_from_call_to_call_follows_every_change(change: Callable[[QLoRALayer], object]) -> None:
+    """The native view of a layer is made once; after a change it is that of a layer that never ran."""
+    layer, x = trained_layer(64, 96), random(40, 96, dtype=torch.bfloat16)
+    before = layer(x)
+    change(layer)
+    fresh = QLoRALayer(layer.base_weight_quantized, layer.rank, layer.alpha)
+    fresh.lora_a, fresh.lora_b, fresh.scale = layer.lora_a, layer.lora_b, layer.scale
+    assert torch.equal(layer(x), fresh(x))
+    assert not torch.equal(layer(x), before)
+
+
+def test_a_copy_of_a_layer_that_ran_has_its_own_memory() -> None:
+    layer, x = trained_layer(64, 96), random(40, 96, dtype=torch.bfloat16)
+    expected = layer(x)
+    other = copy.deepcopy(layer)
+    layer.lora_b.data.zero_()
+    assert torch.equal(other(x), expected)

@@ -267,7 +267,7 @@ def test_changed_logits_too_are_made_in_chunks(
 class HeadlessLlama(LlamaForCausalLM):
     """Uses its head's weight and does not call its head."""
 
-    def forward(self, input_ids: Any, logits_to_keep: Any, use_cache: bool) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input_ids: Any, use_cache: bool, logits_to_keep: Any = slice(None)) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden = self.model(input_ids).last_hidden_state[:, logits_to_keep]
         return SimpleNamespace(logits=self.run_head(hidden))
 

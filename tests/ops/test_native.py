@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,28 @@ print(anonymous_bytes() - before > 150_000_000)
 def test_freed_memory_stays_with_the_process_unless_the_user_says_otherwise() -> None:
     assert run(MALLOC, ENTRENAR_MALLOC="").stdout == "True\n"
     assert run(MALLOC, ENTRENAR_MALLOC="default").stdout == "False\n"
+
+
+HUGE_PAGES = """
+import re, sys
+import torch
+from entrenar.ops import native
+from entrenar.ops.quantize_codebook import quantize_codebook
+native.use_huge_pages()
+held = [torch.empty(4_000_000) for _ in range(8)]
+quantize_codebook(torch.zeros(1 << 20), torch.linspace(-1, 1, 16), 64)
+heaps = re.findall(r"\\[heap\\]\\n(?:.+ kB\\n|.+: +[0-9]\\n)*VmFlags: (.+)", open("/proc/self/smaps").read())
+print(any("hg" in flags.split() for flags in heaps))
+"""
+
+
+@needs_library
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+@pytest.mark.skipif(not (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"), reason="not glibc")
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer has its own malloc")
+def test_training_asks_for_huge_pages_unless_the_user_says_otherwise() -> None:
+    assert run(HUGE_PAGES, ENTRENAR_MALLOC="").stdout == "True\n"
+    assert run(HUGE_PAGES, ENTRENAR_MALLOC="default").stdout == "False\n"
 
 
 def everything(seed: int = 0) -> list[bytes]:

@@ -1,6 +1,6 @@
 """QLoRALayer: a low-rank adapter over a frozen quantized weight (QLoRA, Dettmers et al. 2023, equation 5)."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -43,6 +43,7 @@ class QLoRALayer(AdapterLayer):
         if isinstance(base_weight, Tensor):
             base_weight = quantize(base_weight, format=format, block_size=block_size, double_quant=double_quant)
         self.base = QuantizedLinear(base_weight, bias)
+        self._member: Member | None = None
 
     @classmethod
     def from_lora(cls, layer: LoRALayer, format: str = "nf4", double_quant: bool = False) -> "QLoRALayer":
@@ -78,7 +79,14 @@ class QLoRALayer(AdapterLayer):
 
     def member(self) -> Member:
         """The layer, dropout aside, as ops/adapted_linear.py takes it."""
-        return Member(self.base.linear_weight(), self.base.bias, self.lora_a, self.lora_b, self.scale)
+        parts = (self.base.linear_weight(), self.base.bias, self.lora_a, self.lora_b, self.scale)
+        if self._member is None or any(x is not y for x, y in zip(self._member.parts, parts, strict=True)):
+            self._member = Member(*parts)  # it keeps its native view: the same one for as long as it can be
+        return self._member
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes: all but addresses."""
+        return self.__dict__ | {"_member": None}
 
     @property
     def runs_alone(self) -> bool:

@@ -76,8 +76,8 @@ def set_keep(layer: nn.Module, choice: Keep) -> None:
 
 
 def _linears(layer: Any) -> list[nn.Module]:
-    names = [(layer.self_attn, name) for name in _PROJECTIONS] + [(layer.mlp, name) for name in _GATED]
-    return [getattr(parent, name) for parent, name in names]
+    attention, mlp = layer.self_attn._modules, layer.mlp._modules
+    return [attention[name] for name in _PROJECTIONS] + [mlp[name] for name in _GATED]
 
 
 def _looks_right(module: nn.Module) -> bool:

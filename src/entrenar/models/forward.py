@@ -31,9 +31,11 @@ def target_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, target
     Returns:
         logits (N, V) in the model's dtype, and labels (N,) int64.
     """
-    columns = _target_columns(model, targets)
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"{type(model).__name__} cannot make logits for chosen positions: this version needs that")
+    columns = targets[:, 1:].any(dim=0).nonzero().flatten()
     ids, positions, targets, columns = (each.to(model.device) for each in (ids, positions, targets, columns))
-    output = model(**_inputs(model, ids, positions, columns))
+    output = model(**_inputs(model, ids, positions), logits_to_keep=columns)
     wanted = targets[:, 1:][:, columns]
     return output.logits[wanted], ids[:, 1:][:, columns][wanted]
 
@@ -44,26 +46,19 @@ def target_loss(model: PreTrainedModel, ids: Tensor, positions: Tensor, targets:
     The logits (N, V) never exist at once: see linear_cross_entropy.py. A model that does to its logits what head.py
     cannot read runs its own code on them, a chunk at a time; one whose head is not a layer it calls makes them all.
     """
-    columns = _target_columns(model, targets)
-    ids, positions, targets, columns = (each.to(model.device) for each in (ids, positions, targets, columns))
-    wanted = targets[:, 1:][:, columns]
-    before_head = head_input(model, **_inputs(model, ids, positions, columns))
-    if before_head is None or before_head.hidden.shape[:2] != wanted.shape:
+    ids, positions, targets = (each.to(model.device) for each in (ids, positions, targets))
+    before_head = head_input(model, **_inputs(model, ids, positions))
+    if before_head is None or before_head.hidden.shape[:2] != ids.shape:
         _say_once(f"{type(model).__name__} has no head that can be run alone: the loss takes two passes and all logits")
         logits, labels = target_logits(model, ids, positions, targets)
         return summed_cross_entropy(logits, labels)
-    hidden, labels = before_head.hidden[wanted], ids[:, 1:][:, columns][wanted]
+    wanted = targets.flatten().nonzero().flatten()
+    # What predicts a token stands one before it, in the same row. By index: the gradient of a mask is summed slowly.
+    hidden, labels = before_head.hidden.flatten(0, 1).index_select(0, wanted - 1), ids.flatten()[wanted]
     if before_head.rule is None:
         _say_once(f"{type(model).__name__} neither scales nor softcaps its logits but changes them: a slower loss")
         return _own_loss(model, hidden, labels)
     return linear_cross_entropy(hidden, output_head(model), labels, vocabulary_size(model), before_head.rule)
-
-
-def _target_columns(model: PreTrainedModel, targets: Tensor) -> Tensor:
-    """Positions whose next token is a target in any row."""
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise InputError(f"{type(model).__name__} cannot make logits for chosen positions: this version needs that")
-    return targets[:, 1:].any(dim=0).nonzero().flatten()
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
@@ -71,8 +66,8 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _inputs(model: PreTrainedModel, ids: Tensor, positions: Tensor, columns: Tensor) -> dict[str, Any]:
-    inputs = {"input_ids": ids, "logits_to_keep": columns, "use_cache": False}
+def _inputs(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> dict[str, Any]:
+    inputs = {"input_ids": ids, "use_cache": False}
     return inputs | ({"position_ids": positions} if takes_positions(model) else {})
 
 

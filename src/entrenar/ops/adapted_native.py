@@ -6,13 +6,14 @@ Letters: B tokens, O out_features, I in_features, r rank.
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from entrenar.ops import native
 from entrenar.ops.linear_weight import LinearWeight
-from entrenar.ops.multiply import Source, dense_weight
+from entrenar.ops.multiply import Source, Weight, dense_weight
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,19 @@ class Member:
     a: Tensor | None = None
     b: Tensor | None = None
     scale: float = 1.0
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """What it was made of, in order."""
+        return self.weight, self.bias, self.a, self.b, self.scale
+
+    def native(self) -> "_Native":
+        """The layer as csrc/adapted takes it: made once, and again where a tensor has moved or was converted."""
+        weight, where = self.weight.source(), _addresses(self.bias, self.a, self.b)
+        made: _Native | None = self.__dict__.get("_native")
+        if made is None or made.weight is not weight or made.where != where:
+            made = self.__dict__["_native"] = _native_of(self, weight)
+        return made
 
 
 @dataclass(frozen=True)
@@ -108,21 +122,10 @@ class MemberViews:
         self.array = (MemberView * len(members))()
         self._members = members
         self._held: list[object] = []
-        for view, member in zip(self.array, members, strict=True):
-            self._fill(view, member)
-
-    def _fill(self, view: MemberView, member: Member) -> None:
-        weight = member.weight.source()
-        view.weight = weight.view
-        self._held.append(weight)
-        if member.bias is not None:
-            bias = member.bias.detach().to(torch.bfloat16).contiguous()
-            view.bias, view.bias_bytes = native.buffer(bias)
-            self._held.append(bias)
-        if member.a is not None and member.b is not None:
-            a, b = dense_weight(_usable(member.a)), dense_weight(_usable(member.b))
-            view.a, view.b, view.rank, view.scale = a.view, b.view, len(member.a), member.scale
-            self._held += [a, b]
+        for index, member in enumerate(members):
+            made = member.native()
+            self.array[index] = made.view
+            self._held.append(made)
 
     def place(self, index: int, y: Tensor) -> None:
         """Where a member's result goes, or in a backward where its gradient is."""
@@ -141,6 +144,34 @@ class MemberViews:
             view.db, view.db_bytes = native.buffer(db)
             rooms.append((da, db))
         return lambda: [_in_dtype_of(member, room) for member, room in zip(self._members, rooms, strict=True)]
+
+
+class _Native(NamedTuple):
+    """A member's view, without places for results, what it points into, and `where` that lies if nothing was copied."""
+
+    view: MemberView
+    weight: Weight
+    held: tuple[object, ...]
+    where: tuple[int, ...] | None
+
+
+def _native_of(member: Member, weight: Weight) -> _Native:
+    view, held = MemberView(weight=weight.view), []
+    if member.bias is not None:
+        bias = member.bias.detach().to(torch.bfloat16).contiguous()
+        view.bias, view.bias_bytes = native.buffer(bias)
+        held.append(bias)
+    if member.a is not None and member.b is not None:
+        a, b = _usable(member.a), _usable(member.b)
+        view.a, view.b = dense_weight(a).view, dense_weight(b).view
+        view.rank, view.scale = len(a), member.scale
+        held += [a, b]
+    where = _addresses(*held)
+    return _Native(view, weight, tuple(held), where if where == _addresses(member.bias, member.a, member.b) else None)
+
+
+def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
 
 def _in_dtype_of(member: Member, room: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:

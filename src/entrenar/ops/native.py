@@ -4,7 +4,8 @@ Environment:
     ENTRENAR_KERNELS: `reference` (plain PyTorch), or a path of the library: `generic`, `avx2`, `avx512`, `amx`, `neon`.
         Unset: the best path this CPU has.
     ENTRENAR_LIBRARY: another build of the library, e.g. one with sanitizers.
-    ENTRENAR_MALLOC: `default` leaves glibc's malloc as it is; otherwise memory that was freed is kept for reuse.
+    ENTRENAR_MALLOC: `default` leaves glibc's malloc as it is; otherwise memory that was freed is kept for reuse, and
+        training asks for huge pages.
 """
 
 import ctypes
@@ -89,8 +90,8 @@ def buffer(tensor: Tensor | float | None) -> list[int | None]:
         return [None, 0]
     assert isinstance(tensor, Tensor)
     assert tensor.is_contiguous()
-    assert tensor.device.type == "cpu"
-    return [tensor.data_ptr(), tensor.numel() * tensor.element_size()]
+    assert tensor.is_cpu
+    return [tensor.data_ptr(), tensor.nbytes]
 
 
 def _strided(tensor: Tensor | float | None) -> list[int | None]:
@@ -135,6 +136,13 @@ def path() -> str:
     """The path in use: `reference`, `generic`, `avx2`, `avx512` or `neon`."""
     library = _library()
     return "reference" if _state.reference or library is None else library.entrenar_path().decode()
+
+
+def use_huge_pages() -> None:
+    """Ask for huge pages in what the process allocates from now on; nothing with ENTRENAR_MALLOC=default."""
+    library = _library()
+    if library is not None and _tunes_malloc():
+        library.entrenar_use_huge_pages()
 
 
 def supported_paths() -> list[str]:
@@ -205,11 +213,15 @@ def _library() -> ctypes.CDLL | None:
     library.entrenar_use_gomp.argtypes = [ctypes.c_void_p]
     library.entrenar_use_gomp.restype = None
     library.entrenar_use_gomp(_gomp_parallel())
-    if os.environ.get("ENTRENAR_MALLOC", "") != "default":
+    if _tunes_malloc():
         library.entrenar_keep_freed_memory()
     if chosen not in ("", "reference") and library.entrenar_set_path(chosen.encode()):
         raise InputError(f"ENTRENAR_KERNELS is {chosen!r}, which this CPU cannot run: unset it")
     return library
+
+
+def _tunes_malloc() -> bool:
+    return os.environ.get("ENTRENAR_MALLOC", "") != "default"
 
 
 def _find() -> Path | None:

@@ -143,7 +143,7 @@ def _norm_view(norm: Norm | None) -> _Norm:
 def _set_buffers(view: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
-            setattr(view, name, _Buffer(*native.buffer(tensor)))
+            setattr(view, name, tuple(native.buffer(tensor)))
 
 
 def _run(function: native.Function, view: ctypes.Structure) -> None:
@@ -153,7 +153,10 @@ def _run(function: native.Function, view: ctypes.Structure) -> None:
 def _with_factors(members: Sequence[Member], factors: Sequence[Tensor | None]) -> list[Member]:
     """The members over the factors that were saved, whose changes since then autograd notices."""
     pairs = zip(factors[::2], factors[1::2], strict=True)
-    return [replace(member, a=a, b=b) for member, (a, b) in zip(members, pairs, strict=True)]
+    return [
+        member if member.a is a and member.b is b else replace(member, a=a, b=b)
+        for member, (a, b) in zip(members, pairs, strict=True)
+    ]
 
 
 class _Block(torch.autograd.Function):

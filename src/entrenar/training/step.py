@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from entrenar.data.batches import Batch
 from entrenar.models.forward import target_loss
+from entrenar.ops import native
 from entrenar.optim.groups import LR_RATIO
 
 
@@ -50,7 +51,8 @@ def update(
     max_grad_norm: float,
 ) -> StepResult:
     """One step; when loss or gradient norm is not finite nothing is changed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    native.use_huge_pages()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate(model, batches)
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
