@@ -101,7 +101,7 @@ def test_freed_memory_stays_with_the_process_unless_the_user_says_otherwise() ->
 
 
 HUGE_PAGES = """
-import re, sys
+import re
 import torch
 from entrenar.ops import native
 from entrenar.ops.quantize_codebook import quantize_codebook

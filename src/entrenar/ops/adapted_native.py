@@ -33,7 +33,7 @@ class Member:
 
     def native(self) -> "_Native":
         """The layer as csrc/adapted takes it: made once, and again where a tensor has moved or was converted."""
-        weight, where = self.weight.source(), _addresses(self.bias, self.a, self.b)
+        weight, where = self.weight.source(), _places(self.bias, self.a, self.b)
         made: _Native | None = self.__dict__.get("_native")
         if made is None or made.weight is not weight or made.where != where:
             made = self.__dict__["_native"] = _native_of(self, weight)
@@ -152,7 +152,7 @@ class _Native(NamedTuple):
     view: MemberView
     weight: Weight
     held: tuple[object, ...]
-    where: tuple[int, ...] | None
+    where: tuple[object, ...] | None
 
 
 def _native_of(member: Member, weight: Weight) -> _Native:
@@ -166,12 +166,13 @@ def _native_of(member: Member, weight: Weight) -> _Native:
         view.a, view.b = dense_weight(a).view, dense_weight(b).view
         view.rank, view.scale = len(a), member.scale
         held += [a, b]
-    where = _addresses(*held)
-    return _Native(view, weight, tuple(held), where if where == _addresses(member.bias, member.a, member.b) else None)
+    where = _places(*held)
+    return _Native(view, weight, tuple(held), where if where == _places(member.bias, member.a, member.b) else None)
 
 
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+def _places(*tensors: Tensor | None) -> tuple[object, ...]:
+    """Where tensors lie and how: memory that was freed may hold another dtype at the same address."""
+    return tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None)
 
 
 def _in_dtype_of(member: Member, room: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
