@@ -104,6 +104,9 @@ void Source::decode(int64_t row, int64_t column, int64_t count, uint16_t* out) c
     if (is_kind(view, SourceKind::dense)) return decode_dense(view, row, column, there, out);
     if (is_kind(view, SourceKind::gguf)) return decode_gguf(view, block, row, column, there, out);
     const int64_t begin = row * view.columns + column;
+    if (is_kind(view, SourceKind::int8)) {
+        return entrenar::decode(symmetric_kernel(), int8, begin, begin + there, out, kBfloat16);
+    }
     entrenar::decode(*decoder, codebook, begin, begin + there, out, kBfloat16, false);
 }
 
@@ -114,15 +117,18 @@ Source stack_sources(std::vector<const Source*> parts) {
         view.rows += divide_up(part->view.rows, kStrip) * kStrip;
         view.columns = part->view.columns;
     }
-    return {view, {}, nullptr, std::move(parts), {}};
+    return {view, {}, nullptr, std::move(parts), {}, {}};
 }
 
 int read_source(const SourceView& view, Source* source) {
     int64_t count = 0;
     if (!multiply(view.rows, view.columns, &count)) return kBadSize;
-    *source = {view, {}, &dequantize_codebook_kernel(), {}, {}};
+    *source = {view, {}, &dequantize_codebook_kernel(), {}, {}, {}};
     if (is_kind(view, SourceKind::dense)) return check_dense(view);
     if (is_kind(view, SourceKind::gguf)) return check_gguf(view, count, &source->block);
+    if (is_kind(view, SourceKind::int8)) {
+        return read_int8(view.data, view.data_bytes, view.scales, view.block_size, count, &source->int8);
+    }
     if (!is_kind(view, SourceKind::codebook4)) return kBadArgument;
     return read_weight(view.data, view.data_bytes, view.scales, view.codebook, view.codebook_bytes, view.block_size,
                        count, &source->codebook);

@@ -6,10 +6,11 @@
 
 #include "codebook4/dequantize.h"
 #include "gguf/blocks.h"
+#include "symmetric/symmetric.h"
 
 namespace entrenar {
 
-enum class SourceKind : int32_t { dense = 0, codebook4 = 1, stack = 2, gguf = 3 };
+enum class SourceKind : int32_t { dense = 0, codebook4 = 1, stack = 2, gguf = 3, int8 = 4 };
 
 // A caller's weight (rows, columns), as ops/multiply.py fills it in; a stack is made here alone. Pointers may be unaligned.
 struct SourceView {
@@ -19,11 +20,11 @@ struct SourceView {
     int64_t stride;       // dense: elements from row to row
     float scale;          // dense: every element is multiplied by it
     int32_t unused;
-    int64_t block_size;   // codebook4
-    const void* data;     // dense: elements; codebook4: packed codes; gguf: blocks
+    int64_t block_size;   // codebook4, int8
+    const void* data;     // dense: elements; codebook4: packed codes; int8: codes; gguf: blocks
     int64_t data_bytes;
-    ScaleBuffers scales;  // codebook4
-    const void* codebook;
+    ScaleBuffers scales;   // codebook4, int8
+    const void* codebook;  // codebook4
     int64_t codebook_bytes;
 };
 
@@ -33,6 +34,7 @@ struct Source {
     const DequantizeCodebook* decoder;
     std::vector<const Source*> parts;  // stack: one below the other, each from a whole strip of 16 rows on
     gguf::BlockType block;             // gguf
+    Int8Weight int8;
 
     // Where rows [row, row + rows), columns [column, column + count) lie as bfloat16, `stride` elements apart; null
     // unless the weight is bfloat16 and has all of them.

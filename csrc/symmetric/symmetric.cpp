@@ -8,7 +8,6 @@
 #include "common/floats.h"
 #include "common/parallel.h"
 #include "common/sizes.h"
-#include "scales/scales.h"
 
 namespace entrenar {
 namespace {
@@ -20,21 +19,33 @@ const Paths<Symmetric> kPaths = {&symmetric_generic, ENTRENAR_ON_X86(&symmetric_
 
 int64_t grain_of(int64_t block_size) { return std::max<int64_t>(kGrainElements / block_size, 1); }
 
-// Elements [begin, end) into out, with the scales decoded a tile at a time.
-void dequantize_range(const Symmetric& kernel, const int8_t* codes, const ScaleBuffers& held, int64_t block_size,
-                      int64_t begin, int64_t end, char* out, int dtype) {
+}  // namespace
+
+const Symmetric& symmetric_kernel() { return pick(kPaths); }
+
+int read_int8(const void* codes, int64_t codes_bytes, const ScaleBuffers& scales, int64_t block_size, int64_t count,
+              Int8Weight* weight) {
+    if (count < 0) return kBadSize;
+    if (block_size < 1) return kBadBlockSize;
+    if (const int error = check_buffer(codes, codes_bytes, count, 1)) return error;
+    if (const int error = check_scales(scales, divide_up(count, block_size))) return error;
+    *weight = {static_cast<const int8_t*>(codes), scales, block_size};
+    return kOk;
+}
+
+void decode(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, void* out, int dtype) {
+    const int64_t block_size = weight.block_size;
     float scales[kScaleGroup];
     for (int64_t stop; begin < end; begin = stop) {
         const int64_t first = begin / block_size;
         const int64_t blocks = std::min(divide_up(end - first * block_size, block_size), kScaleGroup);
         stop = blocks * block_size < end - first * block_size ? (first + blocks) * block_size : end;
-        decode_scales(held, first, blocks, scales);
-        kernel.dequantize(codes, scales, block_size, begin, stop, out, dtype);
-        out += (stop - begin) * dtype_bytes(dtype);
+        decode_scales(weight.scales, first, blocks, scales);
+        kernel.dequantize(weight.codes, scales, block_size, begin, stop, out, dtype);
+        out = static_cast<char*>(out) + (stop - begin) * dtype_bytes(dtype);
     }
 }
 
-}  // namespace
 }  // namespace entrenar
 
 // in: count floats of `dtype`; limit 7 or 127; codes: ceil(count / 2) or count bytes; scales: one float32 a block.
@@ -51,7 +62,7 @@ ENTRENAR_API int entrenar_quantize_symmetric(const void* in, int64_t in_bytes, v
     if (const int error = check_buffer(in, in_bytes, count, dtype_bytes(dtype))) return error;
     if (const int error = check_buffer(codes, codes_bytes, divide_up(count, per_byte), 1)) return error;
     if (const int error = check_buffer(scales, scales_bytes, blocks, 4)) return error;
-    const Symmetric& kernel = pick(kPaths);
+    const Symmetric& kernel = symmetric_kernel();
     parallel_for(blocks, grain_of(block_size), threads, [&](int64_t begin, int64_t end) {
         const int64_t from = begin * block_size, elements = end == blocks ? count - from : (end - begin) * block_size;
         kernel.quantize(static_cast<const char*>(in) + from * dtype_bytes(dtype), dtype, limit, block_size, elements,
@@ -68,18 +79,15 @@ ENTRENAR_API int entrenar_dequantize_int8(const void* codes, int64_t codes_bytes
                                           int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
-    if (count < 0) return kBadSize;
-    if (block_size < 1) return kBadBlockSize;
     const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
-    const int64_t blocks = divide_up(count, block_size);
-    if (const int error = check_buffer(codes, codes_bytes, count, 1)) return error;
-    if (const int error = check_scales(held, blocks)) return error;
+    Int8Weight weight;
+    if (const int error = read_int8(codes, codes_bytes, held, block_size, count, &weight)) return error;
     if (const int error = check_buffer(out, out_bytes, count, dtype_bytes(dtype))) return error;
-    const Symmetric& kernel = pick(kPaths);
+    const Symmetric& kernel = symmetric_kernel();
+    const int64_t blocks = divide_up(count, block_size);
     parallel_for(blocks, grain_of(block_size), threads, [&](int64_t begin, int64_t end) {
         const int64_t from = begin * block_size, to = end == blocks ? count : end * block_size;
-        dequantize_range(kernel, static_cast<const int8_t*>(codes), held, block_size, from, to,
-                         static_cast<char*>(out) + from * dtype_bytes(dtype), dtype);
+        decode(kernel, weight, from, to, static_cast<char*>(out) + from * dtype_bytes(dtype), dtype);
     });
     return kOk;
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "scales/scales.h"
+
 namespace entrenar {
 
 struct Symmetric {
@@ -16,5 +18,22 @@ struct Symmetric {
 };
 
 extern const Symmetric symmetric_generic, symmetric_avx2, symmetric_avx512;
+
+// The table of the path in use.
+const Symmetric& symmetric_kernel();
+
+// A whole int8 weight; what the dequantization and the product read.
+struct Int8Weight {
+    const int8_t* codes;
+    ScaleBuffers scales;
+    int64_t block_size;
+};
+
+// Fill `weight` from a caller's buffers, or say which one is wrong.
+int read_int8(const void* codes, int64_t codes_bytes, const ScaleBuffers& scales, int64_t block_size, int64_t count,
+              Int8Weight* weight);
+
+// Elements [begin, end) into out, whichever way the scales are held.
+void decode(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, void* out, int dtype);
 
 }  // namespace entrenar

@@ -9,10 +9,11 @@ from entrenar.core.errors import InputError
 from entrenar.ops.adapted_native import MemberView
 from entrenar.ops.multiply import Source
 
-_UNUSED = ({"block_size"}, {"stride", "dtype"})  # fields of a Source that its kind (dense, 4 bits) does not look at
+# Fields of a Source that its kind (dense, 4 bits, 8 bits) does not look at.
+_UNUSED = {0: {"block_size"}, 1: {"stride", "dtype"}, 4: {"stride", "dtype"}}
 _NO_SIZES = (-1, 2**62, 2**63 - 1)
 # How many members there are is not to be seen; a block may be larger than its weight.
-_SPOILED_SIZES = {"count": _NO_SIZES, "block_size": (-1, 65)}
+_SPOILED_SIZES = {"count": _NO_SIZES, "block_size": (-1, 63)}
 
 Field = tuple[str, ctypes.Structure, str, object]  # where it is, the structure that holds it, its name there, its type
 

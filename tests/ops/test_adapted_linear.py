@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar.ops.adapted_linear import Member, adapted_linears
-from entrenar.ops.linear_weight import CodebookWeight, DecodedWeight, DenseWeight, LinearWeight
+from entrenar.ops.linear_weight import CodebookWeight, DenseWeight, Int8Weight, LinearWeight
 
 CODEBOOK = torch.linspace(-1, 1, 16)
 
@@ -16,10 +16,12 @@ def weight(kind: str, rows: int, columns: int) -> LinearWeight:
     matrix = torch.randn(rows, columns)
     if kind == "dense":
         return DenseWeight(matrix)
-    if kind == "decoded":
-        return DecodedWeight(matrix.to, (rows, columns))
+    scales = [torch.rand(-(-rows * columns // 64)) * 0.3]
+    if kind == "int8":
+        codes = torch.randint(0, 256, (rows * columns,), dtype=torch.uint8)
+        return Int8Weight(codes, [scales[0] / 127], 64, (rows, columns))
     packed = torch.randint(0, 256, (-(-rows * columns // 2),), dtype=torch.uint8)
-    return CodebookWeight(packed, [torch.rand(-(-rows * columns // 64)) * 0.3], CODEBOOK, 64, (rows, columns))
+    return CodebookWeight(packed, scales, CODEBOOK, 64, (rows, columns))
 
 
 def member(
@@ -60,7 +62,7 @@ GROUPS = [
     [("codebook", 7, 3, True)],
     [("dense", 5, 0, False)],
     [("codebook", 7, 2, False), ("codebook", 4, 1, True), ("dense", 6, 3, True)],
-    [("decoded", 3, 0, True), ("codebook", 8, 4, False)],
+    [("int8", 3, 0, True), ("codebook", 8, 4, False)],
 ]
 
 

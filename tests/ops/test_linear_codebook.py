@@ -6,7 +6,7 @@ from samples import DTYPES
 from torch import Tensor
 
 from entrenar.ops import linear_codebook as module
-from entrenar.ops import native
+from entrenar.ops import native, panels
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.linear_codebook import linear_codebook
 from entrenar.ops.scales import nest_scales
@@ -54,7 +54,7 @@ def test_forward_and_backward_are_the_product_with_the_dequantized_weight(
 
 @pytest.mark.parametrize("panel_bytes", [1, 4096, 1 << 23])
 def test_panels_of_any_size_cover_the_weight(monkeypatch: pytest.MonkeyPatch, panel_bytes: int) -> None:
-    monkeypatch.setattr(module, "PANEL_BYTES", panel_bytes)
+    monkeypatch.setattr(panels, "PANEL_BYTES", panel_bytes)
     packed, scales = weight(200, 300, nested=False)
     dense = dequantize_codebook(packed, scales, CODEBOOK, 64, 60_000, torch.float32).view(200, 300)
     x = torch.randn(40, 300, requires_grad=True)

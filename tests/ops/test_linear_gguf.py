@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from entrenar.ops import linear_codebook
+from entrenar.ops import panels
 from entrenar.ops.adapted_linear import adapted_linears
 from entrenar.ops.adapted_native import Member
 from entrenar.ops.linear_gguf import (
@@ -17,8 +17,7 @@ from entrenar.ops.linear_gguf import (
     block_of,
     columns_of,
     decode_rows,
-    gguf_product,
-    gguf_transposed_product,
+    gguf_panels,
 )
 from entrenar.ops.linear_weight import GGUFWeight
 
@@ -59,10 +58,11 @@ def test_products_are_those_with_the_dequantized_weight(
     torch.testing.assert_close(decode_rows(packed, type, torch.float32), weight, atol=0, rtol=0)
     x, grad, bias = torch.randn(tokens, columns), torch.randn(tokens, rows), torch.randn(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_codebook, "PANEL_BYTES", panel)
-        torch.testing.assert_close(gguf_product(x, packed, type), x @ weight.t(), atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(gguf_product(x, packed, type, bias), x @ weight.t() + bias, atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(gguf_transposed_product(grad, packed, type), grad @ weight, atol=1e-3, rtol=1e-4)
+        patch.setattr(panels, "PANEL_BYTES", panel)
+        weights = gguf_panels(packed, type)
+        torch.testing.assert_close(weights.product(x), x @ weight.t(), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(weights.product(x, bias), x @ weight.t() + bias, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(weights.transposed_product(grad), grad @ weight, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("type", ["q4_k", "q8_0", "f16"])

@@ -14,7 +14,7 @@ from entrenar.core.errors import InputError
 from entrenar.ops import adapted_native, attention, native, residual_blocks
 from entrenar.ops.adapted_linear import adapted_linears
 from entrenar.ops.adapted_native import Member, MemberView
-from entrenar.ops.linear_weight import CodebookWeight
+from entrenar.ops.linear_weight import CodebookWeight, Int8Weight
 from entrenar.ops.residual_blocks import AttentionBlock, Keep, MlpBlock, attention_block, mlp_block
 from entrenar.ops.scales import nest_scales
 
@@ -79,7 +79,9 @@ def nested(rows: int, columns: int) -> Member:
 
 
 def test_adapted_linears(refused: Calls) -> None:
-    members = [nested(64, 32), member(7, 32), member(9, 32, rank=0)]
+    codes = torch.randint(0, 256, (8 * 32,), dtype=torch.uint8)
+    bytes_ = Member(Int8Weight(codes, nest_scales(torch.rand(4)), 64, (8, 32)))
+    members = [nested(64, 32), member(7, 32), member(9, 32, rank=0), bytes_]
     x = torch.randn(6, 32).bfloat16().requires_grad_()
     outputs = adapted_linears(x, members)
     torch.autograd.grad(outputs, [x, *factors(members)], [torch.ones_like(y) for y in outputs])

@@ -7,7 +7,6 @@ columns, so that each sum is one matmul, as in the reference.
 Letters: B tokens, O out_features, I in_features.
 """
 
-import threading
 from typing import Any
 
 import torch
@@ -18,16 +17,14 @@ from entrenar.ops import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.library import define, differentiate
 from entrenar.ops.multiply import Term, codebook_weight, multiply
+from entrenar.ops.panels import panel_step, scratch_for
 from entrenar.ops.scales import scale_buffers
 
 FEW_TOKENS, PACKED_TOKENS = 16, 4  # csrc/linear/linear.h's kMaxTokens and kMaxPackedTokens
-PANEL_BYTES = 3 << 20
-_PANEL_MULTIPLE = 64  # narrower panels, or odd ones, are slow in torch's matmul
 
 _forward_few = native.Function("entrenar_linear_codebook", "bbbbbbbbbnnnnii")
 _backward_few = native.Function("entrenar_linear_codebook_backward", "bbbbbbbbnnnnii")
 _panel = native.Function("entrenar_dequantize_codebook_panel", "bbbbbbbnnnnnnnii")
-_scratch = threading.local()
 
 
 def linear_codebook(
@@ -140,14 +137,6 @@ def _backward_panels(tokens: Tensor, held: tuple[Tensor | None, ...], block_size
         torch.mm(tokens, weight, out=dx[:, start:stop])
 
 
-def panel_step(lines: int, line_bytes: int) -> int:
-    """How many of `lines` lines of a weight make a panel; the panels are about equally large."""
-    fitting = max(PANEL_BYTES // max(line_bytes, 1), 1)
-    panels = -(-lines // fitting)
-    each = -(-lines // max(panels, 1))
-    return max(-(-each // _PANEL_MULTIPLE) * _PANEL_MULTIPLE, 1)
-
-
 def _decoded(
     held: tuple[Tensor | None, ...],
     block_size: int,
@@ -164,15 +153,6 @@ def _decoded(
         block_size, native.DTYPES[dtype], native.threads(),
     )  # fmt: skip
     return out
-
-
-def scratch_for(count: int, dtype: torch.dtype) -> Tensor:
-    """A flat tensor in this thread's scratch, which grows as needed and is never given back."""
-    needed = count * dtype.itemsize
-    if getattr(_scratch, "raw", None) is None or _scratch.raw.numel() < needed:
-        with torch.inference_mode(False):
-            _scratch.raw = torch.empty(needed, dtype=torch.uint8)
-    return _scratch.raw[:needed].view(dtype)
 
 
 def _accepts(x: Tensor, _packed: Tensor, _scales: list[Tensor], codebook: Tensor, block_size: int, *rest: Any) -> bool:

@@ -4,6 +4,7 @@
 (ops/multiply.py). Letters: B tokens, O out_features, I in_features.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,17 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entrenar.ops import native
+from entrenar.ops.blocks import block_count
+from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.library import compute
 from entrenar.ops.linear_codebook import linear_codebook
-from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of, decode_rows, gguf_product, gguf_transposed_product
+from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of, decode_rows, gguf_panels
 from entrenar.ops.multiply import (
     Term,
     Weight,
     codebook_weight,
     dense_weight,
     gguf_weight,
+    int8_weight,
     multiply,
 )
+from entrenar.ops.panels import RowPanels
+from entrenar.ops.scales import decode_scales
 
 
 class LinearWeight(Protocol):
@@ -82,30 +88,6 @@ class DenseWeight:
 
 
 @dataclass(frozen=True)
-class DecodedWeight:
-    """A weight that is decoded whole, each time it is used, by `decode(dtype)` → (O, I)."""
-
-    decode: Callable[[torch.dtype], Tensor]
-    shape: tuple[int, int]
-
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """X·Wᵀ + bias."""
-        return F.linear(x, self.decode(x.dtype), bias)
-
-    def transposed_product(self, grad: Tensor) -> Tensor:
-        """Grad·W."""
-        return grad @ self.decode(grad.dtype)
-
-    def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The same as `product`, for tracers."""
-        return F.linear(x, self.decode(x.dtype), bias)
-
-    def source(self) -> Weight:
-        """The decoded matrix in bfloat16."""
-        return dense_weight(self.decode(torch.bfloat16))
-
-
-@dataclass(frozen=True)
 class CodebookWeight:
     """A 4-bit weight; the fields are as in ops/linear_codebook.py."""
 
@@ -131,12 +113,48 @@ class CodebookWeight:
         return linear_codebook(x, *held, self.shape[0], bias)
 
     def source(self) -> Weight:
-        """The packed weight; the view is made once, and again if the tensors have moved."""
-        made = self.__dict__.get("_source")
-        if made is None or not made.is_current():
-            made = codebook_weight(self.packed, self.scales, self.codebook, self.block_size, self.shape)
-            self.__dict__["_source"] = made
-        return made
+        """The packed weight."""
+        return _kept(
+            self, lambda: codebook_weight(self.packed, self.scales, self.codebook, self.block_size, self.shape)
+        )
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """One byte an element; the fields are as in ops/dequantize_int8.py."""
+
+    codes: Tensor
+    scales: list[Tensor]
+    block_size: int
+    shape: tuple[int, int]
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X·Wᵀ + bias."""
+        return _native_product(self, x, bias) if _multiplies(x) else self._panels().product(x, bias)
+
+    def transposed_product(self, grad: Tensor) -> Tensor:
+        """Grad·W."""
+        return _native_transposed(self, grad) if _multiplies(grad) else self._panels().transposed_product(grad)
+
+    def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same as `product`, for tracers."""
+        return F.linear(x, dequantize_int8(self.codes, self.scales, self.block_size, x.dtype).view(self.shape), bias)
+
+    def source(self) -> Weight:
+        """The codes themselves."""
+        return _kept(self, lambda: int8_weight(self.codes, self.scales, self.block_size, self.shape))
+
+    def _panels(self) -> RowPanels:
+        columns, scales = self.shape[1], decode_scales(self.scales)
+
+        def decode(rows: slice, dtype: torch.dtype) -> Tensor:
+            begin, end = rows.start * columns, rows.stop * columns
+            blocks = slice(begin // self.block_size, block_count(end, self.block_size))
+            part = dequantize_int8(self.codes[begin:end], [scales[blocks]], self.block_size, dtype)
+            return part.view(-1, columns)
+
+        # A panel starts a block.
+        return RowPanels(self.shape, decode, self.block_size // math.gcd(self.block_size, max(columns, 1)))
 
 
 @dataclass(frozen=True)
@@ -154,29 +172,40 @@ class GGUFWeight:
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X·Wᵀ + bias."""
         if _multiplies(x):
-            out = x.new_empty(len(x), self.shape[0])
-            return multiply([Term(x, self.source(), transposed=True)], out, bias=bias)
-        return gguf_product(x, self.packed, self.type, bias)
+            return _native_product(self, x, bias)
+        return gguf_panels(self.packed, self.type).product(x, bias)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
         """Grad·W."""
         if _multiplies(grad):
-            return multiply([Term(grad, self.source(), transposed=False)], grad.new_empty(len(grad), self.shape[1]))
-        return gguf_transposed_product(grad, self.packed, self.type)
+            return _native_transposed(self, grad)
+        return gguf_panels(self.packed, self.type).transposed_product(grad)
 
     def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `product`, for tracers."""
         return F.linear(x, decode_rows(self.packed, self.type, x.dtype), bias)
 
     def source(self) -> Weight:
-        """The blocks themselves, the view made once as above; 16- and 32-bit floats as a matrix."""
+        """The blocks themselves; 16- and 32-bit floats as a matrix."""
         if self.type in FLOAT_TYPES:
             return DenseWeight(self.packed.view(FLOAT_TYPES[self.type])).source()
-        made = self.__dict__.get("_source")
-        if made is None or not made.is_current():
-            made = gguf_weight(self.packed, self.type, self.shape)
-            self.__dict__["_source"] = made
-        return made
+        return _kept(self, lambda: gguf_weight(self.packed, self.type, self.shape))
+
+
+def _kept(weight: LinearWeight, make: Callable[[], Weight]) -> Weight:
+    """A weight's native view, made once, and again if the tensors have moved."""
+    made: Weight | None = weight.__dict__.get("_source")
+    if made is None or not made.is_current():
+        made = weight.__dict__["_source"] = make()
+    return made
+
+
+def _native_product(weight: LinearWeight, x: Tensor, bias: Tensor | None) -> Tensor:
+    return multiply([Term(x, weight.source(), transposed=True)], x.new_empty(len(x), weight.shape[0]), bias=bias)
+
+
+def _native_transposed(weight: LinearWeight, grad: Tensor) -> Tensor:
+    return multiply([Term(grad, weight.source(), transposed=False)], grad.new_empty(len(grad), weight.shape[1]))
 
 
 def _multiplies(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from entrenar.ops import native
 from entrenar.ops.scales import scale_buffers
 
-_DENSE, _CODEBOOK4, _GGUF = 0, 1, 3
+_DENSE, _CODEBOOK4, _GGUF, _INT8 = 0, 1, 3, 4
 
 
 class Source(ctypes.Structure):
@@ -67,9 +67,20 @@ def codebook_weight(
     packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, shape: tuple[int, int]
 ) -> Weight:
     """A 4-bit weight as ops/dequantize_codebook.py takes it."""
-    held = (packed.contiguous(), *scale_buffers(scales), codebook.contiguous())
+    return _quantized(_CODEBOOK4, packed, scales, codebook, block_size, shape)
+
+
+def int8_weight(codes: Tensor, scales: list[Tensor], block_size: int, shape: tuple[int, int]) -> Weight:
+    """A weight of one byte an element as ops/dequantize_int8.py takes it."""
+    return _quantized(_INT8, codes, scales, None, block_size, shape)
+
+
+def _quantized(
+    kind: int, codes: Tensor, scales: list[Tensor], codebook: Tensor | None, block_size: int, shape: tuple[int, int]
+) -> Weight:
+    held = (codes.contiguous(), *scale_buffers(scales), None if codebook is None else codebook.contiguous())
     pairs = [pair for tensor in held for pair in native.buffer(tensor)]
-    view = Source(_CODEBOOK4, 0, *shape, shape[1], 1.0, 0, block_size, *pairs)
+    view = Source(kind, 0, *shape, shape[1], 1.0, 0, block_size, *pairs)
     return Weight(view, held, tuple(tensor.data_ptr() for tensor in held if tensor is not None))
 
 

@@ -20,8 +20,7 @@ class Format:
     search: the same, but each block's scale is chosen for the least squared error; None where there is no such search;
     hold(scales, double_quant) → the parts beside the codes, each a uint8 tensor;
     dequantize(parts, block_size, n, dtype) → (n,) dtype;
-    linear_weight(parts, block_size, (d_out, d_in)) → what a linear layer multiplies by without a whole dequantized
-    weight; None where the format has no such kernel.
+    linear_weight(parts, block_size, (d_out, d_in)) → what a linear layer multiplies by.
     """
 
     name: str
@@ -29,7 +28,7 @@ class Format:
     encode: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     hold: Callable[[Tensor, bool], Parts]
     dequantize: Callable[[Parts, int, int, torch.dtype], Tensor]
-    linear_weight: Callable[[Parts, int, tuple[int, int]], LinearWeight] | None = None
+    linear_weight: Callable[[Parts, int, tuple[int, int]], LinearWeight]
     search: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
 
     def encoder(self, search: bool) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:

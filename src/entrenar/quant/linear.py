@@ -1,9 +1,8 @@
 """QuantizedLinear: a frozen linear layer that keeps its weight in a block format.
 
-A 4-bit layer decodes its weight a panel at a time (ops/linear_codebook.py), as does one that keeps a GGUF's blocks
-(ops/linear_gguf.py). Other formats dequantize the whole weight,
-multiply and drop it, and do so again in the backward for x: such a layer costs its packed bytes plus, while it runs,
-one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
+On a CPU the weight is decoded a panel at a time while it is multiplied (ops/linear_weight.py). On a GPU it is
+dequantized whole, multiplied and dropped, and once more in the backward for x: such a layer costs its packed bytes
+plus, while it runs, one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.ops.adapted_linear import Member, adapted_linears
-from entrenar.ops.linear_weight import DecodedWeight, DenseWeight, LinearWeight
+from entrenar.ops.linear_weight import DenseWeight, LinearWeight
 from entrenar.quant.registry import held_format
 from entrenar.quant.tensor import QuantizedTensor
 
@@ -129,7 +128,5 @@ def in_compute_dtype(x: Tensor) -> Tensor:
 
 def linear_weight(weight: QuantizedTensor) -> LinearWeight:
     """A quantized matrix as the linear operations take it."""
-    make, shape = held_format(weight.format).linear_weight, (weight.shape[0], weight.shape[1])
-    if make is None:
-        return DecodedWeight(weight.dequantize, shape)
-    return make(weight.parts, weight.block_size, shape)
+    shape = (weight.shape[0], weight.shape[1])
+    return held_format(weight.format).linear_weight(weight.parts, weight.block_size, shape)

@@ -23,7 +23,6 @@ from entrenar.models.load import KEEP, UNQUANTIZED, build_on_meta, kept_types, l
 from entrenar.models.match import is_tied
 from entrenar.models.original import weights_of
 from entrenar.models.source import ModelSource, open_source
-from entrenar.ops.linear_weight import DecodedWeight
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import packed_bytes
 from entrenar.recipes.config import ModelSection, RunConfig, TrainingSection
@@ -171,12 +170,12 @@ def _logit_bytes(model: PreTrainedModel) -> int:
 
 
 def _scratch(model: PreTrainedModel) -> int:
-    """Of the libraries and our kernels at work; and of the largest of the weights that are decoded whole."""
-    weights = [module.linear_weight() for module in model.modules() if isinstance(module, QuantizedLinear)]
-    on_gpu = model.device.type != "cpu"
-    decoded = [weight.shape[0] * weight.shape[1] for weight in weights if on_gpu or isinstance(weight, DecodedWeight)]
-    each = model.dtype.itemsize + (_GPU_DECODING if on_gpu else 0)
-    return (_AT_WORK_GPU if on_gpu else _AT_WORK) + max(decoded, default=0) * each
+    """Of the libraries and our kernels at work; and on a GPU of the largest of the weights, which are decoded whole."""
+    if model.device.type == "cpu":
+        return _AT_WORK
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    largest = max((layer.in_features * layer.out_features for layer in layers), default=0)
+    return _AT_WORK_GPU + largest * (model.dtype.itemsize + _GPU_DECODING)
 
 
 def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:

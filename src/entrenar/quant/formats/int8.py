@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from entrenar.ops.dequantize_int8 import dequantize_int8
+from entrenar.ops.linear_weight import Int8Weight, LinearWeight
 from entrenar.ops.quantize_symmetric import quantize_symmetric
 from entrenar.quant.format import Format
 from entrenar.quant.scales import Parts, hold_linear, scale_tensors
@@ -17,4 +18,10 @@ def _dequantize(parts: Parts, block_size: int, count: int, dtype: torch.dtype) -
     return dequantize_int8(parts["codes"], scale_tensors(parts), block_size, dtype)
 
 
-FORMAT = Format(name="int8", bits=8, encode=_encode, hold=hold_linear, dequantize=_dequantize)
+def _linear_weight(parts: Parts, block_size: int, shape: tuple[int, int]) -> LinearWeight:
+    return Int8Weight(parts["codes"], scale_tensors(parts), block_size, shape)
+
+
+FORMAT = Format(
+    name="int8", bits=8, encode=_encode, hold=hold_linear, dequantize=_dequantize, linear_weight=_linear_weight
+)
