@@ -103,10 +103,6 @@ struct Values {
     float* lse;
 };
 
-uint16_t* place(const BufferView& kept, int64_t elements, Pieces* pieces) {
-    return kept.data ? static_cast<uint16_t*>(kept.data) : pieces->take(elements);
-}
-
 HeadsView heads_of(const AttentionBlockView& view, const void* data, int64_t heads) {
     const int64_t token = heads * view.width;
     return {data, view.batch * view.tokens * token * 2, view.tokens * token, token, view.width};
@@ -170,11 +166,11 @@ int compute(const AttentionBlockView& view, const Values& values, const Needs& n
 // Kept q and k are raw where they have norms, and what attention takes elsewhere.
 Values place_values(const AttentionBlockView& view, const Sizes& sizes, Pieces* pieces) {
     Values values{};
-    values.x = place(view.x, sizes.hidden, pieces);
-    uint16_t *q = place(view.q, sizes.queries, pieces), *k = place(view.k, sizes.keys, pieces);
-    values.v = place(view.v, sizes.keys, pieces);
-    values.o = place(view.o, sizes.queries, pieces);
-    values.lse = reinterpret_cast<float*>(place(view.lse, sizes.rows * view.heads * 2, pieces));
+    values.x = pieces->place(view.x, sizes.hidden);
+    uint16_t *q = pieces->place(view.q, sizes.queries), *k = pieces->place(view.k, sizes.keys);
+    values.v = pieces->place(view.v, sizes.keys);
+    values.o = pieces->place(view.o, sizes.queries);
+    values.lse = reinterpret_cast<float*>(pieces->place(view.lse, sizes.rows * view.heads * 2));
     uint16_t *other_q = changes(view) ? pieces->take(sizes.queries) : q, *other_k = changes(view) ? pieces->take(sizes.keys) : k;
     values.raw_q = has_norms(view) ? q : other_q;
     values.raw_k = has_norms(view) ? k : other_k;
@@ -184,10 +180,13 @@ Values place_values(const AttentionBlockView& view, const Sizes& sizes, Pieces* 
 }
 
 void want_values(const AttentionBlockView& view, const Sizes& sizes, Pieces* pieces) {
-    pieces->want(sizes.hidden);
-    for (int i = 0; i < 3; ++i) pieces->want(sizes.queries);
-    for (int i = 0; i < 3; ++i) pieces->want(sizes.keys);
-    pieces->want(sizes.rows * view.heads * 2);
+    pieces->want(view.x, sizes.hidden);
+    for (const BufferView* kept : {&view.q, &view.o}) pieces->want(*kept, sizes.queries);
+    for (const BufferView* kept : {&view.k, &view.v}) pieces->want(*kept, sizes.keys);
+    pieces->want(view.lse, sizes.rows * view.heads * 2);
+    if (!changes(view)) return;
+    pieces->want(sizes.queries);
+    pieces->want(sizes.keys);
 }
 
 int forward(const AttentionBlockView& view, int threads) {

@@ -47,6 +47,14 @@ public:
     bool allocate();
     uint16_t* take(int64_t elements);
 
+    // The caller's buffer where there is one, else a piece: wanted, then placed.
+    void want(const BufferView& kept, int64_t elements) {
+        if (kept.data == nullptr) want(elements);
+    }
+    uint16_t* place(const BufferView& kept, int64_t elements) {
+        return kept.data ? static_cast<uint16_t*>(kept.data) : take(elements);
+    }
+
 private:
     static int64_t padded(int64_t elements) { return (elements * 2 + 63) / 64 * 64; }
     bool fits_ = true;

@@ -60,8 +60,15 @@ struct Needs {
     bool x, gates, product;
 };
 
-uint16_t* place(const BufferView& kept, int64_t elements, Pieces* pieces) {
-    return kept.data ? static_cast<uint16_t*>(kept.data) : pieces->take(elements);
+void want_values(const MlpBlockView& view, int64_t narrow, int64_t wide, Pieces* pieces) {
+    pieces->want(view.x, narrow);
+    for (const BufferView* kept : {&view.gate, &view.up, &view.product}) pieces->want(*kept, wide);
+}
+
+Values place_values(const MlpBlockView& view, int64_t narrow, int64_t wide, Pieces* pieces) {
+    uint16_t* x = pieces->place(view.x, narrow);
+    uint16_t *gate = pieces->place(view.gate, wide), *up = pieces->place(view.up, wide);
+    return {x, gate, up, pieces->place(view.product, wide)};
 }
 
 // Make x, gate and up, product, as far as they are needed.
@@ -84,11 +91,9 @@ int compute(const MlpBlockView& view, const Values& values, const Needs& needs, 
 int forward(const MlpBlockView& view, int threads) {
     const int64_t narrow = view.tokens * view.hidden, wide = view.tokens * view.inner;
     Pieces pieces;
-    pieces.want(narrow);
-    for (int i = 0; i < 3; ++i) pieces.want(wide);
+    want_values(view, narrow, wide, &pieces);
     if (!pieces.allocate()) return kNoMemory;
-    const Values values{place(view.x, narrow, &pieces), place(view.gate, wide, &pieces), place(view.up, wide, &pieces),
-                        place(view.product, wide, &pieces)};
+    const Values values = place_values(view, narrow, wide, &pieces);
     if (const int error = compute(view, values, {true, true, true}, threads)) return error;
     const MemberView down = member_at(view.members[2], view.out.data, view.tokens);
     GroupView group = group_of(values.product, nullptr, view.tokens, view.inner, &down, 1);
@@ -99,13 +104,16 @@ int forward(const MlpBlockView& view, int threads) {
 
 int backward(const MlpBlockView& view, int threads) {
     const int64_t narrow = view.tokens * view.hidden, wide = view.tokens * view.inner;
+    // Gradients take the places of what is read for the last time where they are made: the kernels allow that.
+    const bool own_dup = view.product.data != nullptr;
     Pieces pieces;
-    for (int i = 0; i < 2; ++i) pieces.want(narrow);
-    for (int i = 0; i < 6; ++i) pieces.want(wide);
+    want_values(view, narrow, wide, &pieces);
+    pieces.want(narrow);
+    for (int i = 0; i < 1 + own_dup; ++i) pieces.want(wide);
     if (!pieces.allocate()) return kNoMemory;
-    const Values values{place(view.x, narrow, &pieces), place(view.gate, wide, &pieces), place(view.up, wide, &pieces),
-                        place(view.product, wide, &pieces)};
-    uint16_t *dx = pieces.take(narrow), *dproduct = pieces.take(wide), *dgate = pieces.take(wide), *dup = pieces.take(wide);
+    const Values values = place_values(view, narrow, wide, &pieces);
+    uint16_t *dx = pieces.take(narrow), *dproduct = pieces.take(wide), *dgate = dproduct;
+    uint16_t* dup = own_dup ? pieces.take(wide) : values.product;
     const Needs needs{view.x.data == nullptr, view.gate.data == nullptr || view.up.data == nullptr, view.product.data == nullptr};
     if (const int error = compute(view, values, needs, threads)) return error;
     const MemberView down = member_at(view.members[2], view.out.data, view.tokens);

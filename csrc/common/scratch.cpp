@@ -1,6 +1,8 @@
 // Scratch in whole huge pages where the system gives them: a packed panel is read in strides that thrash small ones.
 #include "common/scratch.h"
 
+#include "common/errors.h"
+
 #include <cstdlib>
 
 #if defined(__linux__)
@@ -35,3 +37,11 @@ char* thread_scratch(int64_t bytes, Scratch kind) {
 }
 
 }  // namespace entrenar
+
+// Where `bytes` bytes of this thread's scratch for blocks lie: until its next request, a block's included.
+ENTRENAR_API int entrenar_scratch(int64_t bytes, void** found) {
+    using namespace entrenar;
+    if (bytes < 0 || bytes > int64_t{1} << 56) return kBadSize;
+    *found = thread_scratch(bytes, Scratch::block);
+    return *found ? kOk : kNoMemory;
+}

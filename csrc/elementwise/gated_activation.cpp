@@ -33,7 +33,7 @@ ENTRENAR_API int entrenar_gated_activation(const void* gate, int64_t gate_bytes,
     return kOk;
 }
 
-// grad, gate, up, dgate, dup: count elements of dtype.
+// grad, gate, up, dgate, dup: count elements of dtype; dgate and dup may be grad, gate or up.
 ENTRENAR_API int entrenar_gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate,
                                                     int64_t gate_bytes, const void* up, int64_t up_bytes, void* dgate,
                                                     int64_t dgate_bytes, void* dup, int64_t dup_bytes, int64_t count,

@@ -298,3 +298,17 @@ def test_a_result_tensor_with_gaps_is_refused() -> None:
     codes, scales = torch.zeros(32, dtype=torch.uint8), torch.ones(1)
     with pytest.raises(InputError, match="contiguous"):
         dequantize_codebook_into(codes, [scales], CODEBOOK, 64, torch.zeros(128)[::2])
+
+
+@needs_library
+def test_scratch_is_one_buffer_a_thread() -> None:
+    here = native.scratch(1000, torch.float32).fill_(1)
+    assert (here.shape, here.dtype) == ((1000,), torch.float32)
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(lambda: native.scratch(1000, torch.float32).fill_(2).data_ptr()).result()
+    assert there != here.data_ptr()
+    assert (here == 1).all()
+    assert native.scratch(500, torch.bfloat16).data_ptr() == here.data_ptr()
+    for count in (-1, 2**60):
+        with pytest.raises(InputError, match="a size is negative or overflows"):
+            native.scratch(count, torch.float32)

@@ -147,6 +147,20 @@ def test_the_same_gradients_to_the_bit_whatever_is_kept() -> None:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("keep", Keep)
+def test_a_backward_leaves_what_is_kept_as_it_was(keep: Keep) -> None:
+    """Gradients are made in the places of what is not needed any more."""
+    mlp = MlpBlock(norm(32), member(64, 32), member(64, 32), member(32, 64), "silu")
+    heads = (member(128, 32), member(64, 32), member(64, 32), member(32, 128))
+    attended = AttentionBlock(norm(32), *heads, 32, 0.2, norm(32), norm(32))
+    h = torch.randn(2, 5, 32).bfloat16().requires_grad_()
+    out = mlp_block(attention_block(h, attended, None, None, keep), mlp, keep)
+    inputs, grad = [h, *factors((*heads, mlp.gate, mlp.up, mlp.down))], torch.randn_like(out)
+    first = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+    again = torch.autograd.grad(out, inputs, grad)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 def test_a_factor_changed_before_the_backward_is_an_error() -> None:
     block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
     out = mlp_block(torch.randn(1, 10, 64).bfloat16().requires_grad_(), block, Keep.DEAR)

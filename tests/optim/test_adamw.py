@@ -46,13 +46,22 @@ def test_twenty_updates_are_the_papers(decay: float) -> None:
 
 
 def test_the_state_is_two_float32_tensors_a_parameter() -> None:
-    """The memory plan counts on it."""
+    """The memory plan counts on it. They are there before the first step, as PyTorch would make them in it."""
     parameters = _parameters()
     optimizer = make_adamw(parameters, _LR, _BETAS, _EPS, 0.0)
+    before = {parameter: dict(optimizer.state[parameter]) for parameter in parameters}
+    theirs = torch.optim.AdamW(parameters, lr=_LR, betas=_BETAS, eps=_EPS, weight_decay=0.0, fused=True)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
+    values = [parameter.detach().clone() for parameter in parameters]
+    theirs.step()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
     optimizer.step()
     for parameter in parameters:
+        assert all(optimizer.state[parameter][name] is value for name, value in before[parameter].items())
+        torch.testing.assert_close(optimizer.state[parameter], theirs.state[parameter], atol=0, rtol=0)
         large = {name: value for name, value in optimizer.state[parameter].items() if value.dim()}
         assert large.keys() == {"exp_avg", "exp_avg_sq"}
         assert all((value.dtype, value.shape) == (torch.float32, parameter.shape) for value in large.values())

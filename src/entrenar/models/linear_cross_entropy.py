@@ -6,7 +6,6 @@ cross entropy"). Letters: N positions, n positions of a chunk, H hidden size, V 
 """
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from entrenar.ops import native
 from entrenar.ops.adapted_native import Member
 from entrenar.ops.cross_entropy import cross_entropy_rows
 from entrenar.ops.multiply import product_into
@@ -70,17 +70,12 @@ def linear_cross_entropy(
     return loss
 
 
-_held = threading.local()
-
-
 def _logit_scratch(hidden: Tensor, rows: int, vocabulary: int) -> Tensor:
-    """(rows, V), the same memory from call to call: in a heap that smaller tensors have cut up, so large a block would
-    find room at the end only, and the process would hold it twice."""
-    found: Tensor | None = getattr(_held, "logits", None)
-    fits = found is not None and found.numel() >= rows * vocabulary
-    if found is None or not fits or found.dtype != hidden.dtype or found.device != hidden.device:
-        found = _held.logits = hidden.new_empty(max(rows * vocabulary, 1))
-    return found[: rows * vocabulary].view(rows, vocabulary)
+    """(rows, V), where the kernels may be at work before and after the loss: in a heap that smaller tensors have cut
+    up, so large a block would find room at the end only, and the process would hold it twice."""
+    if hidden.dtype in native.DTYPES and native.available() and native.is_eager(hidden):
+        return native.scratch(rows * vocabulary, hidden.dtype).view(rows, vocabulary)
+    return hidden.new_empty(rows, vocabulary)
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

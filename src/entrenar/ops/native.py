@@ -145,6 +145,17 @@ def use_huge_pages() -> None:
         library.entrenar_use_huge_pages()
 
 
+_scratch = Function("entrenar_scratch", "np")
+
+
+def scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """(count,) of this thread's scratch, count > 0: overwritten by its next residual block (ops/residual_blocks.py)."""
+    found, size = ctypes.c_void_p(), count * dtype.itemsize
+    _scratch(size, ctypes.addressof(found))
+    assert found.value is not None
+    return torch.frombuffer((ctypes.c_char * size).from_address(found.value), dtype=dtype)
+
+
 def supported_paths() -> list[str]:
     """Every path this machine can run."""
     library = _library()
