@@ -13,6 +13,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/sizes.h"
+#include "matmul/source.h"
 
 namespace entrenar {
 namespace {
@@ -32,6 +33,10 @@ decltype(Linear::dot) pick_dot(int dtype) {
 struct Shape {
     int64_t tokens, rows, columns;
 };
+
+int read_codebook(const SourceView& view, Source* source) {
+    return view.kind == static_cast<int32_t>(SourceKind::codebook4) ? read_source(view, source) : kBadArgument;
+}
 
 int check_shape(const Shape& shape, int dtype, const void* in, int64_t in_bytes, int64_t in_columns, const void* out,
                 int64_t out_bytes, int64_t out_columns) {
@@ -135,41 +140,34 @@ void backward_columns(const CodebookWeight& weight, const DequantizeCodebook& de
 }  // namespace
 }  // namespace entrenar
 
-// y (tokens, rows) = x (tokens, columns) · Wᵀ + bias; W (rows, columns) as in entrenar_dequantize_codebook, rounded to
-// `dtype`, which x, bias and y also have; bias may be null. At most 16 tokens.
-ENTRENAR_API int entrenar_linear_codebook(const void* x, int64_t x_bytes, const void* packed, int64_t packed_bytes,
-                                          const void* scales, int64_t scales_bytes, const void* group,
-                                          int64_t group_bytes, const void* offset, int64_t offset_bytes,
-                                          const void* map, int64_t map_bytes, const void* codebook,
-                                          int64_t codebook_bytes, const void* bias, int64_t bias_bytes, void* y,
-                                          int64_t y_bytes, int64_t tokens, int64_t rows, int64_t columns,
-                                          int64_t block_size, int dtype, int threads) {
+// y (tokens, rows) = x (tokens, columns) · Wᵀ + bias; W (rows, columns) 4-bit, rounded to `dtype`, which x, bias and y
+// also have; bias may be null. At most 16 tokens.
+ENTRENAR_API int entrenar_linear_codebook(const entrenar::SourceView* view, const void* x, int64_t x_bytes,
+                                          const void* bias, int64_t bias_bytes, void* y, int64_t y_bytes,
+                                          int64_t tokens, int dtype, int threads) {
     using namespace entrenar;
-    const Shape shape{tokens, rows, columns};
-    if (const int error = check_shape(shape, dtype, x, x_bytes, columns, y, y_bytes, rows)) return error;
+    const Shape shape{tokens, view->rows, view->columns};
+    if (const int error = check_shape(shape, dtype, x, x_bytes, shape.columns, y, y_bytes, shape.rows)) return error;
     if (bias != nullptr) {
-        if (const int error = check_buffer(bias, bias_bytes, rows, dtype_bytes(dtype))) return error;
+        if (const int error = check_buffer(bias, bias_bytes, shape.rows, dtype_bytes(dtype))) return error;
     }
-    const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
-    CodebookWeight weight;
-    if (const int error = read_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, rows * columns,
-                                      &weight)) {
-        return error;
-    }
+    Source source;
+    if (const int error = read_codebook(*view, &source)) return error;
+    const CodebookWeight& weight = source.codebook;
     const Linear& kernel = pick(kPaths);
     if (can_stay_packed(kernel, weight, shape)) {
-        char* scratch = thread_scratch(tokens * columns * 4);
+        char* scratch = thread_scratch(tokens * shape.columns * 4);
         if (scratch == nullptr) return kNoMemory;
         auto* arranged = reinterpret_cast<float*>(scratch);
         arrange(shape, x, dtype, arranged);
-        parallel_for(rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
+        parallel_for(shape.rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
             forward_packed(weight, kernel, shape, begin, end, arranged, bias, y, dtype);
         });
         return kOk;
     }
     const DequantizeCodebook& decoder = dequantize_codebook_kernel();
     const auto dot = pick_dot(dtype);
-    parallel_for(rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
+    parallel_for(shape.rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row += kTileRows) {
             forward_rows(weight, decoder, dot, shape, row, x, bias, y, dtype);
         }
@@ -178,23 +176,20 @@ ENTRENAR_API int entrenar_linear_codebook(const void* x, int64_t x_bytes, const 
 }
 
 // dx (tokens, columns) = gradient (tokens, rows) · W. At most 16 tokens.
-ENTRENAR_API int entrenar_linear_codebook_backward(
-    const void* gradient, int64_t gradient_bytes, const void* packed, int64_t packed_bytes, const void* scales,
-    int64_t scales_bytes, const void* group, int64_t group_bytes, const void* offset, int64_t offset_bytes,
-    const void* map, int64_t map_bytes, const void* codebook, int64_t codebook_bytes, void* dx, int64_t dx_bytes,
-    int64_t tokens, int64_t rows, int64_t columns, int64_t block_size, int dtype, int threads) {
+ENTRENAR_API int entrenar_linear_codebook_backward(const entrenar::SourceView* view, const void* gradient,
+                                                   int64_t gradient_bytes, void* dx, int64_t dx_bytes, int64_t tokens,
+                                                   int dtype, int threads) {
     using namespace entrenar;
-    const Shape shape{tokens, rows, columns};
-    if (const int error = check_shape(shape, dtype, gradient, gradient_bytes, rows, dx, dx_bytes, columns)) return error;
-    const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
-    CodebookWeight weight;
-    if (const int error = read_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, rows * columns,
-                                      &weight)) {
+    const Shape shape{tokens, view->rows, view->columns};
+    if (const int error = check_shape(shape, dtype, gradient, gradient_bytes, shape.rows, dx, dx_bytes, shape.columns)) {
         return error;
     }
+    Source source;
+    if (const int error = read_codebook(*view, &source)) return error;
+    const CodebookWeight& weight = source.codebook;
     const DequantizeCodebook& decoder = dequantize_codebook_kernel();
     const Linear& kernel = pick(kPaths);
-    parallel_for(columns, kBackwardColumns, threads, [&](int64_t begin, int64_t end) {
+    parallel_for(shape.columns, kBackwardColumns, threads, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; k += kBackwardColumns) {
             const int64_t width = std::min(kBackwardColumns, end - k);
             backward_columns(weight, decoder, kernel, shape, k, width, gradient, dx, dtype);

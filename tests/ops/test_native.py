@@ -1,9 +1,11 @@
 """The native library: how it is found, chosen and refused; threads, forks, guards around every buffer."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from entrenar.core.errors import InputError
 from entrenar.ops import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook, dequantize_codebook_into
 from entrenar.ops.linear_codebook import linear_codebook
+from entrenar.ops.multiply import codebook_weight, int8_weight
 from entrenar.ops.quantize_codebook import quantize_codebook
 from entrenar.ops.quantize_symmetric import quantize_symmetric
 
@@ -219,12 +222,9 @@ def test_no_kernel_writes_outside_its_buffers(path: str, count: int, dtype: torc
         dequantize_codebook_into(codes, [absmax], CODEBOOK, 64, out)
         two_rows = torch.cat([codes, codes, codes])
         scales = torch.ones(-(-2 * count // 64))
-        native.Function("entrenar_linear_codebook", "bbbbbbbbbnnnnii")(
-            x, two_rows, scales, None, None, None, CODEBOOK, None, y, 3, 2, count, 64, number, 2
-        )
-        native.Function("entrenar_linear_codebook_backward", "bbbbbbbbnnnnii")(
-            y, two_rows, scales, None, None, None, CODEBOOK, out, 1, 2, count, 64, number, 2
-        )
+        weight = codebook_weight(two_rows, [scales], CODEBOOK, 64, (2, count))
+        LINEAR(ctypes.addressof(weight.view), x, None, y, 3, number, 2)
+        LINEAR_BACKWARD(ctypes.addressof(weight.view), y, out, 1, number, 2)
     for raw in (codes_raw, absmax_raw, bytes_raw, out_raw, nested_raw, group_raw, y_raw):
         assert_guard(raw)
 
@@ -233,7 +233,8 @@ QUANTIZE = native.Function("entrenar_quantize_codebook", "bbbbnnii")
 DEQUANTIZE = native.Function("entrenar_dequantize_codebook", "bbbbbbbnnii")
 INT8 = native.Function("entrenar_dequantize_int8", "bbbbbbnnii")
 SYMMETRIC = native.Function("entrenar_quantize_symmetric", "bbbnniii")
-LINEAR = native.Function("entrenar_linear_codebook", "bbbbbbbbbnnnnii")
+LINEAR = native.Function("entrenar_linear_codebook", "pbbbnii")
+LINEAR_BACKWARD = native.Function("entrenar_linear_codebook_backward", "pbbnii")
 PANEL = native.Function("entrenar_dequantize_codebook_panel", "bbbbbbbnnnnnnnii")
 NEST = native.Function("entrenar_nest_scales", "bbbbbni")
 
@@ -243,20 +244,41 @@ NEST = native.Function("entrenar_nest_scales", "bbbbbni")
 def test_a_count_that_is_negative_overflows_or_exceeds_a_buffer_is_an_error(count: int) -> None:
     """Buffers for 128 elements."""
     flat, codes, scales, eight = torch.zeros(128), torch.zeros(64, dtype=torch.uint8), torch.zeros(2), torch.zeros(128)
+
+    def linear(rows: int, columns: int, tokens: int, backward: bool = False) -> None:
+        weight = codebook_weight(codes, [scales], CODEBOOK, 64, (rows, columns))
+        view = ctypes.addressof(weight.view)
+        LINEAR_BACKWARD(view, scales, flat, tokens, 0, 2) if backward else LINEAR(
+            view, flat, None, scales, tokens, 0, 2
+        )
+
     for call in (
         lambda: QUANTIZE(flat, CODEBOOK, codes, scales, count, 64, 0, 2),
         lambda: DEQUANTIZE(codes, scales, None, None, None, CODEBOOK, flat, count, 64, 0, 2),
         lambda: SYMMETRIC(flat, codes, scales, count, 64, 7, 0, 2),
         lambda: INT8(eight.view(torch.uint8)[:128], scales, None, None, None, flat, count, 64, 0, 2),
         lambda: NEST(scales, None, None, codes[:2], scales[:1], count, 2),
-        lambda: LINEAR(flat, codes, scales, None, None, None, CODEBOOK, None, scales, 1, 2, count, 64, 0, 2),
-        lambda: LINEAR(flat, codes, scales, None, None, None, CODEBOOK, None, scales, 1, count, 64, 64, 0, 2),
-        lambda: LINEAR(flat, codes, scales, None, None, None, CODEBOOK, None, scales, count, 2, 64, 64, 0, 2),
+        *(
+            partial(linear, *sizes, backward=backward)
+            for sizes in ((2, count, 1), (count, 64, 1), (2, 64, count))
+            for backward in (False, True)
+        ),
         lambda: PANEL(codes, scales, None, None, None, CODEBOOK, flat, 128, 64, 0, count, 0, 64, 64, 0, 2),
         lambda: PANEL(codes, scales, None, None, None, CODEBOOK, flat, 128, 64, count, 1, 0, 64, 64, 0, 2),
         lambda: PANEL(codes, scales, None, None, None, CODEBOOK, flat, 128, 64, 0, 2, count, 1, 64, 0, 2),
     ):
         with pytest.raises(InputError, match="refused its arguments"):
+            call()
+
+
+@needs_library
+def test_the_layer_of_few_tokens_takes_four_bits_alone() -> None:
+    weight = int8_weight(torch.zeros(128, dtype=torch.uint8), [torch.zeros(2)], 64, (2, 64))
+    for call in (
+        lambda: LINEAR(ctypes.addressof(weight.view), torch.zeros(64), None, torch.zeros(2), 1, 0, 2),
+        lambda: LINEAR_BACKWARD(ctypes.addressof(weight.view), torch.zeros(2), torch.zeros(64), 1, 0, 2),
+    ):
+        with pytest.raises(InputError, match="an argument is out of range"):
             call()
 
 

@@ -62,6 +62,17 @@ def test_the_gradient_of_x_is_the_numeric_one(format: str, double_quant: bool) -
     assert torch.autograd.gradcheck(layer, (x,))
 
 
+def test_a_weight_that_was_used_can_be_copied_and_moved() -> None:
+    weight, x = packed(), random(3, 40)
+    expected = quantized_linear(x, weight)
+    twin = copy.deepcopy(weight)
+    weight.parts["codes"].zero_()
+    assert torch.equal(quantized_linear(x, twin), expected)
+    assert not torch.equal(quantized_linear(x, weight), expected)
+    twin.parts["codes"] = weight.parts["codes"].clone()
+    assert torch.equal(quantized_linear(x, twin), quantized_linear(x, weight))
+
+
 def test_the_base_has_no_gradient() -> None:
     layer = QuantizedLinear(packed(), random(24))
     layer(random(3, 40).requires_grad_()).sum().backward()

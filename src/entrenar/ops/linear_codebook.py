@@ -7,6 +7,7 @@ columns, so that each sum is one matmul, as in the reference.
 Letters: B tokens, O out_features, I in_features.
 """
 
+import ctypes
 from typing import Any
 
 import torch
@@ -16,14 +17,13 @@ from torch import Tensor
 from entrenar.ops import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.library import define, differentiate
-from entrenar.ops.multiply import Term, codebook_weight, multiply
+from entrenar.ops.multiply import Term, Weight, codebook_weight, multiply
 from entrenar.ops.panels import panel_step, scratch_for
-from entrenar.ops.scales import scale_buffers
 
 FEW_TOKENS, PACKED_TOKENS = 16, 4  # csrc/linear/linear.h's kMaxTokens and kMaxPackedTokens
 
-_forward_few = native.Function("entrenar_linear_codebook", "bbbbbbbbbnnnnii")
-_backward_few = native.Function("entrenar_linear_codebook_backward", "bbbbbbbbnnnnii")
+_forward_few = native.Function("entrenar_linear_codebook", "pbbbnii")
+_backward_few = native.Function("entrenar_linear_codebook_backward", "pbbnii")
 _panel = native.Function("entrenar_dequantize_codebook_panel", "bbbbbbbnnnnnnnii")
 
 
@@ -69,36 +69,37 @@ def _native(
     out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()  # (B, I)
-    y = x.new_empty(len(tokens), out_features)
-    held = (packed.contiguous(), *scale_buffers(scales), codebook)
-    multiplies = x.dtype == torch.bfloat16
-    if len(tokens) <= (PACKED_TOKENS if multiplies else FEW_TOKENS):
-        _forward_few(
-            tokens, *held, None if bias is None else bias.contiguous(), y, *tokens.shape[:1], out_features, x.shape[-1],
-            block_size, native.DTYPES[x.dtype], native.threads(),
-        )  # fmt: skip
-    elif multiplies:
-        weight = codebook_weight(packed, scales, codebook, block_size, (out_features, x.shape[-1]))
-        multiply([Term(tokens, weight, transposed=True)], y, bias=None if bias is None else bias.contiguous())
-    else:
-        _forward_panels(tokens, held, block_size, bias, y)
+    weight = codebook_weight(packed, scales, codebook, block_size, (out_features, x.shape[-1]))
+    y = codebook_product(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], out_features)
 
 
-def _forward_panels(
-    tokens: Tensor, held: tuple[Tensor | None, ...], block_size: int, bias: Tensor | None, y: Tensor
-) -> None:
+def codebook_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """X (B, I) · Wᵀ + bias (B, O), natively, where `accepts` allows it."""
+    tokens, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    y = x.new_empty(len(tokens), weight.view.rows)
+    multiplies = x.dtype == torch.bfloat16
+    if len(tokens) <= (PACKED_TOKENS if multiplies else FEW_TOKENS):
+        view = ctypes.addressof(weight.view)
+        _forward_few(view, tokens, bias, y, len(tokens), native.DTYPES[x.dtype], native.threads())
+    elif multiplies:
+        multiply([Term(tokens, weight, transposed=True)], y, bias=bias)
+    else:
+        _forward_panels(tokens, weight, bias, y)
+    return y
+
+
+def _forward_panels(tokens: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     """Y (B, O), a panel of rows of W at a time."""
-    rows, columns = y.shape[1], tokens.shape[1]
+    rows, columns = weight.view.rows, weight.view.columns
     step = panel_step(rows, columns * y.element_size())
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        weight = _decoded(held, block_size, (rows, columns), slice(start, stop), slice(0, columns), y.dtype)
+        panel = _decoded(weight, slice(start, stop), slice(0, columns), y.dtype)
         if bias is None:
-            torch.mm(tokens, weight.t(), out=y[:, start:stop])
+            torch.mm(tokens, panel.t(), out=y[:, start:stop])
         else:
-            torch.addmm(bias[start:stop], tokens, weight.t(), out=y[:, start:stop])
+            torch.addmm(bias[start:stop], tokens, panel.t(), out=y[:, start:stop])
 
 
 def _backward_reference(
@@ -111,52 +112,48 @@ def _backward_reference(
 def _backward_native(
     grad: Tensor, packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, in_features: int
 ) -> Tensor:
-    tokens = grad.reshape(-1, grad.shape[-1]).contiguous()  # (B, O)
-    dx = grad.new_empty(len(tokens), in_features)
-    held = (packed.contiguous(), *scale_buffers(scales), codebook)
-    if len(tokens) <= FEW_TOKENS:
-        _backward_few(
-            tokens, *held, dx, *tokens.shape, in_features,
-            block_size, native.DTYPES[grad.dtype], native.threads(),
-        )  # fmt: skip
-    elif grad.dtype == torch.bfloat16:
-        weight = codebook_weight(packed, scales, codebook, block_size, (grad.shape[-1], in_features))
-        multiply([Term(tokens, weight, transposed=False)], dx)
-    else:
-        _backward_panels(tokens, held, block_size, dx)
+    weight = codebook_weight(packed, scales, codebook, block_size, (grad.shape[-1], in_features))
+    dx = codebook_transposed_product(grad.reshape(-1, grad.shape[-1]), weight)
     return dx.view(*grad.shape[:-1], in_features)
 
 
-def _backward_panels(tokens: Tensor, held: tuple[Tensor | None, ...], block_size: int, dx: Tensor) -> None:
+def codebook_transposed_product(grad: Tensor, weight: Weight) -> Tensor:
+    """Grad (B, O) · W (B, I), natively, where `accepts` allows it."""
+    tokens = grad.contiguous()
+    dx = grad.new_empty(len(tokens), weight.view.columns)
+    if len(tokens) <= FEW_TOKENS:
+        view = ctypes.addressof(weight.view)
+        _backward_few(view, tokens, dx, len(tokens), native.DTYPES[grad.dtype], native.threads())
+    elif grad.dtype == torch.bfloat16:
+        multiply([Term(tokens, weight, transposed=False)], dx)
+    else:
+        _backward_panels(tokens, weight, dx)
+    return dx
+
+
+def _backward_panels(tokens: Tensor, weight: Weight, dx: Tensor) -> None:
     """Dx (B, I), a panel of columns of W at a time."""
-    rows, columns = tokens.shape[1], dx.shape[1]
+    rows, columns = weight.view.rows, weight.view.columns
     step = panel_step(columns, rows * dx.element_size())
     for start in range(0, columns, step):
         stop = min(start + step, columns)
-        weight = _decoded(held, block_size, (rows, columns), slice(0, rows), slice(start, stop), dx.dtype)
-        torch.mm(tokens, weight, out=dx[:, start:stop])
+        panel = _decoded(weight, slice(0, rows), slice(start, stop), dx.dtype)
+        torch.mm(tokens, panel, out=dx[:, start:stop])
 
 
-def _decoded(
-    held: tuple[Tensor | None, ...],
-    block_size: int,
-    shape: tuple[int, int],
-    rows: slice,
-    columns: slice,
-    dtype: torch.dtype,
-) -> Tensor:
+def _decoded(weight: Weight, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
     """A panel of the weight, in this thread's scratch: valid until the next one."""
-    height, width = rows.stop - rows.start, columns.stop - columns.start
+    height, width, of = rows.stop - rows.start, columns.stop - columns.start, weight.view
     out = scratch_for(height * width, dtype).view(height, width)
     _panel(
-        *held, out, shape[0] * shape[1], shape[1], rows.start, height, columns.start, width,
-        block_size, native.DTYPES[dtype], native.threads(),
+        *weight.held, out, of.rows * of.columns, of.columns, rows.start, height, columns.start, width,
+        of.block_size, native.DTYPES[dtype], native.threads(),
     )  # fmt: skip
     return out
 
 
-def _accepts(x: Tensor, _packed: Tensor, _scales: list[Tensor], codebook: Tensor, block_size: int, *rest: Any) -> bool:
-    bias = rest[1] if len(rest) == 2 else None
+def accepts(x: Tensor, codebook: Tensor, block_size: int, bias: Tensor | None = None) -> bool:
+    """Whether the native kernels take x, or a gradient, with such a weight."""
     fits = x.dtype in native.DTYPES and codebook.dtype == torch.float32 and block_size % 2 == 0
     return fits and (bias is None or bias.dtype == x.dtype)
 
@@ -195,14 +192,14 @@ define(
     reference=_reference,
     native_cpu=_native,
     fake=lambda x, _packed, _scales, _codebook, _size, out_features, _bias: x.new_empty(*x.shape[:-1], out_features),
-    accepts=_accepts,
+    accepts=lambda x, _packed, _scales, codebook, size, _rows, bias: accepts(x, codebook, size, bias),
 )
 define(
     f"linear_codebook_backward(Tensor grad, {_WEIGHT}, SymInt in_features) -> Tensor",
     reference=_backward_reference,
     native_cpu=_backward_native,
     fake=lambda grad, _packed, _scales, _codebook, _size, in_features: grad.new_empty(*grad.shape[:-1], in_features),
-    accepts=_accepts,
+    accepts=lambda grad, _packed, _scales, codebook, size, _columns: accepts(grad, codebook, size),
 )
 differentiate("linear_codebook", _gradients, _setup)
 differentiate("linear_codebook_backward", _second_gradients, _setup_second)

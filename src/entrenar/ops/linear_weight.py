@@ -17,7 +17,7 @@ from entrenar.ops import native
 from entrenar.ops.blocks import block_count
 from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.library import compute
-from entrenar.ops.linear_codebook import linear_codebook
+from entrenar.ops.linear_codebook import accepts, codebook_product, codebook_transposed_product, linear_codebook
 from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of, decode_rows, gguf_panels
 from entrenar.ops.multiply import (
     Term,
@@ -99,11 +99,15 @@ class CodebookWeight:
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X·Wᵀ + bias."""
+        if self._is_native(x, bias):
+            return codebook_product(x, self.source(), bias)
         held = (self.packed, self.scales, self.codebook, self.block_size)
         return compute("linear_codebook", x, *held, self.shape[0], bias)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
         """Grad·W."""
+        if self._is_native(grad):
+            return codebook_transposed_product(grad, self.source())
         held = (self.packed, self.scales, self.codebook, self.block_size)
         return compute("linear_codebook_backward", grad, *held, self.shape[1])
 
@@ -117,6 +121,10 @@ class CodebookWeight:
         return _kept(
             self, lambda: codebook_weight(self.packed, self.scales, self.codebook, self.block_size, self.shape)
         )
+
+    def _is_native(self, x: Tensor, bias: Tensor | None = None) -> bool:
+        """Whether the kernels may be called with the kept view, past what prepares any call."""
+        return native.is_eager(x) and native.available() and accepts(x, self.codebook, self.block_size, bias)
 
 
 @dataclass(frozen=True)

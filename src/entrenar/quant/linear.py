@@ -127,6 +127,11 @@ def in_compute_dtype(x: Tensor) -> Tensor:
 
 
 def linear_weight(weight: QuantizedTensor) -> LinearWeight:
-    """A quantized matrix as the linear operations take it."""
-    shape = (weight.shape[0], weight.shape[1])
-    return held_format(weight.format).linear_weight(weight.parts, weight.block_size, shape)
+    """A quantized matrix as the linear operations take it; made once for as long as its parts stay where they are."""
+    where = tuple(part.data_ptr() for part in weight.parts.values())
+    held: tuple[tuple[int, ...], LinearWeight] | None = weight.__dict__.get("_linear_weight")
+    if held is None or held[0] != where:
+        shape = (weight.shape[0], weight.shape[1])
+        held = where, held_format(weight.format).linear_weight(weight.parts, weight.block_size, shape)
+        weight.__dict__["_linear_weight"] = held
+    return held[1]
