@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from entrenar.data.batches import Batch
@@ -52,9 +53,9 @@ def test_padding_is_counted_as_training_will_make_it(
     """Against the tensors of the whole run."""
     shapes: list[tuple[int, ...]] = []
 
-    def noted(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
+    def noted(model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[nn.Parameter]) -> float:
         shapes.extend(tuple(batch.ids.shape) for batch in batches)
-        return accumulate(model, batches)
+        return accumulate(model, batches, parameters)
 
     config = make_config(**{"data.packing": packing, "data.max_length": 120})
     use = check(config).use

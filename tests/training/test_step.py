@@ -42,6 +42,21 @@ def test_eight_rows_in_pieces_give_the_gradient_of_eight_at_once(
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
+def test_where_gradients_lie_changes_no_bit_of_them(tiny_qlora: PreTrainedModel, tiny_prepared: PreparedData) -> None:
+    """One that a batch gives no gradient to gets none; one that has a gradient already gets the sum."""
+    wake_up(tiny_qlora)
+    batches, used = micro_batches(tiny_prepared.train.examples[:6], 2, 0), factors(tiny_qlora)
+    unused = torch.nn.Parameter(torch.zeros(3))
+    found = []
+    for parameters in ((), [*used, unused]):
+        tiny_qlora.zero_grad()
+        for _ in range(2):
+            accumulate(tiny_qlora, batches, parameters)
+        found.append([factor.grad for factor in used])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert unused.grad is None
+
+
 def test_loss_is_the_mean_over_all_target_tokens_not_a_mean_of_means(
     tiny_qlora: PreTrainedModel, tiny_prepared: PreparedData
 ) -> None:

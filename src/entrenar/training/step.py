@@ -31,15 +31,25 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def accumulate(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    """Forward and backward over micro-batches; gradients add up to those of the mean loss, which is returned."""
+def accumulate(model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[nn.Parameter] = ()) -> float:
+    """Forward and backward over micro-batches; gradients add up to those of the mean loss, which is returned.
+
+    Args:
+        parameters: whose gradients move, after the first of several micro-batches, to places made before anything else:
+            where a backward makes them lay activations, and the next micro-batch's would need as much again.
+    """
     count = sum(batch.target_count for batch in batches)
     total = 0.0
+    places = [torch.empty_like(parameter) for parameter in parameters] if len(batches) > 1 else []
     for batch in batches:
         loss = target_loss(model, batch.ids, batch.positions, batch.targets) / count
         loss.backward()
         total += loss.item()
         del loss  # and with it what the graph's nodes still hold, before the next forward
+        while places:
+            place, parameter = places.pop(), parameters[len(places)]
+            if parameter.grad is not None:
+                parameter.grad = place.copy_(parameter.grad)
     return total
 
 
@@ -54,7 +64,7 @@ def update(
     native.use_huge_pages()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    loss = accumulate(model, batches)
+    loss = accumulate(model, batches, parameters)
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
     result = StepResult(loss, float(norm))
     if result.is_finite:
