@@ -1,5 +1,5 @@
-// A linear layer over a codebook weight for up to 16 tokens: the packed bytes are read once and decoded a tile at a
-// time, and the weight as a whole never exists. Each output element is summed by one thread in a fixed order, so the
+// A linear layer for up to 16 tokens: the weight's bytes are read once and decoded a tile at a time, and the weight as a
+// whole never exists. Each output element is summed by one thread in a fixed order, so the
 // result does not depend on the number of threads.
 #include "linear/linear.h"
 
@@ -34,9 +34,7 @@ struct Shape {
     int64_t tokens, rows, columns;
 };
 
-int read_codebook(const SourceView& view, Source* source) {
-    return view.kind == static_cast<int32_t>(SourceKind::codebook4) ? read_source(view, source) : kBadArgument;
-}
+bool is_codebook(const SourceView& view) { return view.kind == static_cast<int32_t>(SourceKind::codebook4); }
 
 int check_shape(const Shape& shape, int dtype, const void* in, int64_t in_bytes, int64_t in_columns, const void* out,
                 int64_t out_bytes, int64_t out_columns) {
@@ -50,9 +48,16 @@ int check_shape(const Shape& shape, int dtype, const void* in, int64_t in_bytes,
     return check_buffer(out, out_bytes, elements, dtype_bytes(dtype));
 }
 
+// Columns [column, column + count) of a row of any weight as bfloat16, of a 4-bit one as any dtype.
+void decode_row(const Source& source, int64_t row, int64_t column, int64_t count, char* to, int dtype) {
+    if (!is_codebook(source.view)) return source.decode(row, column, count, reinterpret_cast<uint16_t*>(to));
+    const int64_t begin = row * source.view.columns + column;
+    decode(*source.decoder, source.codebook, begin, begin + count, to, dtype, false);
+}
+
 // y[:, first … first + kTileRows) of the forward.
-void forward_rows(const CodebookWeight& weight, const DequantizeCodebook& decoder, decltype(Linear::dot) dot,
-                  const Shape& shape, int64_t first, const void* x, const void* bias, void* y, int dtype) {
+void forward_rows(const Source& source, decltype(Linear::dot) dot, const Shape& shape, int64_t first, const void* x,
+                  const void* bias, void* y, int dtype) {
     alignas(64) float tile[kTileRows * kTileColumns];  // room for float32; a 16-bit tile uses half
     const int64_t bytes = dtype_bytes(dtype), rows = std::min(kTileRows, shape.rows - first);
     float sums[kMaxTokens * kTileRows] = {};
@@ -60,9 +65,8 @@ void forward_rows(const CodebookWeight& weight, const DequantizeCodebook& decode
     for (int64_t k = 0; k < shape.columns; k += kTileColumns) {
         const int64_t columns = std::min(kTileColumns, shape.columns - k);
         for (int64_t r = 0; r < rows; ++r) {
-            const int64_t begin = (first + r) * shape.columns + k;
             char* row = reinterpret_cast<char*>(tile) + r * kTileColumns * bytes;
-            decode(decoder, weight, begin, begin + columns, row, dtype, false);
+            decode_row(source, first + r, k, columns, row, dtype);
         }
         dot(tile, static_cast<const char*>(x) + k * bytes, shape.columns, shape.tokens, columns, dtype, sums);
     }
@@ -140,22 +144,22 @@ void backward_columns(const CodebookWeight& weight, const DequantizeCodebook& de
 }  // namespace
 }  // namespace entrenar
 
-// y (tokens, rows) = x (tokens, columns) · Wᵀ + bias; W (rows, columns) 4-bit, rounded to `dtype`, which x, bias and y
-// also have; bias may be null. At most 16 tokens.
-ENTRENAR_API int entrenar_linear_codebook(const entrenar::SourceView* view, const void* x, int64_t x_bytes,
-                                          const void* bias, int64_t bias_bytes, void* y, int64_t y_bytes,
-                                          int64_t tokens, int dtype, int threads) {
+// y (tokens, rows) = x (tokens, columns) · Wᵀ + bias; W (rows, columns) rounded to `dtype`, which x, bias and y also
+// have: bfloat16, or with 4 bits any. bias may be null. At most 16 tokens.
+ENTRENAR_API int entrenar_linear(const entrenar::SourceView* view, const void* x, int64_t x_bytes, const void* bias,
+                                 int64_t bias_bytes, void* y, int64_t y_bytes, int64_t tokens, int dtype, int threads) {
     using namespace entrenar;
     const Shape shape{tokens, view->rows, view->columns};
     if (const int error = check_shape(shape, dtype, x, x_bytes, shape.columns, y, y_bytes, shape.rows)) return error;
     if (bias != nullptr) {
         if (const int error = check_buffer(bias, bias_bytes, shape.rows, dtype_bytes(dtype))) return error;
     }
+    if (!is_codebook(*view) && dtype != kBfloat16) return kBadDtype;
     Source source;
-    if (const int error = read_codebook(*view, &source)) return error;
+    if (const int error = read_source(*view, &source)) return error;
     const CodebookWeight& weight = source.codebook;
     const Linear& kernel = pick(kPaths);
-    if (can_stay_packed(kernel, weight, shape)) {
+    if (is_codebook(*view) && can_stay_packed(kernel, weight, shape)) {
         char* scratch = thread_scratch(tokens * shape.columns * 4);
         if (scratch == nullptr) return kNoMemory;
         auto* arranged = reinterpret_cast<float*>(scratch);
@@ -165,11 +169,10 @@ ENTRENAR_API int entrenar_linear_codebook(const entrenar::SourceView* view, cons
         });
         return kOk;
     }
-    const DequantizeCodebook& decoder = dequantize_codebook_kernel();
     const auto dot = pick_dot(dtype);
     parallel_for(shape.rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row += kTileRows) {
-            forward_rows(weight, decoder, dot, shape, row, x, bias, y, dtype);
+            forward_rows(source, dot, shape, row, x, bias, y, dtype);
         }
     });
     return kOk;
@@ -184,8 +187,9 @@ ENTRENAR_API int entrenar_linear_codebook_backward(const entrenar::SourceView* v
     if (const int error = check_shape(shape, dtype, gradient, gradient_bytes, shape.rows, dx, dx_bytes, shape.columns)) {
         return error;
     }
+    if (!is_codebook(*view)) return kBadArgument;
     Source source;
-    if (const int error = read_codebook(*view, &source)) return error;
+    if (const int error = read_source(*view, &source)) return error;
     const CodebookWeight& weight = source.codebook;
     const DequantizeCodebook& decoder = dequantize_codebook_kernel();
     const Linear& kernel = pick(kPaths);

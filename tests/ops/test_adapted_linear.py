@@ -160,3 +160,19 @@ def test_compile_passes_through_without_a_break(dtype: torch.dtype) -> None:
     expected = torch.autograd.grad(layers(x), x)[0]
     found = torch.autograd.grad(torch.compile(layers, fullgraph=True, backend="aot_eager")(x), x)[0]
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.3)
+
+
+@pytest.mark.parametrize("layout", GROUPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_without_gradients_the_same_outputs(
+    layout: list[tuple[str, int, int, bool]], dtype: torch.dtype, tokens: int
+) -> None:
+    members = [member(kind, rows * 8, 70, rank, bias) for kind, rows, rank, bias in layout]
+    x = torch.randn(tokens, 2, 70).to(dtype)
+    expected = adapted_linears(x.requires_grad_(), members)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = adapted_linears(x, members)
+        assert not any(y.requires_grad for y in found)
+        assert all(torch.equal(one, other.detach()) for one, other in zip(found, expected, strict=True))

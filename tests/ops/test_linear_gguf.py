@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_multiply import assert_close
 from torch import Tensor
 
 from entrenar.ops import panels
@@ -71,6 +72,16 @@ def test_other_dtypes_are_computed_in_as_they_are(type: str, dtype: torch.dtype)
     packed, weight = packed_weight(type, 65, 2)
     x = torch.randn(5, weight.shape[1], dtype=dtype)
     torch.testing.assert_close(GGUFWeight(packed, type).product(x), x @ weight.to(dtype).t())
+
+
+@pytest.mark.parametrize("type", ["q4_0", "q4_k", "q6_k", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 4, 5])
+def test_few_tokens_and_many_in_bfloat16_on_every_path(kernel_path: str, type: str, tokens: int) -> None:
+    packed, weight = packed_weight(type, 67, 9)  # rows of more than a tile
+    x, bias = torch.randn(2 * tokens, weight.shape[1]).bfloat16()[::2], torch.randn(67).bfloat16()
+    dense = decode_rows(packed, type, torch.bfloat16).double()
+    found = GGUFWeight(packed, type).product(x, bias)
+    assert_close(found, x.double() @ dense.t() + bias, x.double().abs() @ dense.abs().t() + bias.double().abs())
 
 
 @pytest.mark.parametrize("type", ["q4_1", "q6_k"])

@@ -30,6 +30,8 @@ def adapted_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
     """x (..., I) → one (..., O_j) per member, in the dtype of x; gradients reach x, biases, A and B."""
     if not native.is_plain(x):
         return tuple(_traced(x, member) for member in members)
+    if not torch.is_grad_enabled():
+        return _outputs(x, list(members))  # an autograd function without a gradient costs as much as a small layer
     tensors = [tensor for member in members for tensor in (member.bias, member.a, member.b)]
     return _AdaptedLinears.apply(x, recipe_of(x), list(members), *tensors)  # pyright: ignore[reportReturnType]
 
@@ -55,9 +57,7 @@ class _AdaptedLinears(torch.autograd.Function):
         factors = [tensor for index, tensor in enumerate(tensors) if index % 3]
         inputs = () if not adapted else recipe.inputs if recipe else (x,)
         ctx.save_for_backward(*factors, *inputs)
-        tokens = _rows(x)
-        run = forward_native if _is_native(tokens) else _forward_reference
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in run(tokens, members))
+        return _outputs(x, members)
 
     @staticmethod
     @once_differentiable
@@ -84,6 +84,12 @@ class _AdaptedLinears(torch.autograd.Function):
                 found[3 * one.index] = one.grad.sum(0)
             found[3 * one.index + 1], found[3 * one.index + 2] = da, db
         return None if dx is None else dx.view(ctx.shape), None, None, *found
+
+
+def _outputs(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
+    tokens = _rows(x)
+    run = forward_native if _is_native(tokens) else _forward_reference
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in run(tokens, members))
 
 
 def _rows(x: Tensor) -> Tensor:
