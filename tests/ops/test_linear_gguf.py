@@ -1,5 +1,7 @@
 """Products with a weight that stays in GGUF blocks: as with the weight that the gguf package makes of them."""
 
+import gc
+
 import gguf
 import numpy as np
 import pytest
@@ -97,6 +99,17 @@ def test_gradients_pass_through_the_blocks_exactly(type: str) -> None:
         return adapted_linears(x, [Member(GGUFWeight(packed, type), None, a, b, 0.5)])[0]
 
     assert torch.autograd.gradcheck(layer, (x, a, b), fast_mode=True)
+
+
+def test_a_converted_copy_of_a_weight_does_not_outlive_the_call() -> None:
+    """The native product reads float16 as float32; a step over such a base must not hold it three times."""
+    packed = packed_weight("f16", 613, 3)[0]
+    members = [Member(GGUFWeight(packed, "f16"))]
+    x = torch.randn(9, 96).bfloat16().requires_grad_()
+    adapted_linears(x, members)[0].sum().backward()
+    gc.collect()
+    copies = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.shape == (613, 96)]
+    assert [t.dtype for t in copies if t.dtype != torch.float16] == []
 
 
 def test_a_tracer_sees_the_same_product() -> None:

@@ -32,11 +32,14 @@ class Member:
         return self.weight, self.bias, self.a, self.b, self.scale
 
     def native(self) -> "_Native":
-        """The layer as csrc/adapted takes it: made once, and again where a tensor has moved or was converted."""
+        """The layer as csrc/adapted takes it: made once for a packed weight, and again where a tensor has moved or was
+        converted."""
         weight, where = self.weight.source(), _places(self.bias, self.a, self.b)
         made: _Native | None = self.__dict__.get("_native")
         if made is None or made.weight is not weight or made.where != where:
-            made = self.__dict__["_native"] = _native_of(self, weight)
+            made = _native_of(self, weight)
+            if weight.is_current():  # else its source may be a copy of the whole weight, made for this call
+                self.__dict__["_native"] = made
         return made
 
 
