@@ -1,15 +1,16 @@
 // Linear layers that share an input, each with or without low-rank factors: the sums of products of
 // ops/adapted_linear.py, one call for a forward and one for a backward.
 //
-// Letters: M tokens, I inner, O rows of a weight, r rank. The factors' products u = x·Aᵀ and v = g·(scale·B) of all members
-// lie side by side in one matrix (M, R), each from a whole strip of 16 columns on. As an inner dimension they are read in
-// steps of 32: what is read of a neighbour meets the zeros that follow a factor.
+// Letters as in group.h. As an inner dimension u and v are read in steps of 32: what is read of a neighbour meets the zeros
+// that follow a factor.
 #include "adapted/adapted.h"
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 #include <vector>
+
+#include "adapted/group.h"
 
 #include "common/errors.h"
 #include "common/floats.h"
@@ -24,22 +25,6 @@ namespace entrenar {
 namespace {
 
 constexpr int64_t kMostMembers = 1 << 16;  // more is a mistake, and would not fit memory
-
-struct Member {
-    const MemberView* view;
-    Source weight, a, b;  // b times the scale
-    int64_t offset;       // of its columns among the R
-    int64_t padded_rank() const { return divide_up(view->rank, kStrip) * kStrip; }
-    int64_t inner_rank() const { return divide_up(view->rank, kStep) * kStep; }
-};
-
-struct Group {
-    const GroupView& view;
-    const MatmulKernel& kernel;
-    std::vector<Member> members;
-    int64_t width = 0;  // R
-    int threads;
-};
 
 // All of a member but its y.
 int read_member(const MemberView& view, int64_t inner, Member* member) {
@@ -82,15 +67,6 @@ Sum into(int64_t rows, int64_t columns, void* data, int64_t stride, int dtype, f
     return {rows, columns, {}, {data, stride, dtype, false, rows, {}}, alpha, nullptr, nullptr};
 }
 
-// The members' A one below the other, (R, inner).
-Source stacked_a(const Group& group) {
-    std::vector<const Source*> parts;
-    for (const Member& member : group.members) {
-        if (member.view->rank > 0) parts.push_back(&member.a);
-    }
-    return stack_sources(parts);
-}
-
 // u (M, R): x·Aᵀ of all members in one product, which reads x once.
 Sum hidden_product(const Group& group, const Source& stacked, uint16_t* u) {
     Sum sum = into(group.view.tokens, group.width, u, group.width, kBfloat16);
@@ -104,7 +80,7 @@ int forward(const Group& group) {
     auto* u = reinterpret_cast<uint16_t*>(scratch);
     std::memset(u + group.view.tokens * group.width, 0, kStep * 2);  // the last row's step may reach so far
     if (group.width > 0) {
-        const Source stacked = stacked_a(group);
+        const Source stacked = group.stacked_a();
         if (const int error = multiply_sums(group.kernel, {hidden_product(group, stacked, u)}, group.threads)) return error;
     }
     const auto* x = static_cast<const uint16_t*>(group.view.x);
@@ -216,7 +192,7 @@ int backward(const Group& group) {
     if (group.width == 0) return group.view.dx == nullptr ? kOk : multiply_sums(group.kernel, {input_gradient(group, nullptr)}, group.threads);
     Hidden made;
     if (!made.make(group)) return kNoMemory;
-    const Source stacked = stacked_a(group), x = plain_source(group.view.x, group.view.tokens, group.view.inner);
+    const Source stacked = group.stacked_a(), x = plain_source(group.view.x, group.view.tokens, group.view.inner);
     std::vector<Sum> first{hidden_product(group, stacked, made.u)};
     add_passed_back(group, made.v, &first);
     if (const int error = multiply_sums(group.kernel, first, group.threads)) return error;
@@ -257,7 +233,8 @@ int adapted_forward(const GroupView& view, int threads) {
         const int64_t elements = view.tokens * view.members[0].weight.rows;  // y's size, which was checked
         if (const int error = check_buffer(view.residual, view.residual_bytes, elements, 2)) return error;
     }
-    return view.tokens > 0 ? forward(group) : kOk;
+    if (view.tokens == 0) return kOk;
+    return takes_few_tokens(group) ? forward_few_tokens(group) : forward(group);
 }
 
 int adapted_backward(const GroupView& view, int threads) {

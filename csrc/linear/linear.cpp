@@ -13,28 +13,21 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/sizes.h"
+#include "linear/few.h"
 #include "matmul/source.h"
 
 namespace entrenar {
 namespace {
 
-constexpr int64_t kGrainRows = 16;
-
 const Paths<Linear> kPaths = {&linear_generic, ENTRENAR_ON_X86(&linear_avx2), ENTRENAR_ON_X86(&linear_avx512), nullptr};
-
-decltype(Linear::dot) pick_dot(int dtype) {
-#if defined(__x86_64__)
-    if (dtype == kBfloat16 && has_avx512_bf16()) return dot_bf16_avx512bf16;
-#endif
-    (void)dtype;
-    return pick(kPaths).dot;
-}
 
 struct Shape {
     int64_t tokens, rows, columns;
 };
 
-bool is_codebook(const SourceView& view) { return view.kind == static_cast<int32_t>(SourceKind::codebook4); }
+int read_codebook(const SourceView& view, Source* source) {
+    return view.kind == static_cast<int32_t>(SourceKind::codebook4) ? read_source(view, source) : kBadArgument;
+}
 
 int check_shape(const Shape& shape, int dtype, const void* in, int64_t in_bytes, int64_t in_columns, const void* out,
                 int64_t out_bytes, int64_t out_columns) {
@@ -48,69 +41,15 @@ int check_shape(const Shape& shape, int dtype, const void* in, int64_t in_bytes,
     return check_buffer(out, out_bytes, elements, dtype_bytes(dtype));
 }
 
-// Columns [column, column + count) of a row of any weight as bfloat16, of a 4-bit one as any dtype.
-void decode_row(const Source& source, int64_t row, int64_t column, int64_t count, char* to, int dtype) {
-    if (!is_codebook(source.view)) return source.decode(row, column, count, reinterpret_cast<uint16_t*>(to));
-    const int64_t begin = row * source.view.columns + column;
-    decode(*source.decoder, source.codebook, begin, begin + count, to, dtype, false);
-}
-
-// y[:, first … first + kTileRows) of the forward.
-void forward_rows(const Source& source, decltype(Linear::dot) dot, const Shape& shape, int64_t first, const void* x,
-                  const void* bias, void* y, int dtype) {
-    alignas(64) float tile[kTileRows * kTileColumns];  // room for float32; a 16-bit tile uses half
-    const int64_t bytes = dtype_bytes(dtype), rows = std::min(kTileRows, shape.rows - first);
+// y[:, first … first + count) of the forward.
+void forward_rows(const FewTokensProduct& product, const Shape& shape, int64_t first, int64_t count, const void* bias, void* y, int dtype) {
     float sums[kMaxTokens * kTileRows] = {};
-    if (rows < kTileRows) std::memset(tile, 0, sizeof tile);
-    for (int64_t k = 0; k < shape.columns; k += kTileColumns) {
-        const int64_t columns = std::min(kTileColumns, shape.columns - k);
-        for (int64_t r = 0; r < rows; ++r) {
-            char* row = reinterpret_cast<char*>(tile) + r * kTileColumns * bytes;
-            decode_row(source, first + r, k, columns, row, dtype);
-        }
-        dot(tile, static_cast<const char*>(x) + k * bytes, shape.columns, shape.tokens, columns, dtype, sums);
-    }
-    for (int64_t t = 0; t < shape.tokens; ++t) {
-        for (int64_t r = 0; r < rows; ++r) {
-            const float added = bias ? load_element(bias, dtype, first + r) : 0.0f;
+    product.add(first, count, sums);
+    for (int64_t r = 0; r < count; ++r) {
+        const float added = bias ? load_element(bias, dtype, first + r) : 0.0f;
+        for (int64_t t = 0; t < shape.tokens; ++t) {
             store_element(y, dtype, t * shape.rows + first + r, sums[t * kTileRows + r] + added);
         }
-    }
-}
-
-// Whether packed_dot serves: whole chunks, and blocks that tile a chunk or are tiled by it.
-bool can_stay_packed(const Linear& kernel, const CodebookWeight& weight, const Shape& shape) {
-    const int64_t size = weight.block_size;
-    return kernel.packed_dot != nullptr && shape.tokens >= 1 && shape.tokens <= kMaxPackedTokens &&
-           shape.columns % kChunk == 0 && size >= 16 && (size & (size - 1)) == 0 &&
-           (size <= kChunk || shape.columns % size == 0);
-}
-
-// x (tokens, columns) → each token's chunks in float32, nibble by nibble.
-void arrange(const Shape& shape, const void* x, int dtype, float* to) {
-    for (int64_t from = 0; from < shape.tokens * shape.columns; from += kChunk) {
-        for (int64_t nibble = 0; nibble < 8; ++nibble) {
-            for (int64_t lane = 0; lane < 16; ++lane) *to++ = load_element(x, dtype, from + chunk_element(nibble, lane));
-        }
-    }
-}
-
-// y[:, begin … end) of the forward, straight from the packed rows.
-void forward_packed(const CodebookWeight& weight, const Linear& kernel, const Shape& shape, int64_t begin, int64_t end,
-                    const float* arranged, const void* bias, void* y, int dtype) {
-    const int64_t blocks = shape.columns / weight.block_size;  // of a row
-    float scales[kScaleGroup], sums[kMaxPackedTokens];
-    for (int64_t row = begin; row < end; ++row) {
-        float totals[kMaxPackedTokens] = {};
-        for (int64_t block = 0; block < blocks; block += kScaleGroup) {
-            const int64_t count = std::min(kScaleGroup, blocks - block), first = row * shape.columns + block * weight.block_size;
-            decode_scales(weight.scales, row * blocks + block, count, scales);
-            kernel.packed_dot(weight.packed + first / 2, scales, weight.codebook, weight.block_size,
-                              arranged + block * weight.block_size, shape.columns, shape.tokens, count * weight.block_size / kChunk, sums);
-            for (int64_t t = 0; t < shape.tokens; ++t) totals[t] += sums[t];
-        }
-        const float added = bias ? load_element(bias, dtype, row) : 0.0f;
-        for (int64_t t = 0; t < shape.tokens; ++t) store_element(y, dtype, t * shape.rows + row, totals[t] + added);
     }
 }
 
@@ -142,37 +81,34 @@ void backward_columns(const CodebookWeight& weight, const DequantizeCodebook& de
 }
 
 }  // namespace
+
+const Linear& linear_kernel() { return pick(kPaths); }
+
 }  // namespace entrenar
 
-// y (tokens, rows) = x (tokens, columns) · Wᵀ + bias; W (rows, columns) rounded to `dtype`, which x, bias and y also
-// have: bfloat16, or with 4 bits any. bias may be null. At most 16 tokens.
-ENTRENAR_API int entrenar_linear(const entrenar::SourceView* view, const void* x, int64_t x_bytes, const void* bias,
-                                 int64_t bias_bytes, void* y, int64_t y_bytes, int64_t tokens, int dtype, int threads) {
+// y (tokens, rows) = x (tokens, columns) · Wᵀ + bias; W (rows, columns) of 4 bits. x, bias and y have one dtype; bias may be
+// null. At most 16 tokens.
+ENTRENAR_API int entrenar_linear_codebook(const entrenar::SourceView* view, const void* x, int64_t x_bytes, const void* bias,
+                                          int64_t bias_bytes, void* y, int64_t y_bytes, int64_t tokens, int dtype, int threads) {
     using namespace entrenar;
     const Shape shape{tokens, view->rows, view->columns};
     if (const int error = check_shape(shape, dtype, x, x_bytes, shape.columns, y, y_bytes, shape.rows)) return error;
     if (bias != nullptr) {
         if (const int error = check_buffer(bias, bias_bytes, shape.rows, dtype_bytes(dtype))) return error;
     }
-    if (!is_codebook(*view) && dtype != kBfloat16) return kBadDtype;
     Source source;
-    if (const int error = read_source(*view, &source)) return error;
-    const CodebookWeight& weight = source.codebook;
-    const Linear& kernel = pick(kPaths);
-    if (is_codebook(*view) && can_stay_packed(kernel, weight, shape)) {
-        char* scratch = thread_scratch(tokens * shape.columns * 4);
+    if (const int error = read_codebook(*view, &source)) return error;
+    FewTokens few{x, tokens, shape.columns, dtype, nullptr};
+    if (stays_packed(source, few)) {
+        char* scratch = thread_scratch(tokens * arranged_columns(shape.columns) * 4, Scratch::call);
         if (scratch == nullptr) return kNoMemory;
-        auto* arranged = reinterpret_cast<float*>(scratch);
-        arrange(shape, x, dtype, arranged);
-        parallel_for(shape.rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
-            forward_packed(weight, kernel, shape, begin, end, arranged, bias, y, dtype);
-        });
-        return kOk;
+        arrange(few, shape.columns, reinterpret_cast<float*>(scratch));
+        few.arranged = reinterpret_cast<const float*>(scratch);
     }
-    const auto dot = pick_dot(dtype);
+    const FewTokensProduct product(source, few);
     parallel_for(shape.rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row += kTileRows) {
-            forward_rows(source, dot, shape, row, x, bias, y, dtype);
+            forward_rows(product, shape, row, std::min(kTileRows, end - row), bias, y, dtype);
         }
     });
     return kOk;
@@ -187,12 +123,11 @@ ENTRENAR_API int entrenar_linear_codebook_backward(const entrenar::SourceView* v
     if (const int error = check_shape(shape, dtype, gradient, gradient_bytes, shape.rows, dx, dx_bytes, shape.columns)) {
         return error;
     }
-    if (!is_codebook(*view)) return kBadArgument;
     Source source;
-    if (const int error = read_source(*view, &source)) return error;
+    if (const int error = read_codebook(*view, &source)) return error;
     const CodebookWeight& weight = source.codebook;
     const DequantizeCodebook& decoder = dequantize_codebook_kernel();
-    const Linear& kernel = pick(kPaths);
+    const Linear& kernel = linear_kernel();
     parallel_for(shape.columns, kBackwardColumns, threads, [&](int64_t begin, int64_t end) {
         for (int64_t k = begin; k < end; k += kBackwardColumns) {
             const int64_t width = std::min(kBackwardColumns, end - k);

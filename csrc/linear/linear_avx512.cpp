@@ -91,37 +91,51 @@ struct ChunkScales {
     __m512 of(const float* scales, int64_t chunk) const {
         return _mm512_permutexvar_ps(lanes, _mm512_maskz_loadu_ps(mask, scales + chunk * kChunk / block_size));
     }
+
+    // Of a last chunk of fewer codes: there are no scales behind its own.
+    void shorten(int64_t columns) {
+        if (block_size < kChunk) mask = static_cast<__mmask16>((1u << (columns / block_size)) - 1);
+    }
 };
+
+// sums += scale · Σ x · value over one chunk of codes.
+template <int kTokens>
+inline void add_chunk(__m512i codes, __m512 values, __m512 scale, const float* x, int64_t x_stride, __m512* sums) {
+    __m512 partial[kTokens] = {};
+    for (int nibble = 0; nibble < 8; ++nibble, codes = _mm512_srli_epi32(codes, 4)) {
+        const __m512 value = _mm512_permutexvar_ps(codes, values);  // looks at the lowest four bits alone
+        for (int t = 0; t < kTokens; ++t) {
+            partial[t] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + t * x_stride + nibble * 16), partial[t]);
+        }
+    }
+    for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_fmadd_ps(partial[t], scale, sums[t]);
+}
 
 template <int kTokens>
 void packed_dot_tokens(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size,
-                       const float* x, int64_t x_stride, int64_t chunks, float* out) {
+                       const float* x, int64_t x_stride, int64_t columns, float* out) {
     const __m512 values = _mm512_loadu_ps(codebook);
-    const ChunkScales chunk_scales(block_size);
+    ChunkScales chunk_scales(block_size);
     __m512 sums[kTokens] = {};
+    const int64_t chunks = columns / kChunk, left = columns % kChunk;
     for (int64_t chunk = 0; chunk < chunks; ++chunk, packed += kChunk / 2) {
-        __m512i codes = _mm512_loadu_si512(packed);
-        __m512 partial[kTokens] = {};
-        for (int nibble = 0; nibble < 8; ++nibble, codes = _mm512_srli_epi32(codes, 4)) {
-            const __m512 value = _mm512_permutexvar_ps(codes, values);  // looks at the lowest four bits alone
-            for (int t = 0; t < kTokens; ++t) {
-                const float* from = x + t * x_stride + chunk * kChunk + nibble * 16;
-                partial[t] = _mm512_fmadd_ps(value, _mm512_loadu_ps(from), partial[t]);
-            }
-        }
-        const __m512 scale = chunk_scales.of(scales, chunk);
-        for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_fmadd_ps(partial[t], scale, sums[t]);
+        add_chunk<kTokens>(_mm512_loadu_si512(packed), values, chunk_scales.of(scales, chunk), x + chunk * kChunk, x_stride, sums);
+    }
+    if (left > 0) {
+        chunk_scales.shorten(left);
+        const auto there = static_cast<__mmask16>((1u << (left / kDword)) - 1);
+        add_chunk<kTokens>(_mm512_maskz_loadu_epi32(there, packed), values, chunk_scales.of(scales, chunks), x + chunks * kChunk, x_stride, sums);
     }
     for (int t = 0; t < kTokens; ++t) out[t] = _mm512_reduce_add_ps(sums[t]);
 }
 
 void packed_dot(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size, const float* x,
-                int64_t x_stride, int64_t tokens, int64_t chunks, float* sums) {
+                int64_t x_stride, int64_t tokens, int64_t columns, float* sums) {
     const auto chosen = tokens == 1   ? packed_dot_tokens<1>
                         : tokens == 2 ? packed_dot_tokens<2>
                         : tokens == 3 ? packed_dot_tokens<3>
                                       : packed_dot_tokens<4>;
-    chosen(packed, scales, codebook, block_size, x, x_stride, chunks, sums);
+    chosen(packed, scales, codebook, block_size, x, x_stride, columns, sums);
 }
 
 }  // namespace

@@ -112,16 +112,19 @@ def _install(module: nn.Module, scale: float | None, inputs: list[Tensor], kwarg
             layer = _describe(module, scale, rotates)
             if layer is None:
                 return False
-            found = [_run(module, layer, x, kwargs) for x in inputs]
-            if all(one is not None and agree(one, other) for one, other in zip(found, expected, strict=True)):
+            found = [way(module, layer, x, kwargs) for way in (_run, _run_own_attention) for x in inputs]
+            if all(one is not None and agree(one, other) for one, other in zip(found, expected * 2, strict=True)):
                 module.forward = MethodType(partial(_layer_forward, layer=layer), module)
                 return True
     return False
 
 
 def _layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, layer: _Layer, **kwargs: Any) -> Any:
-    found = None if args else _run(self, layer, hidden_states, kwargs)
-    return type(self).forward(self, hidden_states, *args, **kwargs) if found is None else found
+    for way in () if args else (_run, _run_own_attention):
+        found = way(self, layer, hidden_states, kwargs)
+        if found is not None:
+            return found
+    return type(self).forward(self, hidden_states, *args, **kwargs)
 
 
 def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -132,10 +135,24 @@ def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tenso
         return None
     rotation, starts = wanted
     keep = getattr(module, _KEEP, Keep.DEAR) if torch.is_grad_enabled() else Keep.NOTHING
-    q, k, v, output, gate, up, down = map(member_of, linears)
+    q, k, v, output = map(member_of, linears[:4])
     first = AttentionBlock(layer.norms[0], q, k, v, output, layer.width, layer.scale, *layer.head_norms)
-    second = MlpBlock(layer.norms[1], gate, up, down, layer.activation)
-    return mlp_block(attention_block(h, first, rotation, starts, keep), second, keep)
+    return mlp_block(attention_block(h, first, rotation, starts, keep), _mlp_block(layer, linears[4:]), keep)
+
+
+def _mlp_block(layer: _Layer, linears: list[nn.Module]) -> MlpBlock:
+    gate, up, down = map(member_of, linears)
+    return MlpBlock(layer.norms[1], gate, up, down, layer.activation)
+
+
+def _run_own_attention(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The result where attention asks for more than its block does and nobody asks for gradients: with a cache."""
+    linears = [module.mlp._modules[name] for name in _GATED]
+    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in (module.mlp, module.post_attention_layernorm))
+    if torch.is_grad_enabled() or not serves(h) or hooks or not all(map(can_join, linears)):
+        return None
+    attended = module.self_attn(hidden_states=module.input_layernorm(h), **kwargs)[0]
+    return mlp_block(h + attended, _mlp_block(layer, linears), Keep.NOTHING)
 
 
 def _attention_inputs(

@@ -76,7 +76,8 @@ class _AdaptedLinears(torch.autograd.Function):
         if not used:
             return None, None, None, *[None] * (3 * len(grads))
         tokens = _rows(ctx.make(*inputs) if ctx.make else inputs[0]) if inputs else None
-        run = backward_native if _is_native(used[0].grad) else _backward_reference
+        many = len(used[0].grad) > PACKED_TOKENS  # few are faster one by one, over the packed bytes
+        run = backward_native if many and _is_native(used[0].grad) else _backward_reference
         dx, gradients = run(tokens, used, ctx.needs_input_grad[0])
         found: list[Tensor | None] = [None] * (3 * len(grads))
         for one, (da, db) in zip(used, gradients, strict=True):
@@ -98,8 +99,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _is_native(tokens: Tensor) -> bool:
-    fits = tokens.dtype == torch.bfloat16 and len(tokens) > PACKED_TOKENS
-    return fits and native.is_eager(tokens) and native.available()
+    return tokens.dtype == torch.bfloat16 and native.is_eager(tokens) and native.available()
 
 
 def _forward_reference(tokens: Tensor, members: list[Member]) -> list[Tensor]:

@@ -22,7 +22,7 @@ from entrenar.ops.panels import panel_step, scratch_for
 
 FEW_TOKENS, PACKED_TOKENS = 16, 4  # csrc/linear/linear.h's kMaxTokens and kMaxPackedTokens
 
-_forward_few = native.Function("entrenar_linear", "pbbbnii")
+_forward_few = native.Function("entrenar_linear_codebook", "pbbbnii")
 _backward_few = native.Function("entrenar_linear_codebook_backward", "pbbnii")
 _panel = native.Function("entrenar_dequantize_codebook_panel", "bbbbbbbnnnnnnnii")
 
@@ -80,21 +80,12 @@ def codebook_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     y = x.new_empty(len(tokens), weight.view.rows)
     multiplies = x.dtype == torch.bfloat16
     if len(tokens) <= (PACKED_TOKENS if multiplies else FEW_TOKENS):
-        few_tokens(tokens, weight, bias, y)
+        view = ctypes.addressof(weight.view)
+        _forward_few(view, tokens, bias, y, len(tokens), native.DTYPES[tokens.dtype], native.threads())
     elif multiplies:
         multiply([Term(tokens, weight, transposed=True)], y, bias=bias)
     else:
         _forward_panels(tokens, weight, bias, y)
-    return y
-
-
-def few_tokens(tokens: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> Tensor:
-    """y (B, O) = tokens (B, I) · Wᵀ + bias, all contiguous, by a kernel that reads the weight's bytes once; returned.
-
-    B is 16 at most, and the dtype bfloat16 but over 4 bits.
-    """
-    view = ctypes.addressof(weight.view)
-    _forward_few(view, tokens, bias, y, len(tokens), native.DTYPES[tokens.dtype], native.threads())
     return y
 
 

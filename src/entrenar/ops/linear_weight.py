@@ -18,11 +18,9 @@ from entrenar.ops.blocks import block_count
 from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.library import compute
 from entrenar.ops.linear_codebook import (
-    PACKED_TOKENS,
     accepts,
     codebook_product,
     codebook_transposed_product,
-    few_tokens,
     linear_codebook,
 )
 from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of, decode_rows, gguf_panels
@@ -207,9 +205,6 @@ class GGUFWeight:
         return _kept(self, lambda: gguf_weight(self.packed, self.type, self.shape))
 
 
-_SCALAR_PATHS = ("generic", "neon")  # whose dot product for few tokens is slower than a whole product
-
-
 def _kept(weight: LinearWeight, make: Callable[[], Weight]) -> Weight:
     """A weight's native view, made once, and again if the tensors have moved."""
     made: Weight | None = weight.__dict__.get("_source")
@@ -219,10 +214,7 @@ def _kept(weight: LinearWeight, make: Callable[[], Weight]) -> Weight:
 
 
 def _native_product(weight: LinearWeight, x: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.new_empty(len(x), weight.shape[0])
-    if len(x) <= PACKED_TOKENS and native.path() not in _SCALAR_PATHS:
-        return few_tokens(x.contiguous(), weight.source(), None if bias is None else bias.contiguous(), y)
-    return multiply([Term(x, weight.source(), transposed=True)], y, bias=bias)
+    return multiply([Term(x, weight.source(), transposed=True)], x.new_empty(len(x), weight.shape[0]), bias=bias)
 
 
 def _native_transposed(weight: LinearWeight, grad: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ def attention_block(
 def _apply(function: Any, h: Tensor, *arguments: Any) -> Tensor:
     members: Sequence[Member] = arguments[1]
     factors = [factor for member in members for factor in (member.a, member.b)]
+    if not torch.is_grad_enabled():
+        return function.compute(h.contiguous(), *arguments)[0]
     return function.apply(h.contiguous(), *arguments, *factors)
 
 
@@ -186,6 +188,15 @@ class _Mlp(_Block):
         ctx: Any, h: Tensor, block: MlpBlock, members: Sequence[Member], keep: Keep, *factors: Tensor | None
     ) -> Tensor:
         ctx.block = block
+        out, kept = _Mlp.compute(h, block, members, keep)
+        _Block.save(ctx, h, members, factors, kept)
+        return out
+
+    @staticmethod
+    def compute(
+        h: Tensor, block: MlpBlock, members: Sequence[Member], keep: Keep
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The result, and what is kept."""
         wide, out = (*h.shape[:2], block.gate.weight.shape[0]), torch.empty_like(h)
         kept: dict[str, Tensor] = {}
         if keep is not Keep.NOTHING:
@@ -196,8 +207,7 @@ class _Mlp(_Block):
         view = _mlp_view(h, block, views)
         _set_buffers(view, {"h": h, "out": out, **kept})
         _run(_mlp, view)
-        _Block.save(ctx, h, members, factors, kept)
-        return out
+        return out, kept
 
     @staticmethod
     @once_differentiable
@@ -228,13 +238,22 @@ class _Attention(_Block):
         starts: Tensor | None, *factors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ctx.block, ctx.rotation, ctx.starts = block, rotation, starts
+        out, kept = _Attention.compute(h, block, members, keep, rotation, starts)
+        _Block.save(ctx, h, members, factors, kept)
+        return out
+
+    @staticmethod
+    def compute(
+        h: Tensor, block: AttentionBlock, members: Sequence[Member], keep: Keep, rotation: Rotation | None,
+        starts: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """The result, and what is kept."""
         out, kept = torch.empty_like(h), _attention_kept(h, block, keep)
         views = MemberViews(members)
         view = _attention_view(h, block, views, rotation)
         _set_buffers(view, {"h": h, "out": out, "starts": starts, **kept})
         _run(_attention, view)
-        _Block.save(ctx, h, members, factors, kept)
-        return out
+        return out, kept
 
     @staticmethod
     @once_differentiable

@@ -41,6 +41,7 @@ class QuantizedLinear(nn.Module):
             self.register_parameter(f"weight_{name}", held)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._held: tuple[tuple[int, ...], LinearWeight] | None = None
+        self._member: Member | None = None
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
@@ -54,7 +55,10 @@ class QuantizedLinear(nn.Module):
 
     def member(self) -> Member:
         """The layer as ops/adapted_linear.py takes it."""
-        return Member(self.linear_weight(), self.bias)
+        weight, bias = self.linear_weight(), self.bias
+        if self._member is None or self._member.weight is not weight or self._member.bias is not bias:
+            self._member = Member(weight, bias)  # it keeps its native view
+        return self._member
 
     def linear_weight(self) -> LinearWeight:
         """The weight as the linear operations take it; made once for as long as its parts stay where they are."""
@@ -65,7 +69,7 @@ class QuantizedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes: all but addresses."""
-        return self.__dict__ | {"_held": None}
+        return self.__dict__ | {"_held": None, "_member": None}
 
     def fused_weight(self) -> Tensor:
         """The dequantized weight, (d_out, d_in) float32."""

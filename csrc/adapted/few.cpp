@@ -1,0 +1,111 @@
+// The forward over few tokens: what generating a text is made of.
+#include <algorithm>
+
+#include "adapted/group.h"
+#include "common/dispatch.h"
+#include "common/errors.h"
+#include "common/floats.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "linear/few.h"
+
+namespace entrenar {
+namespace {
+
+// Where `arranged` x (floats) and u (bfloat16) are.
+struct Room {
+    float* arranged;
+    uint16_t* u;
+};
+
+Room make_room(const Group& group, bool arranges) {
+    const int64_t bytes = arranges ? group.view.tokens * arranged_columns(group.view.inner) * 4 : 0;
+    char* scratch = thread_scratch(bytes + group.view.tokens * group.width * 2 + 1, Scratch::call);
+    return {reinterpret_cast<float*>(scratch), reinterpret_cast<uint16_t*>(scratch + bytes)};
+}
+
+// u (M, R): x·Aᵀ of all members.
+void make_hidden(const Group& group, const FewTokens& x, uint16_t* u) {
+    const Source stacked = group.stacked_a();
+    const FewTokensProduct product(stacked, x);
+    parallel_for(group.width, kGrainRows, group.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row += kTileRows) {
+            float sums[kMaxTokens * kTileRows] = {};
+            product.add(row, kTileRows, sums);  // a width is a multiple of 16
+            for (int64_t t = 0; t < x.count; ++t) {
+                for (int64_t r = 0; r < kTileRows; ++r) u[t * group.width + row + r] = float_to_bf16(sums[t * kTileRows + r]);
+            }
+        }
+    });
+}
+
+// A member's product and its factors', which joins it before it is rounded.
+struct Job {
+    const Group& group;
+    const Member& member;
+    FewTokens x, hidden;
+    int64_t begin;  // of its grains among all members'
+
+    int64_t rows() const { return member.view->weight.rows; }
+    int64_t end() const { return begin + divide_up(rows(), kGrainRows); }
+
+    void run(int64_t grain) const {
+        const FewTokensProduct product(member.weight, x), low_rank(member.b, hidden);
+        const int64_t first = (grain - begin) * kGrainRows, last = std::min(first + kGrainRows, rows());
+        for (int64_t row = first; row < last; row += kTileRows) {
+            const int64_t count = std::min(kTileRows, last - row);
+            float sums[kMaxTokens * kTileRows] = {};
+            product.add(row, count, sums);
+            if (member.view->rank > 0) low_rank.add(row, count, sums);
+            store(row, count, sums);
+        }
+    }
+
+    void store(int64_t row, int64_t count, const float* sums) const {
+        const void *bias = member.view->bias, *residual = group.view.residual;
+        for (int64_t t = 0; t < x.count; ++t) {
+            for (int64_t r = 0; r < count; ++r) {
+                const int64_t at = t * rows() + row + r;
+                float value = sums[t * kTileRows + r];
+                if (bias) value += load_element(bias, kBfloat16, row + r);
+                if (residual) value += load_element(residual, kBfloat16, at);
+                store_element(member.view->y, kBfloat16, at, value);
+            }
+        }
+    }
+};
+
+}  // namespace
+
+bool takes_few_tokens(const Group& group) {
+    const Path path = current_path();
+    const bool vectors = path != Path::generic && path != Path::neon;  // scalar sums are slower than whole products
+    return vectors && group.view.tokens <= kMaxPackedTokens;
+}
+
+int forward_few_tokens(const Group& group) {
+    FewTokens x{group.view.x, group.view.tokens, group.view.inner, kBfloat16, nullptr};
+    const auto packed = [&](const Member& member) { return stays_packed(member.weight, x); };
+    const bool arranges = std::any_of(group.members.begin(), group.members.end(), packed);
+    const Room room = make_room(group, arranges);
+    if (room.arranged == nullptr) return kNoMemory;
+    if (group.width > 0) make_hidden(group, x, room.u);
+    if (arranges) {
+        arrange(x, group.view.inner, room.arranged);
+        x.arranged = room.arranged;
+    }
+    std::vector<Job> jobs;
+    int64_t grains = 0;
+    for (const Member& member : group.members) {
+        jobs.push_back({group, member, x, {room.u + member.offset, x.count, group.width, kBfloat16, nullptr}, grains});
+        grains = jobs.back().end();
+    }
+    parallel_for(grains, 1, group.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t grain = begin; grain < end; ++grain) {
+            std::find_if(jobs.begin(), jobs.end(), [grain](const Job& job) { return grain < job.end(); })->run(grain);
+        }
+    });
+    return kOk;
+}
+
+}  // namespace entrenar
