@@ -12,18 +12,6 @@
 namespace entrenar {
 namespace {
 
-// Where `arranged` x (floats) and u (bfloat16) are.
-struct Room {
-    float* arranged;
-    uint16_t* u;
-};
-
-Room make_room(const Group& group, bool arranges) {
-    const int64_t bytes = arranges ? group.view.tokens * arranged_columns(group.view.inner) * 4 : 0;
-    char* scratch = thread_scratch(bytes + group.view.tokens * group.width * 2 + 1, Scratch::call);
-    return {reinterpret_cast<float*>(scratch), reinterpret_cast<uint16_t*>(scratch + bytes)};
-}
-
 // u (M, R): x·Aᵀ of all members.
 void make_hidden(const Group& group, const FewTokens& x, uint16_t* u) {
     const Source stacked = group.stacked_a();
@@ -79,25 +67,26 @@ struct Job {
 
 bool takes_few_tokens(const Group& group) {
     const Path path = current_path();
-    const bool vectors = path != Path::generic && path != Path::neon;  // scalar sums are slower than whole products
-    return vectors && group.view.tokens <= kMaxPackedTokens;
+    if (path == Path::generic || path == Path::neon) return false;  // scalar sums are slower than whole products
+    const auto dense = [](const Member& member) { return member.weight.view.kind == static_cast<int32_t>(SourceKind::dense); };
+    const bool any_dense = std::any_of(group.members.begin(), group.members.end(), dense);
+    return group.view.tokens <= (any_dense ? kMaxPackedTokens / 2 : kMaxPackedTokens);  // those need no decoding
 }
 
 int forward_few_tokens(const Group& group) {
-    FewTokens x{group.view.x, group.view.tokens, group.view.inner, kBfloat16, nullptr};
-    const auto packed = [&](const Member& member) { return stays_packed(member.weight, x); };
-    const bool arranges = std::any_of(group.members.begin(), group.members.end(), packed);
-    const Room room = make_room(group, arranges);
-    if (room.arranged == nullptr) return kNoMemory;
-    if (group.width > 0) make_hidden(group, x, room.u);
-    if (arranges) {
-        arrange(x, group.view.inner, room.arranged);
-        x.arranged = room.arranged;
-    }
+    FewTokens x{group.view.x, group.view.tokens, group.view.inner, kBfloat16, nullptr, nullptr};
+    Arranged arranged;
+    for (const Member& member : group.members) arranged.meet(member.weight, x);
+    const int64_t floats = arranged.floats(x, group.view.inner);
+    char* scratch = thread_scratch(floats * 4 + x.count * group.width * 2 + 1, Scratch::call);
+    if (scratch == nullptr) return kNoMemory;
+    arranged.fill(&x, group.view.inner, reinterpret_cast<float*>(scratch));
+    auto* u = reinterpret_cast<uint16_t*>(scratch + floats * 4);
+    if (group.width > 0) make_hidden(group, x, u);
     std::vector<Job> jobs;
     int64_t grains = 0;
     for (const Member& member : group.members) {
-        jobs.push_back({group, member, x, {room.u + member.offset, x.count, group.width, kBfloat16, nullptr}, grains});
+        jobs.push_back({group, member, x, {u + member.offset, x.count, group.width, kBfloat16, nullptr, nullptr}, grains});
         grains = jobs.back().end();
     }
     parallel_for(grains, 1, group.threads, [&](int64_t begin, int64_t end) {

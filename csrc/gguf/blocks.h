@@ -41,8 +41,18 @@ struct DequantizeRun {
     int64_t blocks;
 };
 
+// sums[t] = Σ_k value k · x[t][k] over the blocks of a row, for up to 4 tokens.
+struct DotRun {
+    const uint8_t* in;
+    int64_t blocks;
+    const float* x;
+    int64_t x_stride, tokens;
+    float* sums;
+};
+
 using QuantizeKernel = void (*)(const QuantizeRun&);
 using DequantizeKernel = void (*)(const DequantizeRun&);
+using DotKernel = void (*)(const DotRun&);
 
 struct LegacyQuantize {
     QuantizeKernel q4_0, q4_1, q5_0, q5_1, q8_0;
@@ -52,13 +62,18 @@ struct KQuantize {
     QuantizeKernel q4_k, q5_k, q6_k;
 };
 
-struct Dequantize {
-    DequantizeKernel q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl;
+template <class Kernel>
+struct OfEveryType {
+    Kernel q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl;
 };
 
-// How a type is dequantized on the path in use; `dequantize` is null for a type that is not known.
+using Dequantize = OfEveryType<DequantizeKernel>;
+using Dot = OfEveryType<DotKernel>;
+
+// How a type is read on the path in use; kernels are null for a type that is not known.
 struct BlockType {
     DequantizeKernel dequantize;
+    DotKernel dot;
     int elements, bytes;
 };
 
@@ -67,5 +82,6 @@ BlockType block_type(int type);
 extern const LegacyQuantize legacy_quantize_generic, legacy_quantize_avx2, legacy_quantize_avx512;
 extern const KQuantize k_quantize_generic, k_quantize_avx2, k_quantize_avx512;
 extern const Dequantize dequantize_generic, dequantize_avx2, dequantize_avx512;
+extern const Dot dot_generic, dot_avx2, dot_avx512;
 
 }  // namespace entrenar::gguf

@@ -10,24 +10,26 @@ namespace {
 
 constexpr Paths<Dequantize> kPaths{&dequantize_generic, ENTRENAR_ON_X86(&dequantize_avx2),
                                    ENTRENAR_ON_X86(&dequantize_avx512), nullptr};
+constexpr Paths<Dot> kDotPaths{&dot_generic, ENTRENAR_ON_X86(&dot_avx2), ENTRENAR_ON_X86(&dot_avx512), nullptr};
 
 }  // namespace
 
 BlockType block_type(int type) {
     const Dequantize& table = pick(kPaths);
+    const Dot& dots = pick(kDotPaths);
     switch (type) {
-        case kQ4_0: return {table.q4_0, kSmallBlock, 18};
-        case kQ4_1: return {table.q4_1, kSmallBlock, 20};
-        case kQ5_0: return {table.q5_0, kSmallBlock, 22};
-        case kQ5_1: return {table.q5_1, kSmallBlock, 24};
-        case kQ8_0: return {table.q8_0, kSmallBlock, 34};
-        case kQ2_K: return {table.q2_k, kSuperBlock, 84};
-        case kQ3_K: return {table.q3_k, kSuperBlock, 110};
-        case kQ4_K: return {table.q4_k, kSuperBlock, 144};
-        case kQ5_K: return {table.q5_k, kSuperBlock, 176};
-        case kQ6_K: return {table.q6_k, kSuperBlock, 210};
-        case kIQ4_NL: return {table.iq4_nl, kSmallBlock, 18};
-        default: return {nullptr, 0, 0};
+        case kQ4_0: return {table.q4_0, dots.q4_0, kSmallBlock, 18};
+        case kQ4_1: return {table.q4_1, dots.q4_1, kSmallBlock, 20};
+        case kQ5_0: return {table.q5_0, dots.q5_0, kSmallBlock, 22};
+        case kQ5_1: return {table.q5_1, dots.q5_1, kSmallBlock, 24};
+        case kQ8_0: return {table.q8_0, dots.q8_0, kSmallBlock, 34};
+        case kQ2_K: return {table.q2_k, dots.q2_k, kSuperBlock, 84};
+        case kQ3_K: return {table.q3_k, dots.q3_k, kSuperBlock, 110};
+        case kQ4_K: return {table.q4_k, dots.q4_k, kSuperBlock, 144};
+        case kQ5_K: return {table.q5_k, dots.q5_k, kSuperBlock, 176};
+        case kQ6_K: return {table.q6_k, dots.q6_k, kSuperBlock, 210};
+        case kIQ4_NL: return {table.iq4_nl, dots.iq4_nl, kSmallBlock, 18};
+        default: return {nullptr, nullptr, 0, 0};
     }
 }
 

@@ -6,6 +6,7 @@
 
 #include "common/dispatch.h"
 #include "common/floats.h"
+#include "common/sizes.h"
 #include "linear/linear.h"
 
 namespace entrenar {
@@ -19,17 +20,31 @@ decltype(Linear::dot) pick_dot(int dtype) {
     return linear_kernel().dot;
 }
 
-bool is_codebook(const Source& source) { return source.view.kind == static_cast<int32_t>(SourceKind::codebook4); }
+bool is_kind(const Source& source, SourceKind kind) { return source.view.kind == static_cast<int32_t>(kind); }
 
 // Columns [column, column + count) of a row of any weight as bfloat16, of a 4-bit one as any dtype.
 void decode_row(const Source& source, int64_t row, int64_t column, int64_t count, char* to, int dtype) {
-    if (!is_codebook(source)) return source.decode(row, column, count, reinterpret_cast<uint16_t*>(to));
+    if (!is_kind(source, SourceKind::codebook4)) return source.decode(row, column, count, reinterpret_cast<uint16_t*>(to));
     const int64_t begin = row * source.view.columns + column;
     decode(*source.decoder, source.codebook, begin, begin + count, to, dtype, false);
 }
 
+// How a weight's rows meet few tokens: decoded a tile at a time, or as they are held.
+enum class Way { decoded, chunks, wide };
+
+Way way_of(const Source& source, int64_t tokens) {
+    if (tokens < 1 || tokens > kMaxPackedTokens || source.view.columns == 0) return Way::decoded;
+    if (is_kind(source, SourceKind::gguf) || is_kind(source, SourceKind::int8)) return Way::wide;
+    if (!is_kind(source, SourceKind::codebook4) || linear_kernel().packed_dot == nullptr) return Way::decoded;
+    const int64_t size = source.codebook.block_size;
+    const bool fits = size >= 16 && (size & (size - 1)) == 0 && source.view.columns % size == 0;
+    return fits ? Way::chunks : Way::decoded;
+}
+
+int64_t whole_chunks(int64_t columns) { return divide_up(columns, kChunk) * kChunk; }
+
 template <int kDtype>
-void arrange_as(const FewTokens& tokens, int64_t columns, float* to) {
+void arrange_chunks(const FewTokens& tokens, int64_t columns, float* to) {
     for (int64_t t = 0; t < tokens.count; ++t) {
         for (int64_t chunk = 0; chunk < columns; chunk += kChunk) {
             const int64_t from = t * tokens.stride + chunk, lanes = std::min(columns - chunk, kChunk) / kDword;
@@ -42,26 +57,53 @@ void arrange_as(const FewTokens& tokens, int64_t columns, float* to) {
     }
 }
 
-}  // namespace
-
-bool stays_packed(const Source& source, const FewTokens& tokens) {
-    if (!is_codebook(source) || linear_kernel().packed_dot == nullptr) return false;
-    const int64_t size = source.codebook.block_size, columns = source.view.columns;
-    return tokens.count >= 1 && tokens.count <= kMaxPackedTokens && columns > 0 && size >= 16 && (size & (size - 1)) == 0 &&
-           columns % size == 0;
+template <int kDtype>
+void widen(const FewTokens& tokens, int64_t columns, float* to) {
+    for (int64_t t = 0; t < tokens.count; ++t) {
+        for (int64_t k = 0; k < columns; ++k) *to++ = load_element(tokens.x, kDtype, t * tokens.stride + k);
+    }
 }
 
-void arrange(const FewTokens& tokens, int64_t columns, float* to) {
-    const auto run = tokens.dtype == kFloat32 ? arrange_as<kFloat32> : tokens.dtype == kFloat16 ? arrange_as<kFloat16> : arrange_as<kBfloat16>;
-    run(tokens, columns, to);
+}  // namespace
+
+void Arranged::meet(const Source& source, const FewTokens& tokens) {
+    const Way way = way_of(source, tokens.count);
+    wide_ = wide_ || way == Way::wide;
+    chunks_ = chunks_ || way == Way::chunks;
+}
+
+int64_t Arranged::floats(const FewTokens& tokens, int64_t columns) const {
+    return tokens.count * ((wide_ ? columns : 0) + (chunks_ ? whole_chunks(columns) : 0));
+}
+
+void Arranged::fill(FewTokens* tokens, int64_t columns, float* to) const {
+    const int dtype = tokens->dtype;
+    if (chunks_) {
+        (dtype == kFloat32 ? arrange_chunks<kFloat32> : dtype == kFloat16 ? arrange_chunks<kFloat16> : arrange_chunks<kBfloat16>)(*tokens, columns, to);
+        tokens->arranged = to;
+        to += tokens->count * whole_chunks(columns);
+    }
+    if (wide_) {
+        (dtype == kFloat32 ? widen<kFloat32> : dtype == kFloat16 ? widen<kFloat16> : widen<kBfloat16>)(*tokens, columns, to);
+        tokens->wide = to;
+    }
 }
 
 FewTokensProduct::FewTokensProduct(const Source& source, const FewTokens& tokens)
-    : source_(source), tokens_(tokens), packed_(tokens.arranged != nullptr && stays_packed(source, tokens)), dot_(pick_dot(tokens.dtype)) {}
+    : source_(source), tokens_(tokens), decodes_(way_of(source, tokens.count) == Way::decoded) {}
 
 void FewTokensProduct::add(int64_t first, int64_t count, float* sums) const {
-    if (packed_) return add_packed(first, count, sums);
+    if (decodes_) return add_decoded(first, count, sums);
+    float found[kMaxPackedTokens];
+    for (int64_t r = 0; r < count; ++r) {
+        row(first + r, found);
+        for (int64_t t = 0; t < tokens_.count; ++t) sums[t * kTileRows + r] += found[t];
+    }
+}
+
+void FewTokensProduct::add_decoded(int64_t first, int64_t count, float* sums) const {
     alignas(64) float tile[kTileRows * kTileColumns];  // room for float32; a 16-bit tile uses half
+    const auto dot = pick_dot(tokens_.dtype);
     const int64_t bytes = dtype_bytes(tokens_.dtype), all = source_.view.columns;
     if (count < kTileRows) std::memset(tile, 0, sizeof tile);
     for (int64_t k = 0; k < all; k += kTileColumns) {
@@ -70,23 +112,34 @@ void FewTokensProduct::add(int64_t first, int64_t count, float* sums) const {
             char* row = reinterpret_cast<char*>(tile) + r * kTileColumns * bytes;
             decode_row(source_, first + r, k, columns, row, tokens_.dtype);
         }
-        dot_(tile, static_cast<const char*>(tokens_.x) + k * bytes, tokens_.stride, tokens_.count, columns, tokens_.dtype, sums);
+        dot(tile, static_cast<const char*>(tokens_.x) + k * bytes, tokens_.stride, tokens_.count, columns, tokens_.dtype, sums);
     }
 }
 
-void FewTokensProduct::add_packed(int64_t first, int64_t count, float* sums) const {
+// found[t] = a row that needs no decoding times token t.
+void FewTokensProduct::row(int64_t row, float* found) const {
+    if (is_kind(source_, SourceKind::codebook4)) return codebook_row(row, found);
+    const SourceView& view = source_.view;
+    if (is_kind(source_, SourceKind::int8)) {
+        return dot(symmetric_kernel(), source_.int8, row * view.columns, (row + 1) * view.columns, tokens_.wide, view.columns, tokens_.count, found);
+    }
+    const int64_t blocks = view.columns / source_.block.elements;
+    const auto* in = static_cast<const uint8_t*>(view.data) + row * blocks * source_.block.bytes;
+    source_.block.dot({in, blocks, tokens_.wide, view.columns, tokens_.count, found});
+}
+
+void FewTokensProduct::codebook_row(int64_t row, float* found) const {
     const CodebookWeight& weight = source_.codebook;
     const auto packed_dot = linear_kernel().packed_dot;
     const int64_t columns = source_.view.columns, blocks = columns / weight.block_size;  // of a row
-    float scales[kScaleGroup], found[kMaxPackedTokens];
-    for (int64_t r = 0; r < count; ++r) {
-        for (int64_t block = 0; block < blocks; block += kScaleGroup) {
-            const int64_t row = first + r, some = std::min(kScaleGroup, blocks - block), column = block * weight.block_size;
-            decode_scales(weight.scales, row * blocks + block, some, scales);
-            packed_dot(weight.packed + (row * columns + column) / 2, scales, weight.codebook, weight.block_size, tokens_.arranged + column,
-                       arranged_columns(columns), tokens_.count, some * weight.block_size, found);
-            for (int64_t t = 0; t < tokens_.count; ++t) sums[t * kTileRows + r] += found[t];
-        }
+    float scales[kScaleGroup], some[kMaxPackedTokens];
+    std::fill_n(found, tokens_.count, 0.0f);
+    for (int64_t block = 0; block < blocks; block += kScaleGroup) {
+        const int64_t count = std::min(kScaleGroup, blocks - block), column = block * weight.block_size;
+        decode_scales(weight.scales, row * blocks + block, count, scales);
+        packed_dot(weight.packed + (row * columns + column) / 2, scales, weight.codebook, weight.block_size, tokens_.arranged + column,
+                   whole_chunks(columns), tokens_.count, count * weight.block_size, some);
+        for (int64_t t = 0; t < tokens_.count; ++t) found[t] += some[t];
     }
 }
 

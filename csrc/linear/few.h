@@ -14,17 +14,27 @@ struct FewTokens {
     const void* x;
     int64_t count, stride;
     int dtype;
-    const float* arranged;  // what `arrange` made of it, or null
+    const float* wide;      // x in float32, (count, columns), or null
+    const float* arranged;  // as packed_dot of linear.h takes it, or null
 };
 
-// Whether W needs no decoded tile where the tokens are arranged: blocks that tile a row, and tile a chunk or are tiled by it.
-bool stays_packed(const Source& source, const FewTokens& tokens);
+// x as the weights it meets want it, in the caller's scratch.
+class Arranged {
+public:
+    // Take note of a weight that x will meet.
+    void meet(const Source& source, const FewTokens& tokens);
 
-// x → `to` (count, arranged_columns(columns)): each token's chunks in float32, nibble by nibble. columns is whole dwords.
-inline int64_t arranged_columns(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
-void arrange(const FewTokens& tokens, int64_t columns, float* to);
+    // Floats of scratch that the whole needs.
+    int64_t floats(const FewTokens& tokens, int64_t columns) const;
 
-// W is rounded to the tokens' dtype unless it stays packed; if that is not bfloat16, W is of 4 bits.
+    // Fill the scratch, and let the tokens point into it.
+    void fill(FewTokens* tokens, int64_t columns, float* to) const;
+
+private:
+    bool wide_ = false, chunks_ = false;
+};
+
+// W is rounded to the tokens' dtype where it is decoded; if that is not bfloat16, W is of 4 bits.
 class FewTokensProduct {
 public:
     // Both outlive it.
@@ -34,12 +44,13 @@ public:
     void add(int64_t first, int64_t count, float* sums) const;
 
 private:
-    void add_packed(int64_t first, int64_t count, float* sums) const;
+    void add_decoded(int64_t first, int64_t count, float* sums) const;
+    void row(int64_t row, float* found) const;
+    void codebook_row(int64_t row, float* found) const;
 
     const Source& source_;
     const FewTokens& tokens_;
-    bool packed_;
-    decltype(Linear::dot) dot_;
+    bool decodes_;
 };
 
 }  // namespace entrenar

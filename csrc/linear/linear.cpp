@@ -98,13 +98,12 @@ ENTRENAR_API int entrenar_linear_codebook(const entrenar::SourceView* view, cons
     }
     Source source;
     if (const int error = read_codebook(*view, &source)) return error;
-    FewTokens few{x, tokens, shape.columns, dtype, nullptr};
-    if (stays_packed(source, few)) {
-        char* scratch = thread_scratch(tokens * arranged_columns(shape.columns) * 4, Scratch::call);
-        if (scratch == nullptr) return kNoMemory;
-        arrange(few, shape.columns, reinterpret_cast<float*>(scratch));
-        few.arranged = reinterpret_cast<const float*>(scratch);
-    }
+    FewTokens few{x, tokens, shape.columns, dtype, nullptr, nullptr};
+    Arranged arranged;
+    arranged.meet(source, few);
+    char* scratch = thread_scratch(arranged.floats(few, shape.columns) * 4 + 1, Scratch::call);
+    if (scratch == nullptr) return kNoMemory;
+    arranged.fill(&few, shape.columns, reinterpret_cast<float*>(scratch));
     const FewTokensProduct product(source, few);
     parallel_for(shape.rows, kGrainRows, threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row += kTileRows) {

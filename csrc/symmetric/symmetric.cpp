@@ -17,6 +17,20 @@ constexpr int64_t kGrainElements = 1 << 14;
 const Paths<Symmetric> kPaths = {&symmetric_generic, ENTRENAR_ON_X86(&symmetric_avx2),
                                  ENTRENAR_ON_X86(&symmetric_avx512), nullptr};
 
+// body(begin, end, scales) over runs of elements whose scales were decoded; scales[0] is that of the first one's block.
+template <class Body>
+void over_runs(const Int8Weight& weight, int64_t begin, int64_t end, const Body& body) {
+    const int64_t block_size = weight.block_size;
+    float scales[kScaleGroup];
+    for (int64_t stop; begin < end; begin = stop) {
+        const int64_t first = begin / block_size;
+        const int64_t blocks = std::min(divide_up(end - first * block_size, block_size), kScaleGroup);
+        stop = blocks * block_size < end - first * block_size ? (first + blocks) * block_size : end;
+        decode_scales(weight.scales, first, blocks, scales);
+        body(begin, stop, scales);
+    }
+}
+
 int64_t grain_of(int64_t block_size) { return std::max<int64_t>(kGrainElements / block_size, 1); }
 
 }  // namespace
@@ -34,16 +48,17 @@ int read_int8(const void* codes, int64_t codes_bytes, const ScaleBuffers& scales
 }
 
 void decode(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, void* out, int dtype) {
-    const int64_t block_size = weight.block_size;
-    float scales[kScaleGroup];
-    for (int64_t stop; begin < end; begin = stop) {
-        const int64_t first = begin / block_size;
-        const int64_t blocks = std::min(divide_up(end - first * block_size, block_size), kScaleGroup);
-        stop = blocks * block_size < end - first * block_size ? (first + blocks) * block_size : end;
-        decode_scales(weight.scales, first, blocks, scales);
-        kernel.dequantize(weight.codes, scales, block_size, begin, stop, out, dtype);
-        out = static_cast<char*>(out) + (stop - begin) * dtype_bytes(dtype);
-    }
+    over_runs(weight, begin, end, [&](int64_t from, int64_t to, const float* scales) {
+        kernel.dequantize(weight.codes, scales, weight.block_size, from, to, static_cast<char*>(out) + (from - begin) * dtype_bytes(dtype), dtype);
+    });
+}
+
+void dot(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, const float* x, int64_t x_stride,
+         int64_t tokens, float* sums) {
+    std::fill_n(sums, tokens, 0.0f);
+    over_runs(weight, begin, end, [&](int64_t from, int64_t to, const float* scales) {
+        kernel.dot(weight.codes, scales, weight.block_size, from, to, x + (from - begin), x_stride, tokens, sums);
+    });
 }
 
 }  // namespace entrenar

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "common/avx2.h"
+#include "symmetric/dot.h"
 #include "symmetric/symmetric.h"
 
 namespace entrenar {
@@ -108,6 +109,6 @@ void dequantize(const int8_t* codes, const float* scales, int64_t block_size, in
 
 }  // namespace
 
-const Symmetric symmetric_avx2 = {quantize, dequantize};
+const Symmetric symmetric_avx2 = {quantize, dequantize, dot_int8};
 
 }  // namespace entrenar

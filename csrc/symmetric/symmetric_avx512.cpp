@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "common/avx512.h"
+#include "symmetric/dot.h"
 #include "symmetric/symmetric.h"
 
 namespace entrenar {
@@ -108,6 +109,6 @@ void dequantize(const int8_t* codes, const float* scales, int64_t block_size, in
 
 }  // namespace
 
-const Symmetric symmetric_avx512 = {quantize, dequantize};
+const Symmetric symmetric_avx512 = {quantize, dequantize, dot_int8};
 
 }  // namespace entrenar

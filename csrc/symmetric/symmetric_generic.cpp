@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common/floats.h"
+#include "symmetric/dot.h"
 #include "symmetric/symmetric.h"
 
 namespace entrenar {
@@ -52,6 +53,6 @@ void dequantize(const int8_t* codes, const float* scales, int64_t block_size, in
 
 }  // namespace
 
-const Symmetric symmetric_generic = {quantize, dequantize};
+const Symmetric symmetric_generic = {quantize, dequantize, dot_int8};
 
 }  // namespace entrenar

@@ -8,7 +8,7 @@ import torch
 from families import make_family
 from test_fast_forwards import IDS, POSITIONS, quantized
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from entrenar.lora.attach import attach_lora
 from entrenar.models import attention, fast_layers
@@ -113,6 +113,37 @@ def test_calls_that_ask_for_more_go_the_classs_own_way(monkeypatch: pytest.Monke
     fast.set_attn_implementation("eager")
     fast(input_ids=IDS, use_cache=False)
     fast.set_attn_implementation(attention.NAME)
+
+
+@pytest.mark.parametrize("family", ALIKE)
+def test_token_by_token_with_a_cache_the_mlp_is_one_call(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, plain, _ = pair(family)
+    calls: list[int] = []
+    own = fast_layers.mlp_block
+
+    def counted(h: Tensor, *args: Any) -> Tensor:
+        calls.append(h.shape[1])
+        return own(h, *args)
+
+    monkeypatch.setattr(fast_layers, "mlp_block", counted)
+    for again in range(2):
+        with torch.no_grad():
+            found, expected = [], []
+            for model, outputs in ((fast, found), (plain, expected)):
+                cache = DynamicCache(config=model.config)
+                for part in (IDS[:, :17], *IDS[:, 17:].split(1, dim=1)):
+                    outputs.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits.float())
+        assert close(tuple(found), tuple(expected))
+        assert calls == ([] if again else [17, 17, 1, 1, 1, 1, 1, 1])
+        calls.clear()
+        fast.get_submodule("model.layers.0.mlp").register_forward_hook(lambda *_: None)
+        fast.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(lambda *_: None)
+
+
+def test_with_a_cache_and_gradients_the_layer_goes_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, _, _ = pair("llama")
+    monkeypatch.setattr(fast_layers, "mlp_block", lambda *_: 1 / 0)
+    fast(input_ids=IDS, past_key_values=DynamicCache(config=fast.config), use_cache=True).logits.sum().backward()
 
 
 def test_padding_on_the_left_is_masked() -> None:

@@ -77,8 +77,8 @@ def test_other_dtypes_are_computed_in_as_they_are(type: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("type", ["q4_0", "q4_k", "q6_k", "bf16"])
-@pytest.mark.parametrize("tokens", [1, 4, 5])
-def test_few_tokens_and_many_in_bfloat16_on_every_path(kernel_path: str, type: str, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_in_bfloat16_the_blocks_are_decoded_inside_the_product(kernel_path: str, type: str, tokens: int) -> None:
     packed, weight = packed_weight(type, 67, 9)  # rows of more than a tile
     x, bias = torch.randn(2 * tokens, weight.shape[1]).bfloat16()[::2], torch.randn(67).bfloat16()
     dense = decode_rows(packed, type, torch.bfloat16).double()

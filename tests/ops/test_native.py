@@ -233,7 +233,7 @@ QUANTIZE = native.Function("entrenar_quantize_codebook", "bbbbnnii")
 DEQUANTIZE = native.Function("entrenar_dequantize_codebook", "bbbbbbbnnii")
 INT8 = native.Function("entrenar_dequantize_int8", "bbbbbbnnii")
 SYMMETRIC = native.Function("entrenar_quantize_symmetric", "bbbnniii")
-LINEAR = native.Function("entrenar_linear", "pbbbnii")
+LINEAR = native.Function("entrenar_linear_codebook", "pbbbnii")
 LINEAR_BACKWARD = native.Function("entrenar_linear_codebook_backward", "pbbnii")
 PANEL = native.Function("entrenar_dequantize_codebook_panel", "bbbbbbbnnnnnnnii")
 NEST = native.Function("entrenar_nest_scales", "bbbbbni")
@@ -272,17 +272,14 @@ def test_a_count_that_is_negative_overflows_or_exceeds_a_buffer_is_an_error(coun
 
 
 @needs_library
-def test_a_layer_of_few_tokens_that_is_not_of_four_bits_is_of_bfloat16_and_has_no_backward() -> None:
+def test_a_layer_of_few_tokens_of_any_dtype_is_of_four_bits() -> None:
     weight = int8_weight(torch.zeros(128, dtype=torch.uint8), [torch.zeros(2)], 64, (2, 64))
-    with pytest.raises(InputError, match="the dtype is not"):
-        LINEAR(ctypes.addressof(weight.view), torch.zeros(64), None, torch.zeros(2), 1, 0, 2)
-    with pytest.raises(InputError, match="an argument is out of range"):
-        LINEAR_BACKWARD(ctypes.addressof(weight.view), torch.zeros(2), torch.zeros(64), 1, 0, 2)
-    short = int8_weight(torch.zeros(127, dtype=torch.uint8), [torch.zeros(2)], 64, (2, 64))
-    x, y = torch.zeros(64).bfloat16(), torch.full((2,), 7.0).bfloat16()
-    with pytest.raises(InputError, match="a buffer is too small"):
-        LINEAR(ctypes.addressof(short.view), x, None, y, 1, 2, 2)
-    assert (y == 7).all()
+    for call in (
+        lambda view: LINEAR(view, torch.zeros(64), None, torch.zeros(2), 1, 0, 2),
+        lambda view: LINEAR_BACKWARD(view, torch.zeros(2), torch.zeros(64), 1, 0, 2),
+    ):
+        with pytest.raises(InputError, match="an argument is out of range"):
+            call(ctypes.addressof(weight.view))
 
 
 @needs_library

@@ -1,0 +1,71 @@
+// Dot products of blocks with up to 4 tokens: codes turn into float32 values on their way into the sum.
+#pragma once
+
+#include "gguf/unpack.h"
+
+namespace entrenar::gguf {
+namespace {
+
+// The instance of a kernel for as many tokens as there are.
+template <class Kernel>
+void for_tokens(const DotRun& run) {
+    const auto chosen = run.tokens == 1   ? Kernel::template run_tokens<1>
+                        : run.tokens == 2 ? Kernel::template run_tokens<2>
+                        : run.tokens == 3 ? Kernel::template run_tokens<3>
+                                          : Kernel::template run_tokens<4>;
+    chosen(run);
+}
+
+template <void (*kUnpack)(const uint8_t*, Unpacked&), int kBytes, int kElements, int kGroup, int kOffset, bool kFifth>
+struct DotBlocks {
+    // Two sums a token: one would wait for itself.
+    template <int kTokens>
+    struct Sums {
+        Floats even[kTokens] = {}, odd[kTokens] = {};
+    };
+
+    // The offset joins the minimum: code · scale + base.
+    static Floats values(const Unpacked& from, const float* base, int first) {
+        const int group = first / kGroup;
+        return fused(__builtin_convertvector(codes_at<kFifth>(from, first), Floats), all(from.scale[group]), all(base[group]));
+    }
+
+    template <int kTokens>
+    static void add_block(const Unpacked& from, const float* x, int64_t x_stride, Sums<kTokens>& sums) {
+        constexpr int kGroups = kElements / kGroup;
+        float base[16];
+        if constexpr (kGroups % kLanes == 0) {
+            for (int group = 0; group < kGroups; group += kLanes) {
+                store(base + group, -(load<Floats>(from.scale + group) * static_cast<float>(kOffset) + load<Floats>(from.minimum + group)));
+            }
+        } else {
+            for (int group = 0; group < kGroups; ++group) base[group] = -(from.scale[group] * static_cast<float>(kOffset) + from.minimum[group]);
+        }
+        for (int i = 0; i < kElements; i += 2 * kLanes) {
+            const Floats first = values(from, base, i), second = values(from, base, i + kLanes);
+            for (int t = 0; t < kTokens; ++t) {
+                const float* token = x + t * x_stride + i;
+                sums.even[t] = fused(first, load<Floats>(token), sums.even[t]);
+                sums.odd[t] = fused(second, load<Floats>(token + kLanes), sums.odd[t]);
+            }
+        }
+    }
+
+    template <int kTokens>
+    static void run_tokens(const DotRun& run) {
+        Unpacked unpacked;
+        Sums<kTokens> sums;
+        for (int64_t block = 0; block < run.blocks; ++block) {
+            kUnpack(run.in + block * kBytes, unpacked);
+            add_block<kTokens>(unpacked, run.x + block * kElements, run.x_stride, sums);
+        }
+        for (int t = 0; t < kTokens; ++t) run.sums[t] = sum(sums.even[t] + sums.odd[t]);
+    }
+
+    static void run(const DotRun& run) { for_tokens<DotBlocks>(run); }
+};
+
+constexpr Dot kDot = table_of<Dot, DotBlocks>();
+
+}  // namespace
+}  // namespace entrenar::gguf
