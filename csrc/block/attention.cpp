@@ -24,6 +24,10 @@ int entrenar_attention_backward(const entrenar::AttentionView* view, const void*
 
 namespace entrenar {
 
+// What a pass makes: the block's result, its gradients, or only what attention takes (q, k and v are needed then, and
+// attention itself is somebody else's: one with a cache).
+enum class Pass { forward, backward, inputs };
+
 // Forward: `out` is the result, and what of x, q, k, v, o and lse has a buffer is kept there for the backward. Backward:
 // `out` is the gradient of the result, `dh` that of h; what was not kept is made again. q and k are kept rotated, or, where
 // they have norms, as they came from their layers.
@@ -74,7 +78,8 @@ int check_norms_and_rotation(const AttentionBlockView& view) {
 }
 
 // All that any part of the block would refuse: nothing is written before it is known that nothing will.
-int check(const AttentionBlockView& view, bool backward) {
+int check(const AttentionBlockView& view, Pass pass) {
+    const bool backward = pass == Pass::backward, inputs = pass == Pass::inputs;
     const AttentionView attention{view.batch, view.tokens, view.heads, view.kv_heads, view.width, view.starts.data,
                                   view.starts.bytes, view.scale, 0, {}, {}, {}};
     int64_t elements = 0;
@@ -87,9 +92,9 @@ int check(const AttentionBlockView& view, bool backward) {
         const BufferView& buffer;
         int64_t elements, bytes;
         bool needed;
-    } buffers[] = {{view.h, sizes.hidden, 2, true},    {view.out, sizes.hidden, 2, true},  {view.dh, sizes.hidden, 2, backward},
-                   {view.x, sizes.hidden, 2, false},   {view.q, sizes.queries, 2, false},  {view.k, sizes.keys, 2, false},
-                   {view.v, sizes.keys, 2, false},     {view.o, sizes.queries, 2, false},
+    } buffers[] = {{view.h, sizes.hidden, 2, true},    {view.out, sizes.hidden, 2, !inputs}, {view.dh, sizes.hidden, 2, backward},
+                   {view.x, sizes.hidden, 2, false},   {view.q, sizes.queries, 2, inputs},   {view.k, sizes.keys, 2, inputs},
+                   {view.v, sizes.keys, 2, inputs},    {view.o, sizes.queries, 2, false},
                    {view.lse, sizes.rows * view.heads, 4, false}};
     for (const auto& each : buffers) {
         if (each.buffer.data == nullptr && !each.needed) continue;
@@ -204,6 +209,24 @@ int forward(const AttentionBlockView& view, int threads) {
     return adapted_forward(group, threads);
 }
 
+// q, k and v as attention takes them, in the caller's buffers.
+int make_inputs(const AttentionBlockView& view, int threads) {
+    const Sizes sizes(view);
+    Pieces pieces;
+    pieces.want(sizes.hidden);
+    for (int64_t elements : {sizes.queries, sizes.queries, sizes.keys}) pieces.want(elements);
+    if (!pieces.allocate()) return kNoMemory;
+    Values values{};
+    values.x = pieces.take(sizes.hidden);
+    uint16_t *between = pieces.take(sizes.queries), *raw_q = pieces.take(sizes.queries), *raw_k = pieces.take(sizes.keys);
+    values.q = static_cast<uint16_t*>(view.q.data);
+    values.k = static_cast<uint16_t*>(view.k.data);
+    values.v = static_cast<uint16_t*>(view.v.data);
+    values.raw_q = changes(view) ? raw_q : values.q;
+    values.raw_k = changes(view) ? raw_k : values.k;
+    return compute(view, values, {true, true, false}, between, threads);
+}
+
 // The gradient of what attention took → that of what the layer gave, in place of `grad`; `between` is room for as much.
 int prepare_backward(const AttentionBlockView& view, const NormView& norm, const uint16_t* raw, int64_t heads,
                      uint16_t* between, uint16_t** grad, int threads) {
@@ -256,12 +279,18 @@ int backward(const AttentionBlockView& view, int threads) {
 
 ENTRENAR_API int entrenar_attention_block(const entrenar::AttentionBlockView* view, int threads) {
     using namespace entrenar;
-    if (const int error = check(*view, false)) return error;
+    if (const int error = check(*view, Pass::forward)) return error;
     return forward(*view, threads);
 }
 
 ENTRENAR_API int entrenar_attention_block_backward(const entrenar::AttentionBlockView* view, int threads) {
     using namespace entrenar;
-    if (const int error = check(*view, true)) return error;
+    if (const int error = check(*view, Pass::backward)) return error;
     return backward(*view, threads);
+}
+
+ENTRENAR_API int entrenar_attention_inputs(const entrenar::AttentionBlockView* view, int threads) {
+    using namespace entrenar;
+    if (const int error = check(*view, Pass::inputs)) return error;
+    return make_inputs(*view, threads);
 }

@@ -6,11 +6,10 @@ does not agree, stays as it is.
 """
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from entrenar.models import attention
 from entrenar.models.agreement import Forward, agree, recorded, sample
 from entrenar.models.fast_layers import use_fast_layers
 from entrenar.models.recognised import activation_kind
+from entrenar.models.rotation import rotating_by
 from entrenar.ops.gated_activation import gated_activation
 from entrenar.ops.recompute import with_recipe
 from entrenar.ops.rms_norm import rms_norm
@@ -28,7 +28,6 @@ from entrenar.ops.rotary import rotary
 from entrenar.quant.linear import grouped_linears
 
 _LOG = logging.getLogger(__name__)
-_ROTARY = "apply_rotary_pos_emb"
 
 
 def use_fast_forwards(model: PreTrainedModel) -> Counter[str]:
@@ -94,7 +93,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _install_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     original = type(module).forward
-    rotated = _with_own_rotary(original)
+    rotated = rotating_by(original, _rotate_both)
     for forward in (rotated, original) if rotated else (original,):
         candidate = partial(_grouped_attention_forward, forward=forward)
         with torch.no_grad():
@@ -122,16 +121,6 @@ def _grouped_attention_forward(
 ) -> Any:
     """The class's forward over projections that are computed together."""
     return forward(_Projected(self, hidden_states), hidden_states, *args, **kwargs)
-
-
-def _with_own_rotary(forward: Any) -> Forward | None:
-    """The same function with our rotation in place of its module's; None if it does not call one."""
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
-        return None
-    names = {**vars(sys.modules[forward.__module__]), _ROTARY: _rotate_both}
-    changed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-    changed.__kwdefaults__ = forward.__kwdefaults__
-    return changed
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

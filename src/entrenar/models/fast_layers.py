@@ -15,10 +15,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entrenar.models import attention
-from entrenar.models.agreement import TRIAL_TOKENS, agree, recorded
+from entrenar.models.agreement import TRIAL_TOKENS, Forward, agree, recorded
 from entrenar.models.recognised import activation_of, norm_of
+from entrenar.models.rotation import rotating_by
 from entrenar.ops.attention import native_width
-from entrenar.ops.residual_blocks import AttentionBlock, Keep, MlpBlock, Norm, attention_block, mlp_block, serves
+from entrenar.ops.residual_blocks import (
+    AttentionBlock,
+    Keep,
+    MlpBlock,
+    Norm,
+    attention_block,
+    attention_inputs,
+    attention_output,
+    mlp_block,
+    serves,
+)
 from entrenar.quant.linear import can_join, member_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -38,6 +49,7 @@ class _Layer:
     width: int
     scale: float
     rotates: bool
+    attend: Forward  # the forward of attention's class, but that it does not rotate
 
 
 def use_fast_layers(model: PreTrainedModel) -> int:
@@ -99,9 +111,11 @@ def _describe(module: Any, scale: float | None, rotates: bool) -> _Layer | None:
     heads = [norm_of(getattr(module.self_attn, name)) if hasattr(module.self_attn, name) else None for name in names]
     activation = activation_of(module.mlp)
     missing = hasattr(module.self_attn, "q_norm") and None in heads
-    if norms[0] is None or norms[1] is None or activation is None or scale is None or missing:
+    attend = rotating_by(type(module.self_attn).forward, _not_rotated)
+    if norms[0] is None or norms[1] is None or activation is None or scale is None or missing or attend is None:
         return None
-    return _Layer((norms[0], norms[1]), (heads[0], heads[1]), activation, module.self_attn.head_dim, scale, rotates)
+    width = module.self_attn.head_dim
+    return _Layer((norms[0], norms[1]), (heads[0], heads[1]), activation, width, scale, rotates, attend)
 
 
 def _install(module: nn.Module, scale: float | None, inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
@@ -135,24 +149,57 @@ def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tenso
         return None
     rotation, starts = wanted
     keep = getattr(module, _KEEP, Keep.DEAR) if torch.is_grad_enabled() else Keep.NOTHING
-    q, k, v, output = map(member_of, linears[:4])
-    first = AttentionBlock(layer.norms[0], q, k, v, output, layer.width, layer.scale, *layer.head_norms)
-    return mlp_block(attention_block(h, first, rotation, starts, keep), _mlp_block(layer, linears[4:]), keep)
-
-
-def _mlp_block(layer: _Layer, linears: list[nn.Module]) -> MlpBlock:
-    gate, up, down = map(member_of, linears)
-    return MlpBlock(layer.norms[1], gate, up, down, layer.activation)
+    first, second = _blocks(layer, linears)
+    return mlp_block(attention_block(h, first, rotation, starts, keep), second, keep)
 
 
 def _run_own_attention(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """The result where attention asks for more than its block does and nobody asks for gradients: with a cache."""
-    linears = [module.mlp._modules[name] for name in _GATED]
-    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in (module.mlp, module.post_attention_layernorm))
-    if torch.is_grad_enabled() or not serves(h) or hooks or not all(map(can_join, linears)):
+    """The result where attention asks for more than its block does and nobody asks for gradients: with a cache.
+
+    What attention takes and all that follows it are native; the class's forward attends and keeps the cache.
+    """
+    linears, rotation = _linears(module), kwargs.get("position_embeddings")
+    plain = not torch.is_grad_enabled() and serves(h) and not _is_watched(module) and all(map(can_join, linears))
+    if not plain or (layer.rotates and rotation is None):
         return None
-    attended = module.self_attn(hidden_states=module.input_layernorm(h), **kwargs)[0]
-    return mlp_block(h + attended, _mlp_block(layer, linears), Keep.NOTHING)
+    first, second = _blocks(layer, linears)
+    projected = _Projected(
+        module.self_attn, *attention_inputs(h, first, _contiguous(rotation) if layer.rotates else None)
+    )
+    attended = layer.attend(projected, hidden_states=h, **kwargs)[0]
+    return mlp_block(attention_output(h, attended, first.output), second, Keep.NOTHING)
+
+
+class _Projected:
+    """An attention module for which all is done but to attend: what it would compute of its input is known."""
+
+    def __init__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._module = module
+        self.q_proj, self.k_proj, self.v_proj = (lambda _: q), (lambda _: k), (lambda _: v)
+        self.q_norm = self.k_norm = self.o_proj = _same
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _not_rotated(q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return q, k
+
+
+def _blocks(layer: _Layer, linears: list[nn.Module]) -> tuple[AttentionBlock, MlpBlock]:
+    q, k, v, output, gate, up, down = map(member_of, linears)
+    first = AttentionBlock(layer.norms[0], q, k, v, output, layer.width, layer.scale, *layer.head_norms)
+    return first, MlpBlock(layer.norms[1], gate, up, down, layer.activation)
+
+
+def _is_watched(module: Any) -> bool:
+    """Whether a part has hooks, which must be called."""
+    parts = (module.self_attn, module.mlp, module.input_layernorm, module.post_attention_layernorm)
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 def _attention_inputs(
@@ -161,7 +208,6 @@ def _attention_inputs(
     """Rotation and first keys of a call, if it is one of the blocks' kind."""
     mask, rotation = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
     starts = None if mask is None else attention.first_keys(mask)
-    parts = (module.self_attn, module.mlp, module.input_layernorm, module.post_attention_layernorm)
     plain = (
         serves(h)
         and kwargs.get("past_key_values") is None
@@ -169,7 +215,7 @@ def _attention_inputs(
         and (mask is None or (starts is not None and starts.shape == h.shape[:2]))
         and module.self_attn.config._attn_implementation == attention.NAME
         and not (module.training and getattr(module.self_attn, "attention_dropout", 0.0))
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        and not _is_watched(module)
         and not any(norm.weight.requires_grad for norm in layer.norms)
     )
     if not plain or (layer.rotates and rotation is None):

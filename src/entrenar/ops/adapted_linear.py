@@ -12,7 +12,6 @@ Letters: B tokens, O out_features, I in_features, r rank.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from entrenar.ops import native
-from entrenar.ops.adapted_native import Factors, Member, Used, backward_native, forward_native
+from entrenar.ops.adapted_native import (
+    Factors,
+    Member,
+    Used,
+    backward_native,
+    factors_of,
+    forward_native,
+    with_factors,
+)
 from entrenar.ops.linear_codebook import PACKED_TOKENS
 from entrenar.ops.recompute import Recipe, recipe_of
 
@@ -32,7 +39,7 @@ def adapted_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
         return tuple(_traced(x, member) for member in members)
     if not torch.is_grad_enabled():
         return _outputs(x, list(members))  # an autograd function without a gradient costs as much as a small layer
-    tensors = [tensor for member in members for tensor in (member.bias, member.a, member.b)]
+    tensors = [t for member in members for t in (member.bias, member.a, member.b) if t is not None]
     return _AdaptedLinears.apply(x, recipe_of(x), list(members), *tensors)  # pyright: ignore[reportReturnType]
 
 
@@ -49,13 +56,12 @@ def _traced(x: Tensor, member: Member) -> Tensor:
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, recipe: Recipe | None, members: list[Member], *tensors: Tensor | None
+        ctx: Any, x: Tensor, recipe: Recipe | None, members: list[Member], *_: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.members, ctx.shape, ctx.make = members, x.shape, recipe.make if recipe else None
         ctx.set_materialize_grads(False)
-        adapted = any(member.a is not None for member in members)
-        factors = [tensor for index, tensor in enumerate(tensors) if index % 3]
-        inputs = () if not adapted else recipe.inputs if recipe else (x,)
+        factors = factors_of(members)
+        inputs = () if not factors else recipe.inputs if recipe else (x,)
         ctx.save_for_backward(*factors, *inputs)
         return _outputs(x, members)
 
@@ -64,33 +70,33 @@ class _AdaptedLinears(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Any, ...]:
-        count = 2 * len(grads)
         saved = ctx.saved_tensors  # once: a checkpointed layer unpacks what was saved at each access
-        factors, inputs = saved[:count], saved[count:]
-        pairs = zip(factors[::2], factors[1::2], strict=True)
-        used = [
-            Used(replace(member, a=a, b=b), _rows(grad), index)
-            for index, (member, (a, b), grad) in enumerate(zip(ctx.members, pairs, grads, strict=True))
-            if grad is not None
-        ]
+        count = len(factors_of(ctx.members))
+        members, inputs = with_factors(ctx.members, saved[:count]), saved[count:]
+        pairs = enumerate(zip(members, grads, strict=True))
+        used = [Used(member, _rows(grad), index) for index, (member, grad) in pairs if grad is not None]
         if not used:
-            return None, None, None, *[None] * (3 * len(grads))
+            return (None,) * len(ctx.needs_input_grad)
         tokens = _rows(ctx.make(*inputs) if ctx.make else inputs[0]) if inputs else None
         many = len(used[0].grad) > PACKED_TOKENS  # few are faster one by one, over the packed bytes
         run = backward_native if many and _is_native(used[0].grad) else _backward_reference
         dx, gradients = run(tokens, used, ctx.needs_input_grad[0])
-        found: list[Tensor | None] = [None] * (3 * len(grads))
-        for one, (da, db) in zip(used, gradients, strict=True):
-            if ctx.needs_input_grad[3 + 3 * one.index]:
-                found[3 * one.index] = one.grad.sum(0)
-            found[3 * one.index + 1], found[3 * one.index + 2] = da, db
+        given = {one.index: (one.grad, *pair) for one, pair in zip(used, gradients, strict=True)}
+        found: list[Tensor | None] = []
+        for index, member in enumerate(members):
+            grad, da, db = given.get(index, (None, None, None))
+            if member.bias is not None:
+                wanted = grad is not None and ctx.needs_input_grad[3 + len(found)]
+                found.append(grad.sum(0) if wanted else None)
+            found += [] if member.a is None else [da, db]
         return None if dx is None else dx.view(ctx.shape), None, None, *found
 
 
 def _outputs(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
     tokens = _rows(x)
     run = forward_native if _is_native(tokens) else _forward_reference
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in run(tokens, members))
+    outputs = run(tokens, members)
+    return tuple(outputs) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Letters: B tokens, O out_features, I in_features, r rank.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -58,17 +58,32 @@ class Used:
         return None if a is None or b is None else (a, b)
 
 
+def factors_of(members: Sequence[Member]) -> list[Tensor]:
+    """A and B of every member that has them."""
+    return [t for member in members for t in (member.a, member.b) if t is not None]
+
+
+def with_factors(members: Sequence[Member], factors: Sequence[Tensor]) -> list[Member]:
+    """The members over factors that were saved, whose changes since then autograd notices."""
+    left, found = iter(factors), []
+    for member in members:
+        a, b = (None, None) if member.a is None else (next(left), next(left))
+        found.append(member if member.a is a and member.b is b else replace(member, a=a, b=b))
+    return found
+
+
 # Gradients of A and B, for every member in use.
 Factors = list[tuple[Tensor | None, Tensor | None]]
 
 
-def forward_native(tokens: Tensor, members: list[Member]) -> list[Tensor]:
-    """tokens (B, I) bfloat16 → every member's (B, O)."""
+def forward_native(tokens: Tensor, members: list[Member], residual: Tensor | None = None) -> list[Tensor]:
+    """tokens (B, I) bfloat16 → every member's (B, O); with a residual (B, O) the only one's, and that added."""
     views = MemberViews(members)
-    outputs = [tokens.new_empty(len(tokens), member.weight.shape[0]) for member in members]
+    count, inner = tokens.shape
+    outputs = [tokens.new_empty(count, member.weight.shape[0]) for member in members]
     for index, y in enumerate(outputs):
         views.place(index, y)
-    _run(_forward, tokens, (tokens.shape[0], tokens.shape[1]), None, views)
+    _run(_forward, tokens, (count, inner), None, views, residual)
     return outputs
 
 
@@ -110,11 +125,13 @@ _backward = native.Function("entrenar_adapted_backward", "pi")
 
 
 def _run(
-    function: native.Function, tokens: Tensor | None, shape: tuple[int, int], dx: Tensor | None, views: "MemberViews"
-) -> None:
+    function: native.Function, tokens: Tensor | None, shape: tuple[int, int], dx: Tensor | None, views: "MemberViews",
+    residual: Tensor | None = None,
+) -> None:  # fmt: skip
     group = _GroupView(
-        *native.buffer(tokens), *native.buffer(dx), None, 0, *shape, len(views.array), ctypes.addressof(views.array)
-    )
+        *native.buffer(tokens), *native.buffer(dx), *native.buffer(residual), *shape, len(views.array),
+        ctypes.addressof(views.array),
+    )  # fmt: skip
     function(ctypes.addressof(group), native.threads())
 
 
@@ -155,7 +172,7 @@ class _Native(NamedTuple):
     view: MemberView
     weight: Weight
     held: tuple[object, ...]
-    where: tuple[object, ...] | None
+    where: list[tuple[object, ...]] | None
 
 
 def _native_of(member: Member, weight: Weight) -> _Native:
@@ -173,9 +190,9 @@ def _native_of(member: Member, weight: Weight) -> _Native:
     return _Native(view, weight, tuple(held), where if where == _places(member.bias, member.a, member.b) else None)
 
 
-def _places(*tensors: Tensor | None) -> tuple[object, ...]:
+def _places(*tensors: Tensor | None) -> list[tuple[object, ...]]:
     """Where tensors lie and how: memory that was freed may hold another dtype at the same address."""
-    return tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None)
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
 
 
 def _in_dtype_of(member: Member, room: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:

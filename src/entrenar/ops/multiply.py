@@ -6,6 +6,7 @@ Letters: M rows of A and C, N columns of C, K the inner dimension of a term.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gguf
@@ -47,11 +48,11 @@ class Weight:
 
     view: Source
     held: tuple[Tensor | None, ...]
-    addresses: tuple[int, ...] = ()
+    addresses: Sequence[int] = ()
 
     def is_current(self) -> bool:
         """Whether the tensors still lie where they lay (FSDP moves them between uses)."""
-        return self.addresses == tuple(tensor.data_ptr() for tensor in self.held if tensor is not None)
+        return self.addresses == [tensor.data_ptr() for tensor in self.held if tensor is not None]
 
 
 def dense_weight(matrix: Tensor, scale: float = 1.0) -> Weight:
@@ -81,14 +82,14 @@ def _quantized(
     held = (codes.contiguous(), *scale_buffers(scales), None if codebook is None else codebook.contiguous())
     pairs = [pair for tensor in held for pair in native.buffer(tensor)]
     view = Source(kind, 0, *shape, shape[1], 1.0, 0, block_size, *pairs)
-    return Weight(view, held, tuple(tensor.data_ptr() for tensor in held if tensor is not None))
+    return Weight(view, held, [tensor.data_ptr() for tensor in held if tensor is not None])
 
 
 def gguf_weight(packed: Tensor, type: str, shape: tuple[int, int]) -> Weight:
     """Blocks of a GGUF type, as ops/gguf_blocks.py takes them."""
     held = packed.contiguous()
     kind = gguf.GGMLQuantizationType[type.upper()]
-    return Weight(Source(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,), (held.data_ptr(),))
+    return Weight(Source(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,), [held.data_ptr()])
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Letters: B rows, T tokens, C hidden size, I inner size, H heads, G key-value hea
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from entrenar.ops import native
-from entrenar.ops.adapted_native import Factors, Member, MemberView, MemberViews
+from entrenar.ops.adapted_native import (
+    Factors,
+    Member,
+    MemberView,
+    MemberViews,
+    factors_of,
+    forward_native,
+    with_factors,
+)
 from entrenar.ops.gated_activation import KINDS
 
 
@@ -84,12 +92,27 @@ def attention_block(
     return _apply(_Attention, h, block, (block.q, block.k, block.v, block.output), keep, rotation, starts)
 
 
+def attention_inputs(h: Tensor, block: AttentionBlock, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+    """H (B, T, C) → what the block's attention takes, q (B, T, H·D), k and v (B, T, G·D); no gradient is recorded."""
+    h, views = h.contiguous(), MemberViews((block.q, block.k, block.v, block.output))
+    q, k, v = (h.new_empty(*h.shape[:2], member.weight.shape[0]) for member in (block.q, block.k, block.v))
+    view = _attention_view(h, block, views, rotation)
+    _set_buffers(view, {"h": h, "q": q, "k": k, "v": v})
+    _run(_attention_inputs, view)
+    return q, k, v
+
+
+def attention_output(h: Tensor, o: Tensor, output: Member) -> Tensor:
+    """H (B, T, C) + output(o), o (B, T, H·D): the end of an attention block; no gradient is recorded."""
+    tokens = o.reshape(-1, o.shape[-1]).contiguous()
+    return forward_native(tokens, [output], residual=h.reshape(-1, h.shape[-1]).contiguous())[0].view(h.shape)
+
+
 def _apply(function: Any, h: Tensor, *arguments: Any) -> Tensor:
     members: Sequence[Member] = arguments[1]
-    factors = [factor for member in members for factor in (member.a, member.b)]
     if not torch.is_grad_enabled():
         return function.compute(h.contiguous(), *arguments)[0]
-    return function.apply(h.contiguous(), *arguments, *factors)
+    return function.apply(h.contiguous(), *arguments, *factors_of(members))
 
 
 class _Buffer(ctypes.Structure):
@@ -133,6 +156,7 @@ _mlp = native.Function("entrenar_mlp_block", "pi")
 _mlp_backward = native.Function("entrenar_mlp_block_backward", "pi")
 _attention = native.Function("entrenar_attention_block", "pi")
 _attention_backward = native.Function("entrenar_attention_block_backward", "pi")
+_attention_inputs = native.Function("entrenar_attention_inputs", "pi")
 
 
 def _norm_view(norm: Norm | None) -> _Norm:
@@ -152,21 +176,12 @@ def _run(function: native.Function, view: ctypes.Structure) -> None:
     function(ctypes.addressof(view), native.threads())
 
 
-def _with_factors(members: Sequence[Member], factors: Sequence[Tensor | None]) -> list[Member]:
-    """The members over the factors that were saved, whose changes since then autograd notices."""
-    pairs = zip(factors[::2], factors[1::2], strict=True)
-    return [
-        member if member.a is a and member.b is b else replace(member, a=a, b=b)
-        for member, (a, b) in zip(members, pairs, strict=True)
-    ]
-
-
 class _Block(torch.autograd.Function):
     """What both blocks do around their native calls; `kept` are names of buffers in the order they are saved."""
 
     @staticmethod
     def save(
-        ctx: Any, h: Tensor, members: Sequence[Member], factors: Sequence[Tensor | None], kept: dict[str, Tensor]
+        ctx: Any, h: Tensor, members: Sequence[Member], factors: Sequence[Tensor], kept: dict[str, Tensor]
     ) -> None:
         ctx.members, ctx.kept = members, tuple(kept)
         ctx.save_for_backward(h, *factors, *kept.values())
@@ -174,18 +189,18 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def load(ctx: Any) -> tuple[Tensor, list[Member], dict[str, Tensor | None]]:
         h, *rest = ctx.saved_tensors
-        count = 2 * len(ctx.members)
-        return h, _with_factors(ctx.members, rest[:count]), dict(zip(ctx.kept, rest[count:], strict=True))
+        count = len(factors_of(ctx.members))
+        return h, with_factors(ctx.members, rest[:count]), dict(zip(ctx.kept, rest[count:], strict=True))
 
     @staticmethod
     def gradients(dh: Tensor, factors: Factors, nothing: int) -> tuple[Tensor | None, ...]:
-        return dh, *[None] * nothing, *(gradient for pair in factors for gradient in pair)
+        return dh, *[None] * nothing, *(gradient for pair in factors for gradient in pair if gradient is not None)
 
 
 class _Mlp(_Block):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, h: Tensor, block: MlpBlock, members: Sequence[Member], keep: Keep, *factors: Tensor | None
+        ctx: Any, h: Tensor, block: MlpBlock, members: Sequence[Member], keep: Keep, *factors: Tensor
     ) -> Tensor:
         ctx.block = block
         out, kept = _Mlp.compute(h, block, members, keep)
@@ -193,9 +208,7 @@ class _Mlp(_Block):
         return out
 
     @staticmethod
-    def compute(
-        h: Tensor, block: MlpBlock, members: Sequence[Member], keep: Keep
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute(h: Tensor, block: MlpBlock, members: Sequence[Member], keep: Keep) -> tuple[Tensor, dict[str, Tensor]]:
         """The result, and what is kept."""
         wide, out = (*h.shape[:2], block.gate.weight.shape[0]), torch.empty_like(h)
         kept: dict[str, Tensor] = {}
@@ -235,7 +248,7 @@ class _Attention(_Block):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, h: Tensor, block: AttentionBlock, members: Sequence[Member], keep: Keep, rotation: Rotation | None,
-        starts: Tensor | None, *factors: Tensor | None,
+        starts: Tensor | None, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.block, ctx.rotation, ctx.starts = block, rotation, starts
         out, kept = _Attention.compute(h, block, members, keep, rotation, starts)

@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
             held = part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=False)
             self.register_parameter(f"weight_{name}", held)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._held: tuple[tuple[int, ...], LinearWeight] | None = None
+        self._held: tuple[list[int], LinearWeight] | None = None
         self._member: Member | None = None
 
     @property
@@ -62,7 +62,7 @@ class QuantizedLinear(nn.Module):
 
     def linear_weight(self) -> LinearWeight:
         """The weight as the linear operations take it; made once for as long as its parts stay where they are."""
-        where = tuple(part.data_ptr() for name, part in self._parameters.items() if part is not None and name != "bias")
+        where = [part.data_ptr() for name, part in self._parameters.items() if part is not None and name != "bias"]
         if self._held is None or self._held[0] != where:
             self._held = where, linear_weight(self.quantized_weight)
         return self._held[1]
@@ -113,7 +113,8 @@ def member_of(layer: nn.Module) -> Member:
 
 def quantized_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """x (..., d_in) → (..., d_out) through a quantized weight (d_out, d_in); gradient reaches x and bias only."""
-    return linear(x, Member(linear_weight(weight), bias))
+    member = _member(weight)
+    return linear(x, member if bias is None else Member(member.weight, bias))
 
 
 def linear(x: Tensor, member: Member) -> Tensor:
@@ -131,11 +132,15 @@ def in_compute_dtype(x: Tensor) -> Tensor:
 
 
 def linear_weight(weight: QuantizedTensor) -> LinearWeight:
-    """A quantized matrix as the linear operations take it; made once for as long as its parts stay where they are."""
-    where = tuple(part.data_ptr() for part in weight.parts.values())
-    held: tuple[tuple[int, ...], LinearWeight] | None = weight.__dict__.get("_linear_weight")
+    """A quantized matrix as the linear operations take it."""
+    shape = (weight.shape[0], weight.shape[1])
+    return held_format(weight.format).linear_weight(weight.parts, weight.block_size, shape)
+
+
+def _member(weight: QuantizedTensor) -> Member:
+    """The layer without a bias, kept with the tensor for as long as its parts stay where they are."""
+    where = [part.data_ptr() for part in weight.parts.values()]
+    held: tuple[list[int], Member] | None = weight.__dict__.get("_member")
     if held is None or held[0] != where:
-        shape = (weight.shape[0], weight.shape[1])
-        held = where, held_format(weight.format).linear_weight(weight.parts, weight.block_size, shape)
-        weight.__dict__["_linear_weight"] = held
+        held = weight.__dict__["_member"] = where, Member(linear_weight(weight))
     return held[1]
