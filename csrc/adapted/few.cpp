@@ -21,7 +21,8 @@ void make_hidden(const Group& group, const FewTokens& x, uint16_t* u) {
             float sums[kMaxTokens * kTileRows] = {};
             product.add(row, kTileRows, sums);  // a width is a multiple of 16
             for (int64_t t = 0; t < x.count; ++t) {
-                for (int64_t r = 0; r < kTileRows; ++r) u[t * group.width + row + r] = float_to_bf16(sums[t * kTileRows + r]);
+                uint16_t* to = u + t * group.width + row;
+                for (int64_t r = 0; r < kTileRows; ++r) to[r] = float_to_bf16(sums[t * kTileRows + r]);
             }
         }
     });
@@ -68,7 +69,9 @@ struct Job {
 bool takes_few_tokens(const Group& group) {
     const Path path = current_path();
     if (path == Path::generic || path == Path::neon) return false;  // scalar sums are slower than whole products
-    const auto dense = [](const Member& member) { return member.weight.view.kind == static_cast<int32_t>(SourceKind::dense); };
+    const auto dense = [](const Member& member) {
+        return member.weight.view.kind == static_cast<int32_t>(SourceKind::dense);
+    };
     const bool any_dense = std::any_of(group.members.begin(), group.members.end(), dense);
     return group.view.tokens <= (any_dense ? kMaxPackedTokens / 2 : kMaxPackedTokens);  // those need no decoding
 }

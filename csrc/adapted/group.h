@@ -1,7 +1,7 @@
 // A group of linear layers as it was read and checked: what the forwards and the backward of adapted.h work on.
 //
-// Letters: M tokens, I inner, O rows of a weight, r rank. The factors' products u = x·Aᵀ and v = g·(scale·B) of all members
-// lie side by side in one matrix (M, R), each from a whole strip of 16 columns on.
+// Letters: M tokens, I inner, O rows of a weight, r rank. The factors' products u = x·Aᵀ and v = g·(scale·B) of all
+// members lie side by side in one matrix (M, R), each from a whole strip of 16 columns on.
 #pragma once
 
 #include <cstdint>

@@ -27,19 +27,22 @@ struct DotBlocks {
     // The offset joins the minimum: code · scale + base.
     static Floats values(const Unpacked& from, const float* base, int first) {
         const int group = first / kGroup;
-        return fused(__builtin_convertvector(codes_at<kFifth>(from, first), Floats), all(from.scale[group]), all(base[group]));
+        const Floats codes = __builtin_convertvector(codes_at<kFifth>(from, first), Floats);
+        return fused(codes, all(from.scale[group]), all(base[group]));
     }
 
     template <int kTokens>
     static void add_block(const Unpacked& from, const float* x, int64_t x_stride, Sums<kTokens>& sums) {
         constexpr int kGroups = kElements / kGroup;
+        constexpr float kFrom = kOffset;
         float base[16];
         if constexpr (kGroups % kLanes == 0) {
             for (int group = 0; group < kGroups; group += kLanes) {
-                store(base + group, -(load<Floats>(from.scale + group) * static_cast<float>(kOffset) + load<Floats>(from.minimum + group)));
+                const auto scale = load<Floats>(from.scale + group), minimum = load<Floats>(from.minimum + group);
+                store(base + group, -(scale * kFrom + minimum));
             }
         } else {
-            for (int group = 0; group < kGroups; ++group) base[group] = -(from.scale[group] * static_cast<float>(kOffset) + from.minimum[group]);
+            for (int i = 0; i < kGroups; ++i) base[i] = -(from.scale[i] * kFrom + from.minimum[i]);
         }
         for (int i = 0; i < kElements; i += 2 * kLanes) {
             const Floats first = values(from, base, i), second = values(from, base, i + kLanes);

@@ -10,7 +10,8 @@ struct NibbleSums {
     Floats low[kTokens] = {}, high[kTokens] = {};
 
     // 16 bytes: the low nibbles are elements that meet x_low, the high ones those that meet x_high.
-    void add(const uint8_t* packed, Floats low_values, Floats high_values, const float* x_low, const float* x_high, int64_t x_stride) {
+    void add(const uint8_t* packed, Floats low_values, Floats high_values, const float* x_low, const float* x_high,
+             int64_t x_stride) {
         const __m512i codes = _mm512_cvtepu8_epi32(load<__m128i>(packed));
         const Floats first = _mm512_permutexvar_ps(codes, low_values);  // looks at the lowest four bits alone
         const Floats second = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), high_values);
@@ -64,7 +65,9 @@ struct Q4_K {
     static void add(const uint8_t* block, const float* x, int64_t x_stride, NibbleSums<kTokens>& sums) {
         Unpacked scales;
         unpack_scales(block, scales);
-        const auto values = [&](int group) { return fused(counting(), all(scales.scale[group]), all(-scales.minimum[group])); };
+        const auto values = [&](int group) {
+            return fused(counting(), all(scales.scale[group]), all(-scales.minimum[group]));
+        };
         for (int part = 0; part < 4; ++part) {
             const Floats low = values(2 * part), high = values(2 * part + 1);
             for (int i = 0; i < 32; i += 16) {
@@ -81,7 +84,8 @@ struct DotNibbles {
     static void run_tokens(const DotRun& run) {
         NibbleSums<kTokens> sums;
         for (int64_t block = 0; block < run.blocks; ++block) {
-            Block::template add<kTokens>(run.in + block * Block::kBytes, run.x + block * Block::kElements, run.x_stride, sums);
+            const float* x = run.x + block * Block::kElements;
+            Block::template add<kTokens>(run.in + block * Block::kBytes, x, run.x_stride, sums);
         }
         for (int t = 0; t < kTokens; ++t) run.sums[t] = sum(sums.low[t] + sums.high[t]);
     }

@@ -37,6 +37,7 @@ Way way_of(const Source& source, int64_t tokens) {
     if (is_kind(source, SourceKind::gguf) || is_kind(source, SourceKind::int8)) return Way::wide;
     if (!is_kind(source, SourceKind::codebook4) || linear_kernel().packed_dot == nullptr) return Way::decoded;
     const int64_t size = source.codebook.block_size;
+    // A chunk is whole blocks, or a part of one.
     const bool fits = size >= 16 && (size & (size - 1)) == 0 && source.view.columns % size == 0;
     return fits ? Way::chunks : Way::decoded;
 }
@@ -79,18 +80,24 @@ int64_t Arranged::floats(const FewTokens& tokens, int64_t columns) const {
 void Arranged::fill(FewTokens* tokens, int64_t columns, float* to) const {
     const int dtype = tokens->dtype;
     if (chunks_) {
-        (dtype == kFloat32 ? arrange_chunks<kFloat32> : dtype == kFloat16 ? arrange_chunks<kFloat16> : arrange_chunks<kBfloat16>)(*tokens, columns, to);
-        tokens->arranged = to;
+        const auto run = dtype == kFloat32   ? arrange_chunks<kFloat32>
+                         : dtype == kFloat16 ? arrange_chunks<kFloat16>
+                                             : arrange_chunks<kBfloat16>;
+        run(*tokens, columns, to);
+        tokens->chunks = to;
         to += tokens->count * whole_chunks(columns);
     }
     if (wide_) {
-        (dtype == kFloat32 ? widen<kFloat32> : dtype == kFloat16 ? widen<kFloat16> : widen<kBfloat16>)(*tokens, columns, to);
+        const auto run = dtype == kFloat32 ? widen<kFloat32> : dtype == kFloat16 ? widen<kFloat16> : widen<kBfloat16>;
+        run(*tokens, columns, to);
         tokens->wide = to;
     }
 }
 
-FewTokensProduct::FewTokensProduct(const Source& source, const FewTokens& tokens)
-    : source_(source), tokens_(tokens), decodes_(way_of(source, tokens.count) == Way::decoded) {}
+FewTokensProduct::FewTokensProduct(const Source& source, const FewTokens& tokens) : source_(source), tokens_(tokens) {
+    const Way way = way_of(source, tokens.count);
+    decodes_ = way == Way::decoded || (way == Way::chunks ? tokens.chunks : tokens.wide) == nullptr;
+}
 
 void FewTokensProduct::add(int64_t first, int64_t count, float* sums) const {
     if (decodes_) return add_decoded(first, count, sums);
@@ -112,7 +119,8 @@ void FewTokensProduct::add_decoded(int64_t first, int64_t count, float* sums) co
             char* row = reinterpret_cast<char*>(tile) + r * kTileColumns * bytes;
             decode_row(source_, first + r, k, columns, row, tokens_.dtype);
         }
-        dot(tile, static_cast<const char*>(tokens_.x) + k * bytes, tokens_.stride, tokens_.count, columns, tokens_.dtype, sums);
+        const char* x = static_cast<const char*>(tokens_.x) + k * bytes;
+        dot(tile, x, tokens_.stride, tokens_.count, columns, tokens_.dtype, sums);
     }
 }
 
@@ -121,7 +129,8 @@ void FewTokensProduct::row(int64_t row, float* found) const {
     if (is_kind(source_, SourceKind::codebook4)) return codebook_row(row, found);
     const SourceView& view = source_.view;
     if (is_kind(source_, SourceKind::int8)) {
-        return dot(symmetric_kernel(), source_.int8, row * view.columns, (row + 1) * view.columns, tokens_.wide, view.columns, tokens_.count, found);
+        const int64_t begin = row * view.columns, end = begin + view.columns;
+        return dot(symmetric_kernel(), source_.int8, begin, end, tokens_.wide, view.columns, tokens_.count, found);
     }
     const int64_t blocks = view.columns / source_.block.elements;
     const auto* in = static_cast<const uint8_t*>(view.data) + row * blocks * source_.block.bytes;
@@ -137,8 +146,8 @@ void FewTokensProduct::codebook_row(int64_t row, float* found) const {
     for (int64_t block = 0; block < blocks; block += kScaleGroup) {
         const int64_t count = std::min(kScaleGroup, blocks - block), column = block * weight.block_size;
         decode_scales(weight.scales, row * blocks + block, count, scales);
-        packed_dot(weight.packed + (row * columns + column) / 2, scales, weight.codebook, weight.block_size, tokens_.arranged + column,
-                   whole_chunks(columns), tokens_.count, count * weight.block_size, some);
+        packed_dot(weight.packed + (row * columns + column) / 2, scales, weight.codebook, weight.block_size,
+                   tokens_.chunks + column, whole_chunks(columns), tokens_.count, count * weight.block_size, some);
         for (int64_t t = 0; t < tokens_.count; ++t) found[t] += some[t];
     }
 }

@@ -1,5 +1,5 @@
-// x·Wᵀ for up to 16 tokens: the weight's bytes are read once and decoded a tile at a time, or not at all, and the weight as
-// a whole never exists. Each element is summed by one thread in a fixed order: the result does not depend on how many.
+// x·Wᵀ for up to 16 tokens: the weight's bytes are read once, and decoded a tile at a time or on their way into the sum; the
+// weight as a whole never exists. One thread sums an element in a fixed order: the result does not depend on how many.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@ struct FewTokens {
     const void* x;
     int64_t count, stride;
     int dtype;
-    const float* wide;      // x in float32, (count, columns), or null
-    const float* arranged;  // as packed_dot of linear.h takes it, or null
+    const float* wide;    // x in float32, (count, columns), or null
+    const float* chunks;  // as packed_dot of linear.h takes it, or null
 };
 
 // x as the weights it meets want it, in the caller's scratch.
@@ -50,7 +50,7 @@ private:
 
     const Source& source_;
     const FewTokens& tokens_;
-    bool decodes_;
+    bool decodes_;  // a tile at a time
 };
 
 }  // namespace entrenar

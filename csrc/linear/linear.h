@@ -11,9 +11,9 @@ constexpr int64_t kGrainRows = 16;          // of a weight that a thread takes a
 constexpr int64_t kTileColumns = 2048;      // forward: 4 rows of 2048 bfloat16 are 16 KiB
 constexpr int64_t kBackwardColumns = 512;   // backward: 16 tokens of 512 float32 are 32 KiB
 
-// Few tokens of a layer whose rows are whole dwords of 8 codes need no decoded tile: x is laid out once in the order in which
-// the nibbles of a chunk come out of its 16 dwords, the last chunk filled up with zeros, and every code looks its value up on
-// the way into the sum. The weight is then not rounded to x's dtype.
+// Few tokens of a layer whose rows are whole dwords of 8 codes need no decoded tile: x is laid out once in the order in
+// which the nibbles of a chunk come out of its 16 dwords, the last chunk filled up with zeros, and every code looks its
+// value up on the way into the sum. The weight is then not rounded to x's dtype.
 constexpr int64_t kChunk = 128, kDword = 8, kMaxPackedTokens = 4;
 
 // Element of the chunk that nibble `nibble` (from the lowest) of dword `lane` holds.

@@ -84,8 +84,62 @@ void accumulate(const void* rows, const float* factors, int64_t tokens, int64_t 
     chosen(rows, factors, tokens, columns, sums);
 }
 
+// Half a chunk at a time: 8 dwords of 8 codes.
+constexpr int64_t kHalf = kChunk / 2;
+
+inline __m256i counting() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+inline __m256i first_lanes(int64_t count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), counting()); }
+
+// The scale of each dword's block, blocks of 2^shift codes. There are no scales behind those of `dwords`.
+inline __m256 scales_of(const float* scales, int shift, int64_t dwords) {
+    if (int64_t{1} << shift >= kHalf) return _mm256_set1_ps(*scales);
+    const int dword_shift = shift - 3;
+    const __m256i lanes = _mm256_srl_epi32(counting(), _mm_cvtsi32_si128(dword_shift));
+    return _mm256_permutevar8x32_ps(_mm256_maskload_ps(scales, first_lanes(dwords >> dword_shift)), lanes);
+}
+
+// sums += scale · Σ x · value; the 16 values lie in two vectors of 8, of which a code's highest bit chooses one.
+template <int kTokens>
+inline void add_half(__m256i codes, __m256 low, __m256 high, __m256 scale, const float* x, int64_t x_stride, __m256* sums) {
+    __m256 partial[kTokens] = {};
+    for (int nibble = 0; nibble < kDword; ++nibble) {
+        const __m256i index = _mm256_srli_epi32(codes, 4 * nibble), top = _mm256_slli_epi32(codes, 28 - 4 * nibble);
+        const __m256 small = _mm256_permutevar8x32_ps(low, index), large = _mm256_permutevar8x32_ps(high, index);
+        const __m256 value = _mm256_blendv_ps(small, large, _mm256_castsi256_ps(top));
+        for (int t = 0; t < kTokens; ++t) {
+            partial[t] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x + t * x_stride + nibble * 16), partial[t]);
+        }
+    }
+    for (int t = 0; t < kTokens; ++t) sums[t] = _mm256_fmadd_ps(partial[t], scale, sums[t]);
+}
+
+template <int kTokens>
+void packed_dot_tokens(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size,
+                       const float* x, int64_t x_stride, int64_t columns, float* out) {
+    const __m256 low = _mm256_loadu_ps(codebook), high = _mm256_loadu_ps(codebook + 8);
+    const int shift = __builtin_ctzll(static_cast<uint64_t>(block_size));
+    __m256 sums[kTokens] = {};
+    for (int64_t k = 0; k < columns; k += kHalf, packed += kHalf / 2) {
+        const int64_t dwords = columns - k < kHalf ? (columns - k) / kDword : 8;
+        const __m256i codes = dwords == 8 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
+                                          : _mm256_maskload_epi32(reinterpret_cast<const int*>(packed), first_lanes(dwords));
+        const float* from = x + k / kChunk * kChunk + k % kChunk / kDword;
+        add_half<kTokens>(codes, low, high, scales_of(scales + (k >> shift), shift, dwords), from, x_stride, sums);
+    }
+    for (int t = 0; t < kTokens; ++t) out[t] = sum_lanes(sums[t]);
+}
+
+void packed_dot(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size, const float* x,
+                int64_t x_stride, int64_t tokens, int64_t columns, float* sums) {
+    const auto chosen = tokens == 1   ? packed_dot_tokens<1>
+                        : tokens == 2 ? packed_dot_tokens<2>
+                        : tokens == 3 ? packed_dot_tokens<3>
+                                      : packed_dot_tokens<4>;
+    chosen(packed, scales, codebook, block_size, x, x_stride, columns, sums);
+}
+
 }  // namespace
 
-const Linear linear_avx2 = {dot, accumulate, nullptr};
+const Linear linear_avx2 = {dot, accumulate, packed_dot};
 
 }  // namespace entrenar

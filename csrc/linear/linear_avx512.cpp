@@ -119,12 +119,14 @@ void packed_dot_tokens(const uint8_t* packed, const float* scales, const float* 
     __m512 sums[kTokens] = {};
     const int64_t chunks = columns / kChunk, left = columns % kChunk;
     for (int64_t chunk = 0; chunk < chunks; ++chunk, packed += kChunk / 2) {
-        add_chunk<kTokens>(_mm512_loadu_si512(packed), values, chunk_scales.of(scales, chunk), x + chunk * kChunk, x_stride, sums);
+        const __m512 scale = chunk_scales.of(scales, chunk);
+        add_chunk<kTokens>(_mm512_loadu_si512(packed), values, scale, x + chunk * kChunk, x_stride, sums);
     }
     if (left > 0) {
         chunk_scales.shorten(left);
         const auto there = static_cast<__mmask16>((1u << (left / kDword)) - 1);
-        add_chunk<kTokens>(_mm512_maskz_loadu_epi32(there, packed), values, chunk_scales.of(scales, chunks), x + chunks * kChunk, x_stride, sums);
+        const __m512i codes = _mm512_maskz_loadu_epi32(there, packed);
+        add_chunk<kTokens>(codes, values, chunk_scales.of(scales, chunks), x + chunks * kChunk, x_stride, sums);
     }
     for (int t = 0; t < kTokens; ++t) out[t] = _mm512_reduce_add_ps(sums[t]);
 }

@@ -9,7 +9,8 @@ namespace {
 
 // sums[t] += scale · Σ codes[k] · x[t][k]; what is left of a block after whole vectors goes to rest[t].
 template <int kTokens>
-inline void add_block(const int8_t* codes, int64_t count, float scale, const float* x, int64_t x_stride, Floats* sums, float* rest) {
+inline void add_block(const int8_t* codes, int64_t count, float scale, const float* x, int64_t x_stride, Floats* sums,
+                      float* rest) {
     Floats partial[kTokens] = {};
     int64_t k = 0;
     for (; k + kLanes <= count; k += kLanes) {

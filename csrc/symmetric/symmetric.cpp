@@ -49,7 +49,8 @@ int read_int8(const void* codes, int64_t codes_bytes, const ScaleBuffers& scales
 
 void decode(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, void* out, int dtype) {
     over_runs(weight, begin, end, [&](int64_t from, int64_t to, const float* scales) {
-        kernel.dequantize(weight.codes, scales, weight.block_size, from, to, static_cast<char*>(out) + (from - begin) * dtype_bytes(dtype), dtype);
+        char* at = static_cast<char*>(out) + (from - begin) * dtype_bytes(dtype);
+        kernel.dequantize(weight.codes, scales, weight.block_size, from, to, at, dtype);
     });
 }
 

@@ -1,5 +1,7 @@
 """Layers over few tokens of bfloat16: every way a weight is held, against float64, on every path."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from entrenar.ops.scales import nest_scales
 CODEBOOK = torch.linspace(-1, 1, 16) ** 3
 BLOCKED = sorted(DEQUANTIZED_TYPES)
 Held = tuple[LinearWeight, Tensor]  # and the matrix it stands for, float32
+Make = Callable[[int, int, int, bool], Held]  # rows, columns, block size, whether scales are nested
 
 pytestmark = pytest.mark.skipif(len(native.supported_paths()) == 1, reason="needs the native library")
 
@@ -65,12 +68,11 @@ def check(x: Tensor, weights: list[Held], rank: int, bias: bool) -> None:
     nested=st.booleans(), rank=st.integers(0, 20), bias=st.booleans(),
 )  # fmt: skip
 def test_any_shape(
-    kernel_path: str, make: object, tokens: int, rows: int, columns: int, block: int, whole: bool, nested: bool,
+    kernel_path: str, make: Make, tokens: int, rows: int, columns: int, block: int, whole: bool, nested: bool,
     rank: int, bias: bool,
 ) -> None:  # fmt: skip
     """Rows that are whole blocks, and a last chunk of any length among them, stay packed; others are decoded."""
     columns = columns * 16 // min(block, 128) * block + block if whole else columns
-    assert callable(make)
     check(torch.randn(tokens, columns).bfloat16(), [make(rows, columns, block, nested)], rank, bias)
 
 

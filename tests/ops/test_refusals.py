@@ -15,14 +15,22 @@ from entrenar.ops import adapted_native, attention, native, residual_blocks
 from entrenar.ops.adapted_linear import adapted_linears
 from entrenar.ops.adapted_native import Member, MemberView
 from entrenar.ops.linear_weight import CodebookWeight, Int8Weight
-from entrenar.ops.residual_blocks import AttentionBlock, Keep, MlpBlock, attention_block, mlp_block
+from entrenar.ops.residual_blocks import (
+    AttentionBlock,
+    Keep,
+    MlpBlock,
+    attention_block,
+    attention_inputs,
+    attention_output,
+    mlp_block,
+)
 from entrenar.ops.scales import nest_scales
 
 pytestmark = pytest.mark.usefixtures("native_path")
 
 # Each function's view, and the fields of it that may be null.
 VIEWS: dict[str, tuple[Any, set[str]]] = {
-    "entrenar_adapted": (adapted_native._GroupView, set()),
+    "entrenar_adapted": (adapted_native._GroupView, {"residual"}),
     "entrenar_adapted_backward": (adapted_native._GroupView, {"dx"}),
     "entrenar_attention": (attention._View, {"starts"}),
     "entrenar_attention_backward": (attention._View, {"starts"}),
@@ -32,6 +40,9 @@ VIEWS: dict[str, tuple[Any, set[str]]] = {
         {f"{name}.data" for name in ("x", "q", "k", "v", "o", "lse", "starts")},
     ),
 }
+VIEWS["entrenar_attention_inputs"] = (
+    residual_blocks._AttentionView, {f"{name}.data" for name in ("x", "o", "lse", "out", "starts")},
+)  # fmt: skip
 VIEWS |= {f"{name}_backward": VIEWS[name] for name in ("entrenar_mlp_block", "entrenar_attention_block")}
 
 Calls = Counter[str]
@@ -105,6 +116,20 @@ def test_mlp_block(refused: Calls, keep: Keep) -> None:
     torch.autograd.grad(out, [h, *factors((block.gate, block.up, block.down))], torch.ones_like(out))
     assert refused["entrenar_mlp_block"] > 200
     assert refused["entrenar_mlp_block_backward"] > 200
+
+
+def test_what_attention_takes(refused: Calls) -> None:
+    members = (member(128, 32), nested(64, 32), member(64, 32, bias=True), member(32, 128, rank=0))
+    block = AttentionBlock(norm(32), *members, 32, 0.2, norm(32), norm(32))
+    cos, sin = torch.rand(2, 2, 5, 16)
+    attention_inputs(torch.randn(2, 5, 32).bfloat16(), block, (cos, sin))
+    assert refused["entrenar_attention_inputs"] > 250
+
+
+def test_a_residual(refused: Calls) -> None:
+    h, o = torch.randn(2, 3, 7).bfloat16(), torch.randn(2, 3, 32).bfloat16()
+    attention_output(h, o, member(7, 32))
+    assert refused["entrenar_adapted"] > 40
 
 
 @pytest.mark.parametrize("keep", [Keep.ALL, Keep.NOTHING])

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from entrenar.ops.adapted_native import Member
 from entrenar.ops.linear_weight import CodebookWeight
-from entrenar.ops.residual_blocks import AttentionBlock, Keep, MlpBlock, Norm, attention_block, mlp_block
+from entrenar.ops.residual_blocks import (
+    AttentionBlock,
+    Keep,
+    MlpBlock,
+    Norm,
+    attention_block,
+    attention_inputs,
+    attention_output,
+    mlp_block,
+)
 from entrenar.ops.rotary import rotary
 
 CODEBOOK = torch.linspace(-1, 1, 16)
@@ -116,6 +125,29 @@ def test_attention_block(keep: Keep, norms: bool, rotated: int, documents: bool)
     expected = wide + exact.linear(exactly(q, k, v, 0.2, starts).flatten(2), block.output)
     assert_close([out - h], [expected - wide])
     assert_close(found, torch.autograd.grad(expected, [wide, *exact.leaves], grad.double()))
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("rotated", [0, 16, 32])
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 45), (1, 1), (3, 1)])
+def test_what_attention_takes_and_what_follows_it(norms: bool, rotated: int, batch: int, tokens: int) -> None:
+    hidden, heads, kv_heads, width = 64, 4, 2, 32
+    block = AttentionBlock(
+        norm(hidden), member(heads * width, hidden, bias=True), member(kv_heads * width, hidden),
+        member(kv_heads * width, hidden), member(hidden, heads * width), width, 0.2,
+        norm(width) if norms else None, norm(width, offset=1.0) if norms else None,
+    )  # fmt: skip
+    angles = torch.rand(batch, tokens, rotated // 2).repeat(1, 1, 2) * 6
+    h, o = torch.randn(batch, tokens, hidden).bfloat16(), torch.randn(batch, tokens, heads * width).bfloat16()
+    found = attention_inputs(h, block, (angles.cos(), angles.sin()) if rotated else None)
+    exact = Exact((block.q, block.k, block.v, block.output))
+    x = exact.norm(h.double(), block.norm)
+    q, k, v = (exact.linear(x, one).unflatten(-1, (-1, width)) for one in (block.q, block.k, block.v))
+    q, k = exact.norm(q, block.q_norm), exact.norm(k, block.k_norm)
+    if rotated:
+        q, k = (rotary(one, angles.cos().double(), angles.sin().double()) for one in (q, k))
+    assert_close(found, [one.flatten(2) for one in (q, k, v)])
+    assert_close([attention_output(h, o, block.output)], [h.double() + exact.linear(o.double(), block.output)])
 
 
 def test_what_is_kept() -> None:

@@ -86,8 +86,8 @@ class _AdaptedLinears(torch.autograd.Function):
         for index, member in enumerate(members):
             grad, da, db = given.get(index, (None, None, None))
             if member.bias is not None:
-                wanted = grad is not None and ctx.needs_input_grad[3 + len(found)]
-                found.append(grad.sum(0) if wanted else None)
+                wanted = ctx.needs_input_grad[3 + len(found)]
+                found.append(grad.sum(0) if grad is not None and wanted else None)
             found += [] if member.a is None else [da, db]
         return None if dx is None else dx.view(ctx.shape), None, None, *found
 
