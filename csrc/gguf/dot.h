@@ -1,6 +1,7 @@
 // Dot products of blocks with up to 4 tokens: codes turn into float32 values on their way into the sum.
 #pragma once
 
+#include "common/prefetch.h"
 #include "gguf/unpack.h"
 
 namespace entrenar::gguf {
@@ -59,6 +60,7 @@ struct DotBlocks {
         Unpacked unpacked;
         Sums<kTokens> sums;
         for (int64_t block = 0; block < run.blocks; ++block) {
+            for (int i = 0; i < kBytes; i += 64) fetch_ahead(run.in + block * kBytes + i);
             kUnpack(run.in + block * kBytes, unpacked);
             add_block<kTokens>(unpacked, run.x + block * kElements, run.x_stride, sums);
         }

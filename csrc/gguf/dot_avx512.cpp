@@ -84,8 +84,9 @@ struct DotNibbles {
     static void run_tokens(const DotRun& run) {
         NibbleSums<kTokens> sums;
         for (int64_t block = 0; block < run.blocks; ++block) {
-            const float* x = run.x + block * Block::kElements;
-            Block::template add<kTokens>(run.in + block * Block::kBytes, x, run.x_stride, sums);
+            const uint8_t* in = run.in + block * Block::kBytes;
+            for (int i = 0; i < Block::kBytes; i += 64) fetch_ahead(in + i);
+            Block::template add<kTokens>(in, run.x + block * Block::kElements, run.x_stride, sums);
         }
         for (int t = 0; t < kTokens; ++t) run.sums[t] = sum(sums.low[t] + sums.high[t]);
     }

@@ -1,5 +1,6 @@
 // Few-token inner loops, 8 lanes of float32.
 #include "common/avx2.h"
+#include "common/prefetch.h"
 #include "linear/linear.h"
 
 namespace entrenar {
@@ -120,6 +121,7 @@ void packed_dot_tokens(const uint8_t* packed, const float* scales, const float* 
     const int shift = __builtin_ctzll(static_cast<uint64_t>(block_size));
     __m256 sums[kTokens] = {};
     for (int64_t k = 0; k < columns; k += kHalf, packed += kHalf / 2) {
+        if (k % kChunk == 0) fetch_ahead(packed);
         const int64_t dwords = columns - k < kHalf ? (columns - k) / kDword : 8;
         const __m256i codes = dwords == 8 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
                                           : _mm256_maskload_epi32(reinterpret_cast<const int*>(packed), first_lanes(dwords));

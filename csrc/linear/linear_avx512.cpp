@@ -1,5 +1,6 @@
 // Few-token inner loops, 16 lanes of float32.
 #include "common/avx512.h"
+#include "common/prefetch.h"
 #include "linear/linear.h"
 
 namespace entrenar {
@@ -119,6 +120,7 @@ void packed_dot_tokens(const uint8_t* packed, const float* scales, const float* 
     __m512 sums[kTokens] = {};
     const int64_t chunks = columns / kChunk, left = columns % kChunk;
     for (int64_t chunk = 0; chunk < chunks; ++chunk, packed += kChunk / 2) {
+        fetch_ahead(packed);
         const __m512 scale = chunk_scales.of(scales, chunk);
         add_chunk<kTokens>(_mm512_loadu_si512(packed), values, scale, x + chunk * kChunk, x_stride, sums);
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/lanes.h"
+#include "common/prefetch.h"
 #include "symmetric/symmetric.h"
 
 namespace entrenar {
@@ -30,6 +31,7 @@ void dot_tokens(const int8_t* codes, const float* scales, int64_t block_size, in
     float rest[kTokens] = {};
     for (int64_t left = block_size - begin % block_size; begin < end; left = block_size, ++scales) {
         const int64_t count = end - begin < left ? end - begin : left;
+        for (int64_t i = 0; i < count; i += 64) fetch_ahead(codes + begin + i);
         add_block<kTokens>(codes + begin, count, *scales, x, x_stride, sums, rest);
         begin += count;
         x += count;

@@ -52,7 +52,7 @@ def test_the_familys_logits_and_gradients_stay_the_same(family: str) -> None:
 
 def test_llamas_modules_are_all_recognised() -> None:
     counts = use_fast_forwards(make_family("llama"))
-    assert counts == {"norms": 5, "gated MLPs": 2, "attention": 2, "layers": 0}  # which need bfloat16
+    assert counts == {"norms": 5, "gated MLPs": 2, "heads": 1, "attention": 2, "layers": 0}  # which need bfloat16
 
 
 def test_quantized_and_adapted_layers_in_bfloat16() -> None:
@@ -97,13 +97,36 @@ class OddMLP(LlamaMLP):
         return super().forward(x) * 1.1
 
 
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_the_head_gets_rows_that_lie_together(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_family("llama")
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    strides: list[tuple[int, ...]] = []
+    own = nn.Linear.forward
+
+    def seen(self: nn.Linear, x: Tensor) -> Tensor:
+        strides.append(x.stride())
+        return own(self, x)
+
+    use_fast_forwards(model)
+    monkeypatch.setattr(nn.Linear, "forward", seen)
+    last = torch.randn(rows, 9, head.in_features, requires_grad=True)
+    x = last[:, -1:]
+    found = head(x)
+    assert found.shape == (rows, 1, head.out_features)
+    assert strides == [(head.in_features, 1)]
+    torch.testing.assert_close(found, own(head, x))
+    assert torch.equal(torch.autograd.grad(found.sum(), last)[0], torch.autograd.grad(own(head, x).sum(), last)[0])
+
+
 def test_what_looks_alike_but_does_not_agree_stays() -> None:
     model = make_family("llama")
     layer: Any = model.get_submodule("model.layers.0")
     layer.input_layernorm.__class__, layer.mlp.__class__ = OddNorm, OddMLP
     expected = logits(model)
     counts = use_fast_forwards(model)
-    assert counts == {"norms": 4, "gated MLPs": 1, "attention": 2, "layers": 0}
+    assert counts == {"norms": 4, "gated MLPs": 1, "heads": 1, "attention": 2, "layers": 0}
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -37,6 +37,9 @@ def use_fast_forwards(model: PreTrainedModel) -> Counter[str]:
         for kind, candidates, samples in _isolated(module):
             if _install(module, candidates, samples):
                 counts[kind] += 1
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        counts["heads"] += _install(head, [head_forward], [sample(head.in_features, head.weight)])
     counts["attention"] = _use_fast_attention(model)
     counts["layers"] = use_fast_layers(model)
     _LOG.info("faster forwards: %s", ", ".join(f"{count} {kind}" for kind, count in counts.items()))
@@ -71,6 +74,16 @@ def gated_mlp_forward(self: Any, x: Tensor, *, kind: str) -> Tensor:
     gate, up = grouped_linears(x, (self.gate_proj, self.up_proj))
     make = partial(gated_activation, kind=kind)
     return self.down_proj(with_recipe(make(gate, up), make, gate, up))
+
+
+def head_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """An output head's forward, over rows that lie together.
+
+    `generate` asks for the logits of each prompt's last token, a slice whose strides send PyTorch's bfloat16 product to
+    a loop of single numbers (torch 2.13 on a CPU): 2.7 s in place of 6 ms for 32 prompts and SmolLM2's vocabulary.
+    """
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
+    return type(self).forward(self, rows).view(*hidden_states.shape[:-1], self.out_features)
 
 
 def _use_fast_attention(model: PreTrainedModel) -> int:
