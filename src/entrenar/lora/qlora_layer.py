@@ -79,10 +79,13 @@ class QLoRALayer(AdapterLayer):
 
     def member(self) -> Member:
         """The layer, dropout aside, as ops/adapted_linear.py takes it."""
-        parts = (self.base.linear_weight(), self.base.bias, self.lora_a, self.lora_b, self.scale)
-        if self._member is None or any(x is not y for x, y in zip(self._member.parts, parts, strict=True)):
-            self._member = Member(*parts)  # it keeps its native view: the same one for as long as it can be
-        return self._member
+        base, own = self.base, self._parameters
+        weight, bias, a, b = base.linear_weight(), base._parameters.get("bias"), own["lora_a"], own["lora_b"]
+        kept = self._member  # it keeps its native view: the same one for as long as it can be
+        same = kept is not None and kept.weight is weight and kept.bias is bias and kept.a is a and kept.b is b
+        if kept is None or not same or kept.scale != self.scale:
+            kept = self._member = Member(weight, bias, a, b, self.scale)
+        return kept
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes: all but addresses."""

@@ -26,11 +26,6 @@ class Member:
     b: Tensor | None = None
     scale: float = 1.0
 
-    @property
-    def parts(self) -> tuple[object, ...]:
-        """What it was made of, in order."""
-        return self.weight, self.bias, self.a, self.b, self.scale
-
     def native(self) -> "_Native":
         """The layer as csrc/adapted takes it: made once for a packed weight, and again where a tensor has moved or was
         converted."""

@@ -25,6 +25,8 @@ class QuantizedLinear(nn.Module):
     FSDP2 treat them as any other parameter. The compute dtype is that of x.
     """
 
+    runs_alone = False  # it has nothing but its member to compute
+
     def __init__(self, weight: QuantizedTensor, bias: Tensor | None = None) -> None:
         """Take over a quantized weight (d_out, d_in) and an optional bias (d_out,).
 
@@ -92,16 +94,24 @@ def grouped_linears(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...
 class _Joinable(Protocol):
     """A frozen linear layer, adapted or not, that can be computed together with others over the same input."""
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether it has more than its member to compute at present."""
+        ...
+
     def member(self) -> Member: ...
 
 
 def can_join(layer: nn.Module) -> bool:
     """Whether a layer is frozen and has nothing but its member to compute: no dropout at work, no hook to be called."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
     bias = layer._parameters.get("bias")
-    trained = bias is not None and bias.requires_grad
-    known = hasattr(layer, "member") or (type(layer) is nn.Linear and not layer.weight.requires_grad)
-    return known and not trained and not getattr(layer, "runs_alone", False) and not any(hooks)
+    if bias is not None and bias.requires_grad:
+        return False
+    if type(layer) is nn.Linear:
+        return not layer.weight.requires_grad
+    return hasattr(layer, "member") and not cast(_Joinable, layer).runs_alone
 
 
 def member_of(layer: nn.Module) -> Member:
