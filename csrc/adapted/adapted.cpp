@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "adapted/group.h"
-
 #include "common/errors.h"
 #include "common/floats.h"
 #include "common/parallel.h"

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from entrenar.models import attention
 from entrenar.models.agreement import Forward, agree, recorded, sample
 from entrenar.models.fast_layers import use_fast_layers
+from entrenar.models.projected import Projected, rotating_by
 from entrenar.models.recognised import activation_kind
-from entrenar.models.rotation import rotating_by
 from entrenar.ops.gated_activation import gated_activation
 from entrenar.ops.recompute import with_recipe
 from entrenar.ops.rms_norm import rms_norm
@@ -116,24 +116,12 @@ def _install_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return False
 
 
-class _Projected:
-    """An attention module whose projections of one input are known already; all else is the module's own."""
-
-    def __init__(self, module: nn.Module, hidden_states: Tensor) -> None:
-        self._module = module
-        layers = [module.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
-        q, k, v = grouped_linears(hidden_states, layers)
-        self.q_proj, self.k_proj, self.v_proj = (lambda _: q), (lambda _: k), (lambda _: v)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 def _grouped_attention_forward(
     self: nn.Module, hidden_states: Tensor, *args: Any, forward: Forward, **kwargs: Any
 ) -> Any:
     """The class's forward over projections that are computed together."""
-    return forward(_Projected(self, hidden_states), hidden_states, *args, **kwargs)
+    q, k, v = grouped_linears(hidden_states, [self.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")])
+    return forward(Projected(self, q, k, v), hidden_states, *args, **kwargs)
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

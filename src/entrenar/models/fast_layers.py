@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from entrenar.models import attention
 from entrenar.models.agreement import TRIAL_TOKENS, Forward, agree, recorded
+from entrenar.models.projected import Projected, module_of, rotating_by
 from entrenar.models.recognised import activation_of, norm_of
-from entrenar.models.rotation import rotating_by
 from entrenar.ops.attention import native_width
 from entrenar.ops.residual_blocks import (
     AttentionBlock,
@@ -62,7 +62,7 @@ def use_fast_layers(model: PreTrainedModel) -> int:
     def observe(module: nn.Module, options: dict[str, Any]) -> None:
         known = options.keys() <= _OPTIONS and not options.get("dropout")
         if known and isinstance(options.get("scaling"), float):
-            scales[id(getattr(module, "_module", module))] = options["scaling"]
+            scales[id(module_of(module))] = options["scaling"]
 
     with attention.observing(observe):
         trials = recorded(model, layers)
@@ -163,23 +163,11 @@ def _run_own_attention(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, 
     if not plain or (layer.rotates and rotation is None):
         return None
     first, second = _blocks(layer, linears)
-    projected = _Projected(
-        module.self_attn, *attention_inputs(h, first, _contiguous(rotation) if layer.rotates else None)
-    )
+    inputs = attention_inputs(h, first, _contiguous(rotation) if layer.rotates else None)
+    # The class's forward finds all of it done but to attend.
+    projected = Projected(module.self_attn, *inputs, q_norm=_same, k_norm=_same, o_proj=_same)
     attended = layer.attend(projected, hidden_states=h, **kwargs)[0]
     return mlp_block(attention_output(h, attended, first.output), second, Keep.NOTHING)
-
-
-class _Projected:
-    """An attention module for which all is done but to attend: what it would compute of its input is known."""
-
-    def __init__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self._module = module
-        self.q_proj, self.k_proj, self.v_proj = (lambda _: q), (lambda _: k), (lambda _: v)
-        self.q_norm = self.k_norm = self.o_proj = _same
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 def _same(x: Tensor) -> Tensor:

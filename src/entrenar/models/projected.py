@@ -1,4 +1,4 @@
-"""The rotation that an attention module of transformers calls by a name of its own module."""
+"""The forward of an attention class of transformers over parts that are computed already, and with another rotation."""
 
 import sys
 from collections.abc import Callable
@@ -19,3 +19,20 @@ def rotating_by(forward: Any, rotate: Rotate) -> FunctionType | None:
     changed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     changed.__kwdefaults__ = forward.__kwdefaults__
     return changed
+
+
+class Projected:
+    """An attention module whose projections of its input are known; what `parts` does not replace is its own."""
+
+    def __init__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, **parts: Any) -> None:
+        self._module = module
+        self.q_proj, self.k_proj, self.v_proj = (lambda _: q), (lambda _: k), (lambda _: v)
+        vars(self).update(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def module_of(module: Any) -> Any:
+    """The module itself, given it or a Projected of it."""
+    return module._module if isinstance(module, Projected) else module
