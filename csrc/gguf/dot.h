@@ -2,19 +2,15 @@
 #pragma once
 
 #include "common/prefetch.h"
+#include "common/tokens.h"
 #include "gguf/unpack.h"
 
 namespace entrenar::gguf {
 namespace {
 
-// The instance of a kernel for as many tokens as there are.
 template <class Kernel>
-void for_tokens(const DotRun& run) {
-    const auto chosen = run.tokens == 1   ? Kernel::template run_tokens<1>
-                        : run.tokens == 2 ? Kernel::template run_tokens<2>
-                        : run.tokens == 3 ? Kernel::template run_tokens<3>
-                                          : Kernel::template run_tokens<4>;
-    chosen(run);
+void dot_with(const DotRun& run) {
+    for_tokens(run.tokens, [&](auto count) { Kernel::template run_tokens<count>(run); });
 }
 
 template <void (*kUnpack)(const uint8_t*, Unpacked&), int kBytes, int kElements, int kGroup, int kOffset, bool kFifth>
@@ -67,7 +63,7 @@ struct DotBlocks {
         for (int t = 0; t < kTokens; ++t) run.sums[t] = sum(sums.even[t] + sums.odd[t]);
     }
 
-    static void run(const DotRun& run) { for_tokens<DotBlocks>(run); }
+    static void run(const DotRun& run) { dot_with<DotBlocks>(run); }
 };
 
 constexpr Dot kDot = table_of<Dot, DotBlocks>();

@@ -94,10 +94,10 @@ struct DotNibbles {
 
 constexpr Dot with_nibbles() {
     Dot table = kDot;
-    table.q4_0 = for_tokens<DotNibbles<Q4_0>>;
-    table.q4_1 = for_tokens<DotNibbles<Q4_1>>;
-    table.q4_k = for_tokens<DotNibbles<Q4_K>>;
-    table.iq4_nl = for_tokens<DotNibbles<Iq4Nl>>;
+    table.q4_0 = dot_with<DotNibbles<Q4_0>>;
+    table.q4_1 = dot_with<DotNibbles<Q4_1>>;
+    table.q4_k = dot_with<DotNibbles<Q4_K>>;
+    table.iq4_nl = dot_with<DotNibbles<Iq4Nl>>;
     return table;
 }
 

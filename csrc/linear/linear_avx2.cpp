@@ -1,6 +1,7 @@
 // Few-token inner loops, 8 lanes of float32.
 #include "common/avx2.h"
 #include "common/prefetch.h"
+#include "common/tokens.h"
 #include "linear/linear.h"
 
 namespace entrenar {
@@ -133,11 +134,9 @@ void packed_dot_tokens(const uint8_t* packed, const float* scales, const float* 
 
 void packed_dot(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size, const float* x,
                 int64_t x_stride, int64_t tokens, int64_t columns, float* sums) {
-    const auto chosen = tokens == 1   ? packed_dot_tokens<1>
-                        : tokens == 2 ? packed_dot_tokens<2>
-                        : tokens == 3 ? packed_dot_tokens<3>
-                                      : packed_dot_tokens<4>;
-    chosen(packed, scales, codebook, block_size, x, x_stride, columns, sums);
+    for_tokens(tokens, [&](auto count) {
+        packed_dot_tokens<count>(packed, scales, codebook, block_size, x, x_stride, columns, sums);
+    });
 }
 
 }  // namespace

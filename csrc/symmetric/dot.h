@@ -3,6 +3,7 @@
 
 #include "common/lanes.h"
 #include "common/prefetch.h"
+#include "common/tokens.h"
 #include "symmetric/symmetric.h"
 
 namespace entrenar {
@@ -41,11 +42,7 @@ void dot_tokens(const int8_t* codes, const float* scales, int64_t block_size, in
 
 void dot_int8(const int8_t* codes, const float* scales, int64_t block_size, int64_t begin, int64_t end, const float* x,
               int64_t x_stride, int64_t tokens, float* sums) {
-    const auto chosen = tokens == 1   ? dot_tokens<1>
-                        : tokens == 2 ? dot_tokens<2>
-                        : tokens == 3 ? dot_tokens<3>
-                                      : dot_tokens<4>;
-    chosen(codes, scales, block_size, begin, end, x, x_stride, sums);
+    for_tokens(tokens, [&](auto count) { dot_tokens<count>(codes, scales, block_size, begin, end, x, x_stride, sums); });
 }
 
 }  // namespace

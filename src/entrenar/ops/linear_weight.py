@@ -17,12 +17,7 @@ from entrenar.ops import native
 from entrenar.ops.blocks import block_count
 from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.library import compute
-from entrenar.ops.linear_codebook import (
-    accepts,
-    codebook_product,
-    codebook_transposed_product,
-    linear_codebook,
-)
+from entrenar.ops.linear_codebook import accepts, codebook_product, codebook_transposed_product, linear_codebook
 from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of, decode_rows, gguf_panels
 from entrenar.ops.multiply import (
     Term,
