@@ -58,8 +58,12 @@ int read_group(bool reads_x, Group* group) {
         member.offset = group->width;
         group->width += member.padded_rank();
     }
+    if (view.u != nullptr) {
+        if (!hidden_elements(view.members, view.count, view.tokens, &elements)) return kBadSize;
+        if (const int error = check_buffer(view.u, view.u_bytes, elements, 2)) return error;
+    }
     // A backward without factors has no use for x.
-    return reads_x || group->width > 0 ? check_buffer(view.x, view.x_bytes, elements, 2) : kOk;
+    return reads_x || group->width > 0 ? check_buffer(view.x, view.x_bytes, view.tokens * view.inner, 2) : kOk;
 }
 
 Sum into(int64_t rows, int64_t columns, void* data, int64_t stride, int dtype, float alpha = 1.0f) {
@@ -74,11 +78,12 @@ Sum hidden_product(const Group& group, const Source& stacked, uint16_t* u) {
 }
 
 int forward(const Group& group) {
-    char* scratch = thread_scratch((group.view.tokens * group.width + kStep) * 2, Scratch::call);
-    if (scratch == nullptr) return kNoMemory;
-    auto* u = reinterpret_cast<uint16_t*>(scratch);
-    std::memset(u + group.view.tokens * group.width, 0, kStep * 2);  // the last row's step may reach so far
+    auto* u = static_cast<uint16_t*>(group.view.u);
     if (group.width > 0) {
+        const int64_t elements = group.view.tokens * group.width;
+        if (u == nullptr) u = reinterpret_cast<uint16_t*>(thread_scratch((elements + kStep) * 2, Scratch::call));
+        if (u == nullptr) return kNoMemory;
+        std::memset(u + elements, 0, kStep * 2);  // the last row's step may reach so far
         const Source stacked = group.stacked_a();
         if (const int error = multiply_sums(group.kernel, {hidden_product(group, stacked, u)}, group.threads)) return error;
     }
@@ -157,7 +162,8 @@ void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, c
     }
 }
 
-// What a backward makes on its way: v and u (M, R), each with zeros behind it, and both transposed, (R, padded).
+// What a backward makes on its way: v and u (M, R), each with zeros behind it, and both transposed, (R, padded). u may be
+// the forward's.
 struct Hidden {
     uint16_t *v, *u, *v_turned, *u_turned, *packed;
     int64_t padded;
@@ -174,6 +180,7 @@ struct Hidden {
         if (v == nullptr) return false;
         u = v + plain, v_turned = u + plain, u_turned = v_turned + turned, packed = u_turned + turned;
         for (uint16_t* each : {v, u}) std::memset(each + plain - kStep, 0, kStep * 2);
+        if (group.view.u != nullptr) u = static_cast<uint16_t*>(group.view.u);
         return true;
     }
 
@@ -192,7 +199,8 @@ int backward(const Group& group) {
     Hidden made;
     if (!made.make(group)) return kNoMemory;
     const Source stacked = group.stacked_a(), x = plain_source(group.view.x, group.view.tokens, group.view.inner);
-    std::vector<Sum> first{hidden_product(group, stacked, made.u)};
+    std::vector<Sum> first;
+    if (group.view.u == nullptr) first.push_back(hidden_product(group, stacked, made.u));
     add_passed_back(group, made.v, &first);
     if (const int error = multiply_sums(group.kernel, first, group.threads)) return error;
     made.transpose(group);
@@ -222,6 +230,13 @@ int check_member(const MemberView& view, int64_t inner, bool backward) {
     Member member;
     if (const int error = read_member(view, inner, &member)) return error;
     return backward ? check_gradients(view, inner) : kOk;
+}
+
+bool hidden_elements(const MemberView* members, int64_t count, int64_t tokens, int64_t* elements) {
+    int64_t width = 0;
+    for (int64_t i = 0; i < count; ++i) width += divide_up(members[i].rank, kStrip) * kStrip;
+    if (!multiply(tokens, width, elements)) return false;
+    return width == 0 || !__builtin_add_overflow(*elements, kStep, elements);
 }
 
 int adapted_forward(const GroupView& view, int threads) {

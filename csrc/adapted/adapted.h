@@ -32,6 +32,9 @@ struct GroupView {
     int64_t dx_bytes;
     const void* residual;  // (M, O) bfloat16, added to the only member's result, or null
     int64_t residual_bytes;
+    void* u;  // x·Aᵀ of all members and zeros behind it, hidden_elements() bfloat16: a forward writes it, a backward reads it;
+              // null: room is found, and it is made again
+    int64_t u_bytes;
     int64_t tokens, inner, count;
     const MemberView* members;
 };
@@ -39,6 +42,10 @@ struct GroupView {
 // Error unless a member of a group over `inner` columns is in order, and in a backward its room for gradients. Its y is not
 // looked at: a caller made of several operations checks all their members before the first.
 int check_member(const MemberView& member, int64_t inner, bool backward);
+
+// Elements of u of a group: (tokens, R), every member's rank rounded up to a whole strip, and a step of zeros; 0 where no
+// member has a rank. False where that overflows.
+bool hidden_elements(const MemberView* members, int64_t count, int64_t tokens, int64_t* elements);
 
 // y = x·Wᵀ + bias + (x·Aᵀ)·(scale·B)ᵀ of every member.
 int adapted_forward(const GroupView& view, int threads);

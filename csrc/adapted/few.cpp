@@ -72,6 +72,7 @@ bool takes_few_tokens(const Group& group) {
     const auto dense = [](const Member& member) {
         return member.weight.view.kind == static_cast<int32_t>(SourceKind::dense);
     };
+    if (group.view.u != nullptr) return false;  // this way makes u in another form
     const bool any_dense = std::any_of(group.members.begin(), group.members.end(), dense);
     return group.view.tokens <= (any_dense ? kMaxPackedTokens / 2 : kMaxPackedTokens);  // those need no decoding
 }

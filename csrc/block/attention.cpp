@@ -28,17 +28,17 @@ namespace entrenar {
 // attention itself is somebody else's: one with a cache).
 enum class Pass { forward, backward, inputs };
 
-// Forward: `out` is the result, and what of x, q, k, v, o and lse has a buffer is kept there for the backward. Backward:
-// `out` is the gradient of the result, `dh` that of h; what was not kept is made again. q and k are kept rotated, or, where
-// they have norms, as they came from their layers.
+// Forward: `out` is the result, and what of x, q, k, v, o, lse, u and output_u (of q, k and v, and of output) has a buffer is
+// kept there for the backward. Backward: `out` is the gradient of the result, `dh` that of h; what was not kept is made
+// again. q and k are kept rotated, or, where they have norms, as they came from their layers.
 struct AttentionBlockView {
     int64_t batch, tokens, hidden, heads, kv_heads, width;
     NormView norm, q_norm, k_norm;
-    BufferView h, x, q, k, v, o, lse, out, dh;  // lse (B, H, T) float32
-    BufferView cos, sin;                        // (rotary_batches, T, rotated) of rotary_dtype; null: no rotation
+    BufferView h, x, q, k, v, o, lse, u, output_u, out, dh;  // lse (B, H, T) float32
+    BufferView cos, sin;                                     // (rotary_batches, T, rotated) of rotary_dtype; null: no rotation
     int64_t rotary_batches, rotated;
-    BufferView starts;                          // (B, T) int32, or null
-    MemberView members[4];                      // q, k, v, output
+    BufferView starts;                                       // (B, T) int32, or null
+    MemberView members[4];                                   // q, k, v, output
     float scale;
     int32_t rotary_dtype;
 };
@@ -100,7 +100,8 @@ int check(const AttentionBlockView& view, Pass pass) {
         if (each.buffer.data == nullptr && !each.needed) continue;
         if (const int error = check_buffer(each.buffer.data, each.buffer.bytes, each.elements, each.bytes)) return error;
     }
-    return kOk;
+    if (const int error = check_hidden(view.u, view.members, 3, sizes.rows)) return error;
+    return check_hidden(view.output_u, view.members + 3, 1, sizes.rows);
 }
 
 struct Values {
@@ -156,7 +157,7 @@ int compute(const AttentionBlockView& view, const Values& values, const Needs& n
         const MemberView members[3] = {member_at(view.members[0], values.raw_q, sizes.rows),
                                        member_at(view.members[1], values.raw_k, sizes.rows),
                                        member_at(view.members[2], values.v, sizes.rows)};
-        const GroupView group = group_of(values.x, nullptr, sizes.rows, view.hidden, members, 3);
+        const GroupView group = group_of(values.x, nullptr, view.u, sizes.rows, view.hidden, members, 3);
         if (const int error = adapted_forward(group, threads)) return error;
     }
     if (values.raw_q != values.q && (needs.projections || has_norms(view))) {
@@ -203,7 +204,7 @@ int forward(const AttentionBlockView& view, int threads) {
     const Values values = place_values(view, sizes, &pieces);
     if (const int error = compute(view, values, {true, true, true}, pieces.take(sizes.queries), threads)) return error;
     const MemberView output = member_at(view.members[3], view.out.data, sizes.rows);
-    GroupView group = group_of(values.o, nullptr, sizes.rows, view.heads * view.width, &output, 1);
+    GroupView group = group_of(values.o, nullptr, view.output_u, sizes.rows, view.heads * view.width, &output, 1);
     group.residual = view.h.data;
     group.residual_bytes = sizes.hidden * 2;
     return adapted_forward(group, threads);
@@ -258,7 +259,7 @@ int backward(const AttentionBlockView& view, int threads) {
     const bool attention = view.o.data == nullptr || view.lse.data == nullptr;
     if (const int error = compute(view, values, {view.x.data == nullptr, projections, attention}, between, threads)) return error;
     const MemberView output = member_at(view.members[3], view.out.data, sizes.rows);
-    const GroupView last = group_of(values.o, d_o, sizes.rows, view.heads * view.width, &output, 1);
+    const GroupView last = group_of(values.o, d_o, view.output_u, sizes.rows, view.heads * view.width, &output, 1);
     if (const int error = adapted_backward(last, threads)) return error;
     const AttentionView inner = attention_of(view, values);
     if (const int error = entrenar_attention_backward(&inner, values.o, sizes.queries * 2, d_o, sizes.queries * 2, values.lse,
@@ -270,7 +271,8 @@ int backward(const AttentionBlockView& view, int threads) {
     if (const int error = prepare_backward(view, view.k_norm, values.raw_k, view.kv_heads, between_k, &dk, threads)) return error;
     const MemberView members[3] = {member_at(view.members[0], dq, sizes.rows), member_at(view.members[1], dk, sizes.rows),
                                    member_at(view.members[2], dv, sizes.rows)};
-    if (const int error = adapted_backward(group_of(values.x, dx, sizes.rows, view.hidden, members, 3), threads)) return error;
+    const GroupView first = group_of(values.x, dx, view.u, sizes.rows, view.hidden, members, 3);
+    if (const int error = adapted_backward(first, threads)) return error;
     return norm_backward(view.norm, dx, view.h.data, view.out.data, sizes.rows, view.hidden, view.dh.data, threads);
 }
 

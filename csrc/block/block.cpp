@@ -42,9 +42,16 @@ MemberView member_at(const MemberView& member, void* y, int64_t tokens) {
     return placed;
 }
 
-GroupView group_of(const void* x, void* dx, int64_t tokens, int64_t inner, const MemberView* members, int64_t count) {
+GroupView group_of(const void* x, void* dx, const BufferView& u, int64_t tokens, int64_t inner, const MemberView* members,
+                   int64_t count) {
     const int64_t bytes = tokens * inner * 2;
-    return {x, x ? bytes : 0, dx, dx ? bytes : 0, nullptr, 0, tokens, inner, count, members};
+    return {x, x ? bytes : 0, dx, dx ? bytes : 0, nullptr, 0, u.data, u.bytes, tokens, inner, count, members};
+}
+
+int check_hidden(const BufferView& u, const MemberView* members, int64_t count, int64_t tokens) {
+    int64_t elements = 0;
+    if (u.data == nullptr) return kOk;
+    return hidden_elements(members, count, tokens, &elements) ? check_buffer(u.data, u.bytes, elements, 2) : kBadSize;
 }
 
 bool Pieces::allocate() {

@@ -34,7 +34,10 @@ int norm_backward(const NormView& norm, const void* grad, const void* x, const v
 
 // A member whose result, or its gradient, is at `y`.
 MemberView member_at(const MemberView& member, void* y, int64_t tokens);
-GroupView group_of(const void* x, void* dx, int64_t tokens, int64_t inner, const MemberView* members, int64_t count);
+GroupView group_of(const void* x, void* dx, const BufferView& u, int64_t tokens, int64_t inner, const MemberView* members,
+                   int64_t count);
+// Error unless `u` is null or room for what the factors make of a group's input.
+int check_hidden(const BufferView& u, const MemberView* members, int64_t count, int64_t tokens);
 
 // Pieces of one scratch, 64 bytes apart.
 class Pieces {

@@ -15,12 +15,12 @@ int entrenar_gated_activation_backward(const void* grad, int64_t grad_bytes, con
 
 namespace entrenar {
 
-// Forward: `out` is the result, and what of x, gate, up and product has a buffer is kept there for the backward. Backward:
-// `out` is the gradient of the result, `dh` that of h; what was not kept is made again.
+// Forward: `out` is the result, and what of x, gate, up, product, u and down_u (of gate and up, and of down) has a buffer is
+// kept there for the backward. Backward: `out` is the gradient of the result, `dh` that of h; what was not kept is made again.
 struct MlpBlockView {
     int64_t tokens, hidden, inner;
     NormView norm;
-    BufferView h, x, gate, up, product, out, dh;
+    BufferView h, x, gate, up, product, u, down_u, out, dh;
     MemberView members[3];  // gate, up, down
     int32_t activation, unused;
 };
@@ -48,7 +48,8 @@ int check(const MlpBlockView& view, bool backward) {
         if (kept->data == nullptr) continue;
         if (const int error = check_buffer(kept->data, kept->bytes, wide, 2)) return error;
     }
-    return kOk;
+    if (const int error = check_hidden(view.u, view.members, 2, view.tokens)) return error;
+    return check_hidden(view.down_u, view.members + 2, 1, view.tokens);
 }
 
 // Where the values between are: the caller's buffers, or scratch.
@@ -80,7 +81,7 @@ int compute(const MlpBlockView& view, const Values& values, const Needs& needs, 
     if (needs.gates) {
         const MemberView members[2] = {member_at(view.members[0], values.gate, view.tokens),
                                        member_at(view.members[1], values.up, view.tokens)};
-        const GroupView group = group_of(values.x, nullptr, view.tokens, view.hidden, members, 2);
+        const GroupView group = group_of(values.x, nullptr, view.u, view.tokens, view.hidden, members, 2);
         if (const int error = adapted_forward(group, threads)) return error;
     }
     if (!needs.product) return kOk;
@@ -96,7 +97,7 @@ int forward(const MlpBlockView& view, int threads) {
     const Values values = place_values(view, narrow, wide, &pieces);
     if (const int error = compute(view, values, {true, true, true}, threads)) return error;
     const MemberView down = member_at(view.members[2], view.out.data, view.tokens);
-    GroupView group = group_of(values.product, nullptr, view.tokens, view.inner, &down, 1);
+    GroupView group = group_of(values.product, nullptr, view.down_u, view.tokens, view.inner, &down, 1);
     group.residual = view.h.data;
     group.residual_bytes = narrow * 2;
     return adapted_forward(group, threads);
@@ -117,16 +118,16 @@ int backward(const MlpBlockView& view, int threads) {
     const Needs needs{view.x.data == nullptr, view.gate.data == nullptr || view.up.data == nullptr, view.product.data == nullptr};
     if (const int error = compute(view, values, needs, threads)) return error;
     const MemberView down = member_at(view.members[2], view.out.data, view.tokens);
-    if (const int error = adapted_backward(group_of(values.product, dproduct, view.tokens, view.inner, &down, 1), threads)) {
-        return error;
-    }
+    const GroupView last = group_of(values.product, dproduct, view.down_u, view.tokens, view.inner, &down, 1);
+    if (const int error = adapted_backward(last, threads)) return error;
     if (const int error = entrenar_gated_activation_backward(dproduct, wide * 2, values.gate, wide * 2, values.up, wide * 2,
                                                              dgate, wide * 2, dup, wide * 2, wide, view.activation, kBfloat16,
                                                              threads)) {
         return error;
     }
     const MemberView members[2] = {member_at(view.members[0], dgate, view.tokens), member_at(view.members[1], dup, view.tokens)};
-    if (const int error = adapted_backward(group_of(values.x, dx, view.tokens, view.hidden, members, 2), threads)) return error;
+    const GroupView first = group_of(values.x, dx, view.u, view.tokens, view.hidden, members, 2);
+    if (const int error = adapted_backward(first, threads)) return error;
     return norm_backward(view.norm, dx, view.h.data, view.out.data, view.tokens, view.hidden, view.dh.data, threads);
 }
 

@@ -97,7 +97,7 @@ def test_calls_that_ask_for_more_go_the_classs_own_way(monkeypatch: pytest.Monke
     def refuse(*_: object) -> Tensor:
         raise AssertionError("the block was used")
 
-    monkeypatch.setattr(fast_layers, "attention_block", refuse)
+    monkeypatch.setattr(fast_layers, "decoder_layer", refuse)
     with pytest.raises(AssertionError):
         fast(input_ids=IDS, use_cache=False)
     assert fast.generate(input_ids=IDS, max_new_tokens=3, do_sample=False).shape == (2, 23)  # pyright: ignore[reportCallIssue]

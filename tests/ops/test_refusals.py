@@ -30,18 +30,21 @@ pytestmark = pytest.mark.usefixtures("native_path")
 
 # Each function's view, and the fields of it that may be null.
 VIEWS: dict[str, tuple[Any, set[str]]] = {
-    "entrenar_adapted": (adapted_native._GroupView, {"residual"}),
-    "entrenar_adapted_backward": (adapted_native._GroupView, {"dx"}),
+    "entrenar_adapted": (adapted_native._GroupView, {"residual", "u"}),
+    "entrenar_adapted_backward": (adapted_native._GroupView, {"dx", "u"}),
     "entrenar_attention": (attention._View, {"starts"}),
     "entrenar_attention_backward": (attention._View, {"starts"}),
-    "entrenar_mlp_block": (residual_blocks._MlpView, {f"{name}.data" for name in ("x", "gate", "up", "product")}),
+    "entrenar_mlp_block": (
+        residual_blocks._MlpView,
+        {f"{name}.data" for name in ("x", "gate", "up", "product", "u", "down_u")},
+    ),
     "entrenar_attention_block": (
         residual_blocks._AttentionView,
-        {f"{name}.data" for name in ("x", "q", "k", "v", "o", "lse", "starts")},
+        {f"{name}.data" for name in ("x", "q", "k", "v", "o", "lse", "u", "output_u", "starts")},
     ),
 }
 VIEWS["entrenar_attention_inputs"] = (
-    residual_blocks._AttentionView, {f"{name}.data" for name in ("x", "o", "lse", "out", "starts")},
+    residual_blocks._AttentionView, {f"{name}.data" for name in ("x", "o", "lse", "u", "output_u", "out", "starts")},
 )  # fmt: skip
 VIEWS |= {f"{name}_backward": VIEWS[name] for name in ("entrenar_mlp_block", "entrenar_attention_block")}
 

@@ -7,6 +7,7 @@ dropout, hooks on the parts) goes the class's own way.
 
 from dataclasses import dataclass
 from functools import partial
+from operator import is_not
 from types import MethodType
 from typing import Any
 
@@ -18,15 +19,16 @@ from entrenar.models import attention
 from entrenar.models.agreement import TRIAL_TOKENS, Forward, agree, recorded
 from entrenar.models.projected import Projected, module_of, rotating_by
 from entrenar.models.recognised import activation_of, norm_of
+from entrenar.ops.adapted_native import Member
 from entrenar.ops.attention import native_width
 from entrenar.ops.residual_blocks import (
     AttentionBlock,
     Keep,
     MlpBlock,
     Norm,
-    attention_block,
     attention_inputs,
     attention_output,
+    decoder_layer,
     mlp_block,
     serves,
 )
@@ -35,6 +37,7 @@ from entrenar.quant.linear import can_join, member_of
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _KEEP = "_entrenar_keep"  # attribute of a layer
+_BLOCKS = "_blocks"  # attribute of its description: the blocks of the members met last
 # What a layer may ask of attention beside a scale; windows are in the mask.
 _OPTIONS = {"dropout", "scaling", "position_ids", "use_cache", "sliding_window"}
 
@@ -88,7 +91,7 @@ def set_keep(layer: nn.Module, choice: Keep) -> None:
 
 
 def _linears(layer: Any) -> list[nn.Module]:
-    attention, mlp = layer.self_attn._modules, layer.mlp._modules
+    attention, mlp = (layer._modules[name]._modules for name in ("self_attn", "mlp"))  # quicker than as attributes
     return [attention[name] for name in _PROJECTIONS] + [mlp[name] for name in _GATED]
 
 
@@ -150,7 +153,7 @@ def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tenso
     rotation, starts = wanted
     keep = getattr(module, _KEEP, Keep.DEAR) if torch.is_grad_enabled() else Keep.NOTHING
     first, second = _blocks(layer, linears)
-    return mlp_block(attention_block(h, first, rotation, starts, keep), second, keep)
+    return decoder_layer(h, first, second, rotation, starts, keep)
 
 
 def _run_own_attention(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -179,15 +182,19 @@ def _not_rotated(q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(layer: _Layer, linears: list[nn.Module]) -> tuple[AttentionBlock, MlpBlock]:
-    q, k, v, output, gate, up, down = map(member_of, linears)
-    first = AttentionBlock(layer.norms[0], q, k, v, output, layer.width, layer.scale, *layer.head_norms)
-    return first, MlpBlock(layer.norms[1], gate, up, down, layer.activation)
+    members = list(map(member_of, linears))
+    kept: tuple[list[Member], AttentionBlock, MlpBlock] | None = layer.__dict__.get(_BLOCKS)
+    if kept is None or any(map(is_not, kept[0], members)):
+        q, k, v, output, gate, up, down = members
+        first = AttentionBlock(layer.norms[0], q, k, v, output, layer.width, layer.scale, *layer.head_norms)
+        kept = members, first, MlpBlock(layer.norms[1], gate, up, down, layer.activation)
+        layer.__dict__[_BLOCKS] = kept
+    return kept[1], kept[2]
 
 
 def _is_watched(module: Any) -> bool:
     """Whether a part has hooks, which must be called."""
-    parts = (module.self_attn, module.mlp, module.input_layernorm, module.post_attention_layernorm)
-    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module._modules.values())
 
 
 def _attention_inputs(
@@ -195,14 +202,15 @@ def _attention_inputs(
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None] | None:
     """Rotation and first keys of a call, if it is one of the blocks' kind."""
     mask, rotation = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+    own = module._modules["self_attn"]
     starts = None if mask is None else attention.first_keys(mask)
     plain = (
         serves(h)
         and kwargs.get("past_key_values") is None
         and not kwargs.get("use_cache")
         and (mask is None or (starts is not None and starts.shape == h.shape[:2]))
-        and module.self_attn.config._attn_implementation == attention.NAME
-        and not (module.training and getattr(module.self_attn, "attention_dropout", 0.0))
+        and own.config._attn_implementation == attention.NAME
+        and not (module.training and getattr(own, "attention_dropout", 0.0))
         and not _is_watched(module)
         and not any(norm.weight.requires_grad for norm in layer.norms)
     )

@@ -15,6 +15,8 @@ from entrenar.ops import native
 from entrenar.ops.linear_weight import LinearWeight
 from entrenar.ops.multiply import Source, Weight, dense_weight
 
+_STRIP, _STEP = 16, 32  # csrc/matmul/matmul.h
+
 
 @dataclass(frozen=True)
 class Member:
@@ -29,11 +31,10 @@ class Member:
     def native(self) -> "_Native":
         """The layer as csrc/adapted takes it: made once for a packed weight, and again where a tensor has moved or was
         converted."""
-        weight, where = self.weight.source(), _places(self.bias, self.a, self.b)
         made: _Native | None = self.__dict__.get("_native")
-        if made is None or made.weight is not weight or made.where != where:
-            made = _native_of(self, weight)
-            if weight.is_current():  # else its source may be a copy of the whole weight, made for this call
+        if made is None or not made.is_current():
+            made = _native_of(self)
+            if made.is_current():  # else it points into copies, made for this call
                 self.__dict__["_native"] = made
         return made
 
@@ -67,6 +68,12 @@ def with_factors(members: Sequence[Member], factors: Sequence[Tensor]) -> list[M
     return found
 
 
+def hidden_bytes(members: Sequence[Member], tokens: int) -> int:
+    """Bytes of a group's products with its factors A, as csrc/adapted lays them out; 0 where no member has any."""
+    width = sum(-(-member.a.shape[0] // _STRIP) * _STRIP for member in members if member.a is not None)
+    return (tokens * width + _STEP) * 2 if width else 0
+
+
 # Gradients of A and B, for every member in use.
 Factors = list[tuple[Tensor | None, Tensor | None]]
 
@@ -89,7 +96,7 @@ def backward_native(tokens: Tensor | None, used: list[Used], wants_x: bool) -> t
     views = MemberViews([one.member for one in used])
     for index, one in enumerate(used):
         views.place(index, one.grad)
-    gradients = views.add_gradients()
+    gradients = add_gradients(views.array, [one.member for one in used])
     _run(_backward, tokens, (len(grad), inner), dx, views)
     return dx, gradients()
 
@@ -110,8 +117,9 @@ class _GroupView(ctypes.Structure):
 
     _fields_ = (
         ("x", ctypes.c_void_p), ("x_bytes", ctypes.c_int64), ("dx", ctypes.c_void_p), ("dx_bytes", ctypes.c_int64),
-        ("residual", ctypes.c_void_p), ("residual_bytes", ctypes.c_int64), ("tokens", ctypes.c_int64),
-        ("inner", ctypes.c_int64), ("count", ctypes.c_int64), ("members", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p), ("residual_bytes", ctypes.c_int64), ("u", ctypes.c_void_p),
+        ("u_bytes", ctypes.c_int64), ("tokens", ctypes.c_int64), ("inner", ctypes.c_int64), ("count", ctypes.c_int64),
+        ("members", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -124,7 +132,7 @@ def _run(
     residual: Tensor | None = None,
 ) -> None:  # fmt: skip
     group = _GroupView(
-        *native.buffer(tokens), *native.buffer(dx), *native.buffer(residual), *shape, len(views.array),
+        *native.buffer(tokens), *native.buffer(dx), *native.buffer(residual), None, 0, *shape, len(views.array),
         ctypes.addressof(views.array),
     )  # fmt: skip
     function(ctypes.addressof(group), native.threads())
@@ -135,7 +143,6 @@ class MemberViews:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.array = (MemberView * len(members))()
-        self._members = members
         self._held: list[object] = []
         for index, member in enumerate(members):
             made = member.native()
@@ -147,30 +154,51 @@ class MemberViews:
         self.array[index].y, self.array[index].y_bytes = native.buffer(y)
         self._held.append(y)
 
-    def add_gradients(self) -> Callable[[], Factors]:
-        """Make room for the factors' gradients; what comes back gives them, in the factors' dtypes, after the call."""
-        rooms: list[tuple[Tensor, Tensor] | None] = []
-        for view, member in zip(self.array, self._members, strict=True):
-            if member.a is None or member.b is None:
-                rooms.append(None)
-                continue
-            da, db = (torch.empty(factor.shape, dtype=torch.float32) for factor in (member.a, member.b))
-            view.da, view.da_bytes = native.buffer(da)
-            view.db, view.db_bytes = native.buffer(db)
-            rooms.append((da, db))
-        return lambda: [_in_dtype_of(member, room) for member, room in zip(self._members, rooms, strict=True)]
+
+def add_gradients(views: ctypes.Array[MemberView], members: Sequence[Member]) -> Callable[[], Factors]:
+    """Make room for the factors' gradients, one tensor for all of them.
+
+    What comes back gives them, in the factors' dtypes, after the call.
+    """
+    factors = factors_of(members)
+    room = torch.empty(sum(factor.numel() for factor in factors), dtype=torch.float32)
+    at = room.data_ptr()
+    for view, member in zip(views, members, strict=True):
+        if member.a is not None and member.b is not None:
+            view.da, view.da_bytes = at, member.a.numel() * room.itemsize
+            view.db, view.db_bytes = at + view.da_bytes, member.b.numel() * room.itemsize
+            at += view.da_bytes + view.db_bytes
+
+    def gradients() -> Factors:
+        found, at = [], 0
+        for factor in factors:
+            part = room.as_strided(factor.shape, (factor.shape[1], 1), at)
+            found.append(part if factor.dtype == room.dtype else part.to(factor.dtype))
+            at += factor.numel()
+        each = iter(found)
+        return [(None, None) if member.a is None else (next(each), next(each)) for member in members]
+
+    return gradients
 
 
 class _Native(NamedTuple):
-    """A member's view, without places for results, what it points into, and `where` that lies if nothing was copied."""
+    """A member's view, without places for results, and what it was made of: the weight's source, and the member's own
+    tensors with how they lay; `held` are these as the view has them, the same memory or copies.
+    """
 
     view: MemberView
     weight: Weight
-    held: tuple[object, ...]
-    where: list[tuple[object, ...]] | None
+    own: tuple[Tensor, ...]
+    lay: list[tuple[object, ...]]
+    held: tuple[Tensor, ...]
+
+    def is_current(self) -> bool:
+        """Whether the view points at what the member's tensors are now."""
+        return self.weight.is_current() and _places(self.own) == self.lay
 
 
-def _native_of(member: Member, weight: Weight) -> _Native:
+def _native_of(member: Member) -> _Native:
+    weight = member.weight.source()
     view, held = MemberView(weight=weight.view), []
     if member.bias is not None:
         bias = member.bias.detach().to(torch.bfloat16).contiguous()
@@ -181,19 +209,13 @@ def _native_of(member: Member, weight: Weight) -> _Native:
         view.a, view.b = dense_weight(a).view, dense_weight(b).view
         view.rank, view.scale = len(a), member.scale
         held += [a, b]
-    where = _places(*held)
-    return _Native(view, weight, tuple(held), where if where == _places(member.bias, member.a, member.b) else None)
+    own = tuple(tensor for tensor in (member.bias, member.a, member.b) if tensor is not None)
+    return _Native(view, weight, own, _places(held), tuple(held))
 
 
-def _places(*tensors: Tensor | None) -> list[tuple[object, ...]]:
-    """Where tensors lie and how: memory that was freed may hold another dtype at the same address."""
-    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
-
-
-def _in_dtype_of(member: Member, room: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    if room is None or member.a is None or member.b is None:
-        return None, None
-    return room[0].to(member.a.dtype), room[1].to(member.b.dtype)
+def _places(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    """Where tensors lie and how: one may be given a view of its own memory as another dtype."""
+    return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
 
 
 def _usable(factor: Tensor) -> Tensor:

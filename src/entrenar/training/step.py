@@ -65,9 +65,11 @@ def update(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate(model, batches, parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm if max_grad_norm > 0 else math.inf)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     result = StepResult(loss, float(norm))
     if result.is_finite:
+        if 0 < max_grad_norm < result.grad_norm:  # most steps need no pass over the gradients
+            nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get(LR_RATIO, 1.0)
         optimizer.step()
