@@ -55,7 +55,7 @@ struct AttentionRows {
     // Σ a·b.
     float (*dot)(const uint16_t* a, const uint16_t* b, int64_t width);
     // One key's row against a chunk of queries, of which [first, last) count: p = e^(scale·score − lse) and
-    // ds = p·(dp − delta)·scale as bfloat16, 0 elsewhere up to `columns`, a multiple of 32.
+    // ds = p·(scale·dp − delta) as bfloat16, 0 elsewhere up to `columns`, a multiple of 32.
     void (*gradient)(const float* scores, const float* dp, const float* lse, const float* delta, int64_t first,
                      int64_t last, int64_t columns, float scale, uint16_t* p, uint16_t* ds);
     // out (count, width) bfloat16, rows `stride` apart, = the transpose of c (width, pitch).

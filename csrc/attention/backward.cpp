@@ -55,7 +55,7 @@ void prepare_head(const AttentionView& view, const AttentionKernels& kernels, co
     pack_rows(kernels.products, grad, gradients.grad.token, view.tokens, view.width, room.grad_rows);
     for (int64_t token = 0; token < view.tokens; ++token) {
         room.lse[token] = gradients.lse[(row * view.heads + head) * view.tokens + token];
-        room.delta[token] = kernels.rows.dot(grad + token * gradients.grad.token, out + token * gradients.out.token, view.width);
+        room.delta[token] = view.scale * kernels.rows.dot(grad + token * gradients.grad.token, out + token * gradients.out.token, view.width);
     }
     std::memset(room.dq, 0, static_cast<size_t>(room.padded * view.width) * 4);
 }

@@ -86,9 +86,9 @@ void gradient(const float* scores, const float* dp, const float* lse, const floa
               int64_t columns, float scale, uint16_t* p, uint16_t* ds) {
     over_range(first, last, [&](int64_t c, Ints lanes) {
         const Floats power = exp_below_overflow(fused(load<Floats>(scores + c), all(scale), -load<Floats>(lse + c)));
-        const Floats off = load<Floats>(dp + c) - load<Floats>(delta + c);
+        const Floats off = fused(load<Floats>(dp + c), all(scale), -load<Floats>(delta + c));
         store_bf16(p + c, keep(lanes, power));
-        store_bf16(ds + c, keep(lanes, power * off * scale));
+        store_bf16(ds + c, keep(lanes, power * off));
     });
     zero_outside(p, first, last, columns);
     zero_outside(ds, first, last, columns);
