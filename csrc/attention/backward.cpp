@@ -8,6 +8,7 @@
 #include "attention/attention.h"
 #include "common/errors.h"
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "common/scratch.h"
 #include "common/sizes.h"
 
@@ -55,6 +56,7 @@ void prepare_head(const AttentionView& view, const AttentionKernels& kernels, co
     pack_rows(kernels.products, grad, gradients.grad.token, view.tokens, view.width, room.grad_rows);
     for (int64_t token = 0; token < view.tokens; ++token) {
         room.lse[token] = gradients.lse[(row * view.heads + head) * view.tokens + token];
+        fetch_row_ahead(out + token * gradients.out.token, gradients.out.token * 2, view.width * 2);
         room.delta[token] = view.scale * kernels.rows.dot(grad + token * gradients.grad.token, out + token * gradients.out.token, view.width);
     }
     std::memset(room.dq, 0, static_cast<size_t>(room.padded * view.width) * 4);

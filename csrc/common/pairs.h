@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/lanes.h"
+#include "common/prefetch.h"
 
 // For lambdas: two calls of one (whole pairs, the rest of a row) must not keep its constants out of registers.
 #define ENTRENAR_INLINE __attribute__((always_inline))
@@ -81,6 +82,7 @@ ENTRENAR_INLINE inline void map_pairs(const void* const* in, void* const* out, i
     Pair from[kIn ? kIn : 1], to[kOut ? kOut : 1];
     int64_t at = 0;
     for (; at + kPair <= count; at += kPair) {
+        for (int i = 0; i < kIn && at * kBytes<kDtype> % 64 == 0; ++i) fetch_ahead(source(i, at));
         for (int i = 0; i < kIn; ++i) from[i] = load_pair<kDtype>(source(i, at));
         body(at, from, to);
         for (int i = 0; i < kOut; ++i) store_pair<kDtype>(target(i, at), to[i]);

@@ -1,11 +1,20 @@
-// Weights come from memory once a token: what few tokens need next is asked for while they multiply.
+// What was kept since the forward, and weights once a token, come from memory: asked for ahead of time, into the second
+// cache, they are there when they are needed. That took a third off products of one token, and a thirtieth off a training step.
 #pragma once
+
+#include <cstdint>
 
 namespace entrenar {
 
-// Into the second cache, so far ahead that it is there in time: a third of the time of products of one token.
-constexpr int kBytesAhead = 8192;
+// Of what is read from end to end, and of rows that do not lie together.
+constexpr int kBytesAhead = 8192, kRowsAhead = 64;
 
 static inline void fetch_ahead(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + kBytesAhead, 0, 2); }
+
+// The row that comes kRowsAhead rows after this one of `bytes` bytes; `stride` in bytes.
+static inline void fetch_row_ahead(const void* row, int64_t stride, int64_t bytes) {
+    const char* at = static_cast<const char*>(row) + kRowsAhead * stride;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
 
 }  // namespace entrenar

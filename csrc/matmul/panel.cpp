@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "common/prefetch.h"
+
 namespace entrenar {
 namespace {
 
@@ -21,6 +23,7 @@ void pack_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride,
         const uint16_t* first = k < count ? rows + k * stride : zeros;
         const uint16_t* second = k + 1 < count ? rows + (k + 1) * stride : zeros;
         uint16_t* pair = to + k / kStep * kStepElements + k % kStep * kStrip;
+        for (int64_t r = k; r < k + 2; ++r) fetch_row_ahead(rows + r * stride, stride * 2, width * 2);
         kernel.pack_pairs(first, second, groups, group_elements, pair);
         if (rest == 0) continue;
         alignas(64) uint16_t two[2][kGroup] = {};
@@ -36,6 +39,7 @@ void pack_rows_transposed(const MatmulKernel& kernel, const uint16_t* rows, int6
     for (int64_t row = 0; row < (count + kGroup - 1) / kGroup * kGroup; row += kStrip) {
         uint16_t* strip = strip_at(to, group_elements, row / kStrip);
         const int64_t there = std::clamp<int64_t>(count - row, 0, kStrip);
+        for (int64_t r = row; r < row + kStrip; ++r) fetch_row_ahead(rows + r * stride, stride * 2, width * 2);
         for (int64_t k = 0; k < width; k += kStep, strip += kStepElements) {
             if (there == kStrip) {
                 kernel.pack_transposed(rows + row * stride + k, stride, strip);
