@@ -11,7 +11,7 @@ from test_residual_blocks import CODEBOOK, factors, member, norm
 from torch import Tensor
 
 from entrenar.core.errors import InputError
-from entrenar.ops import adapted_native, attention, native, residual_blocks
+from entrenar.ops import adapted_native, attention, block_views, native
 from entrenar.ops.adapted_linear import adapted_linears
 from entrenar.ops.adapted_native import Member, MemberView
 from entrenar.ops.linear_weight import CodebookWeight, Int8Weight
@@ -35,16 +35,16 @@ VIEWS: dict[str, tuple[Any, set[str]]] = {
     "entrenar_attention": (attention._View, {"starts"}),
     "entrenar_attention_backward": (attention._View, {"starts"}),
     "entrenar_mlp_block": (
-        residual_blocks._MlpView,
+        block_views.MlpView,
         {f"{name}.data" for name in ("x", "gate", "up", "product", "u", "down_u")},
     ),
     "entrenar_attention_block": (
-        residual_blocks._AttentionView,
+        block_views.AttentionView,
         {f"{name}.data" for name in ("x", "q", "k", "v", "o", "lse", "u", "output_u", "starts")},
     ),
 }
 VIEWS["entrenar_attention_inputs"] = (
-    residual_blocks._AttentionView, {f"{name}.data" for name in ("x", "o", "lse", "u", "output_u", "out", "starts")},
+    block_views.AttentionView, {f"{name}.data" for name in ("x", "o", "lse", "u", "output_u", "out", "starts")},
 )  # fmt: skip
 VIEWS |= {f"{name}_backward": VIEWS[name] for name in ("entrenar_mlp_block", "entrenar_attention_block")}
 

@@ -1,6 +1,8 @@
 """The residual blocks against the same out of float64 matrices, with their gradients, whatever is kept."""
 
+import gc
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_attention import exactly
 from torch import Tensor
 
 from entrenar.ops.adapted_native import Member
-from entrenar.ops.linear_weight import CodebookWeight
+from entrenar.ops.linear_weight import CodebookWeight, DenseWeight
 from entrenar.ops.residual_blocks import (
     AttentionBlock,
     Keep,
@@ -196,6 +198,40 @@ def test_a_backward_leaves_what_is_kept_as_it_was(keep: Keep) -> None:
     first = torch.autograd.grad(out, inputs, grad, retain_graph=True)
     again = torch.autograd.grad(out, inputs, grad)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_what_is_prepared_once_follows_every_change() -> None:
+    """Another shape, another level of keeping, factors and norms that moved: as if the block had never run."""
+    block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
+    b, weight = block.up.b, block.norm.weight
+    assert b is not None
+
+    def run(tokens: int, keep: Keep, used: MlpBlock) -> list[Tensor]:
+        h = torch.linspace(-2, 2, tokens * 64).view(1, tokens, 64).bfloat16().requires_grad_()
+        out = mlp_block(h, used, keep)
+        return [out, *torch.autograd.grad(out, [h, *factors((used.gate, used.up, used.down))], torch.ones_like(out))]
+
+    first = run(10, Keep.ALL, block)
+    for change in (
+        lambda: None, lambda: setattr(b, "data", torch.full_like(b, 0.3)),
+        lambda: setattr(weight, "data", weight.data * 2),
+    ):  # fmt: skip
+        change()
+        for tokens, keep in ((10, Keep.ALL), (7, Keep.ALL), (10, Keep.NOTHING), (10, Keep.DEAR)):
+            fresh = replace(block, **{name: replace(getattr(block, name)) for name in ("gate", "up", "down")})
+            pairs = zip(run(tokens, keep, block), run(tokens, keep, fresh), strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
+    assert not torch.equal(first[0], run(10, Keep.ALL, block)[0])
+
+
+def test_a_converted_copy_of_a_weight_does_not_outlive_the_call() -> None:
+    weights = [torch.randn(rows, columns).half() for rows, columns in ((613, 96), (613, 96), (96, 613))]
+    gate, up, down = (Member(DenseWeight(weight)) for weight in weights)
+    block = MlpBlock(norm(96), gate, up, down, "silu")
+    mlp_block(torch.randn(1, 9, 96).bfloat16().requires_grad_(), block, Keep.DEAR).sum().backward()
+    gc.collect()
+    copies = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and sorted(t.shape) == [96, 613]]
+    assert [t.dtype for t in copies if t.dtype != torch.float16] == []
 
 
 def test_a_factor_changed_before_the_backward_is_an_error() -> None:

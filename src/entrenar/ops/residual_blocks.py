@@ -6,7 +6,7 @@ Letters: B rows, T tokens, C hidden size, I inner size, H heads, G key-value hea
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import is_not
@@ -27,6 +27,7 @@ from entrenar.ops.adapted_native import (
     hidden_bytes,
     with_factors,
 )
+from entrenar.ops.block_views import AttentionView, MlpView, NormView, set_buffers
 from entrenar.ops.gated_activation import KINDS
 
 
@@ -98,10 +99,7 @@ def attention_block(
 def decoder_layer(
     h: Tensor, attention: AttentionBlock, mlp: MlpBlock, rotation: Rotation | None, starts: Tensor | None, keep: Keep
 ) -> Tensor:
-    """Both, one after the other, as one node of autograd's graph.
-
-    What PyTorch does around a node takes 0.3 ms where products have just pushed its code out of the caches.
-    """
+    """Both, one after the other, as one node of autograd's graph."""
     return _apply(h, (_Attention(attention, rotation, starts), _Mlp(mlp)), keep)
 
 
@@ -120,44 +118,6 @@ def attention_output(h: Tensor, o: Tensor, output: Member) -> Tensor:
     return forward_native(tokens, [output], residual=h.reshape(-1, h.shape[-1]).contiguous())[0].view(h.shape)
 
 
-class _Buffer(ctypes.Structure):
-    """csrc/block/block.h's BufferView."""
-
-    _fields_ = (("data", ctypes.c_void_p), ("bytes", ctypes.c_int64))
-
-
-class _Norm(ctypes.Structure):
-    """csrc/block/block.h's NormView."""
-
-    _fields_ = (
-        ("weight", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("dtype", ctypes.c_int32), ("eps", ctypes.c_float),
-        ("offset", ctypes.c_float), ("unused", ctypes.c_int32),
-    )  # fmt: skip
-
-
-class _MlpView(ctypes.Structure):
-    """csrc/block/mlp.cpp's MlpBlockView."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "inner")), ("norm", _Norm),
-        *((name, _Buffer) for name in ("h", "x", "gate", "up", "product", "u", "down_u", "out", "dh")),
-        ("members", MemberView * 3), ("activation", ctypes.c_int32), ("unused", ctypes.c_int32),
-    )  # fmt: skip
-
-
-class _AttentionView(ctypes.Structure):
-    """csrc/block/attention.cpp's AttentionBlockView."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "tokens", "hidden", "heads", "kv_heads", "width")),
-        *((name, _Norm) for name in ("norm", "q_norm", "k_norm")),
-        *((name, _Buffer) for name in ("h", "x", "q", "k", "v", "o", "lse", "u", "output_u", "out", "dh")),
-        *((name, _Buffer) for name in ("cos", "sin")),
-        ("rotary_batches", ctypes.c_int64), ("rotated", ctypes.c_int64), ("starts", _Buffer),
-        ("members", MemberView * 4), ("scale", ctypes.c_float), ("rotary_dtype", ctypes.c_int32),
-    )  # fmt: skip
-
-
 _attention_inputs = native.Function("entrenar_attention_inputs", "pi")
 
 
@@ -174,7 +134,7 @@ class _Prepared(NamedTuple):
     shape: torch.Size
     keep: Keep
     natives: list[Any]
-    norms: list[int]
+    norms: list[tuple[int, torch.dtype]]
     view: ctypes.Structure
     kept: _Layout
 
@@ -208,11 +168,11 @@ class _Mlp:
         }
         return kept | hidden
 
-    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> _MlpView:
+    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> MlpView:
         """The block as C takes it, without buffers."""
         block, tokens = self.block, h.shape[0] * h.shape[1]
         inner, activation = block.gate.weight.shape[0], KINDS[block.activation]
-        return _MlpView(tokens, h.shape[2], inner, _norm_view(block.norm), members=members, activation=activation)
+        return MlpView(tokens, h.shape[2], inner, _norm_view(block.norm), members=members, activation=activation)
 
     def set_call(self, view: Any) -> None:
         """Nothing else differs from call to call."""
@@ -249,19 +209,19 @@ class _Attention:
         }
         return kept | hidden | {"lse": tokens * (block.q.weight.shape[0] // block.width) * 4}
 
-    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> _AttentionView:
+    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> AttentionView:
         """The block as C takes it, without buffers."""
         block = self.block
         heads, kv_heads = (member.weight.shape[0] // block.width for member in (block.q, block.k))
         norms = map(_norm_view, self.norms)
-        return _AttentionView(*h.shape, heads, kv_heads, block.width, *norms, members=members, scale=block.scale)
+        return AttentionView(*h.shape, heads, kv_heads, block.width, *norms, members=members, scale=block.scale)
 
     def set_call(self, view: Any) -> None:
         """Set what differs from call to call beside h."""
-        _set_buffers(view, {"starts": self.starts})
+        set_buffers(view, {"starts": self.starts})
         if self.rotation is not None:
             cos, sin = self.rotation
-            _set_buffers(view, {"cos": cos, "sin": sin})
+            set_buffers(view, {"cos": cos, "sin": sin})
             view.rotary_batches, view.rotated, view.rotary_dtype = len(cos), cos.shape[-1], native.DTYPES[cos.dtype]
 
 
@@ -271,13 +231,14 @@ _Pass = _Mlp | _Attention
 def _prepared(one: _Pass, h: Tensor, members: Sequence[Member], keep: Keep) -> _Prepared:
     """What the block's last call was prepared with, if it still is right."""
     natives = [member.native() for member in members]
-    norms = [norm.weight.data_ptr() for norm in one.norms if norm is not None]
+    norms = [(norm.weight.data_ptr(), norm.weight.dtype) for norm in one.norms if norm is not None]
     made: _Prepared | None = one.block.__dict__.get("_prepared")
     same = made is not None and made.shape == h.shape and made.keep is keep and made.norms == norms
     if made is None or not same or any(map(is_not, made.natives, natives)):
         view = one.view(h, (MemberView * len(natives))(*(each.view for each in natives)))
         made = _Prepared(h.shape, keep, natives, norms, view, _layout(one.kept(h, keep)))
-        one.block.__dict__["_prepared"] = made
+        if all(each.is_current() for each in natives):  # else they hold copies, made for this call
+            one.block.__dict__["_prepared"] = made
     return made
 
 
@@ -290,28 +251,22 @@ def _layout(sizes: dict[str, int]) -> _Layout:
     return _Layout(places, at)
 
 
-def _norm_view(norm: Norm | None) -> _Norm:
+def _norm_view(norm: Norm | None) -> NormView:
     if norm is None:
-        return _Norm()
+        return NormView()
     weight = norm.weight.detach()
-    return _Norm(*native.buffer(weight), native.DTYPES[weight.dtype], norm.eps, norm.offset, 0)
+    return NormView(*native.buffer(weight), native.DTYPES[weight.dtype], norm.eps, norm.offset, 0)
 
 
 def _fresh_view(one: _Pass, made: _Prepared, buffers: dict[str, Tensor], room: Tensor) -> Any:
     """A view for one call: another thread may make one over the same block."""
     view = type(made.view).from_buffer_copy(made.view)
-    _set_buffers(view, buffers)
+    set_buffers(view, buffers)
     at = room.data_ptr()
     for name, begin, size in made.kept.places:
         setattr(view, name, (at + begin, size))
     one.set_call(view)
     return view
-
-
-def _set_buffers(view: ctypes.Structure, tensors: Mapping[str, Tensor | None]) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            setattr(view, name, tuple(native.buffer(tensor)))
 
 
 def _run(function: native.Function, view: ctypes.Structure) -> None:
