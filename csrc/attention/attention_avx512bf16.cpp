@@ -129,15 +129,17 @@ void gradient(const float* scores, const float* dp, const float* lse, const floa
 void store_transposed(const float* c, int64_t pitch, int64_t count, int64_t width, uint16_t* out, int64_t stride) {
     for (int64_t row = 0; row < count; row += 16) {
         const int64_t rows = count - row < 16 ? count - row : 16;
+        const __mmask16 there = inside(0, 0, rows);
         for (int64_t d = 0; d < width; d += 32) {
             __m512i halves[2][16];
             for (int half = 0; half < 2; ++half) {
                 const float* from = c + (d + 16 * half) * pitch + row;
-                for (int i = 0; i < 16; ++i) halves[half][i] = _mm512_castps_si512(_mm512_maskz_loadu_ps(inside(0, 0, rows), from + i * pitch));
+                for (int i = 0; i < 16; ++i) halves[half][i] = _mm512_maskz_loadu_epi32(there, from + i * pitch);
                 transpose16(halves[half]);
             }
             for (int64_t r = 0; r < rows; ++r) {
-                const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_castsi512_ps(halves[1][r]), _mm512_castsi512_ps(halves[0][r]));
+                const __m512 lower = _mm512_castsi512_ps(halves[0][r]), upper = _mm512_castsi512_ps(halves[1][r]);
+                const __m512bh both = _mm512_cvtne2ps_pbh(upper, lower);
                 _mm512_storeu_si512(out + (row + r) * stride + d, reinterpret_cast<__m512i>(both));
             }
         }

@@ -28,10 +28,10 @@ class Member:
     b: Tensor | None = None
     scale: float = 1.0
 
-    def native(self) -> "_Native":
+    def native(self) -> "NativeMember":
         """The layer as csrc/adapted takes it: made once for a packed weight, and again where a tensor has moved or was
         converted."""
-        made: _Native | None = self.__dict__.get("_native")
+        made: NativeMember | None = self.__dict__.get("_native")
         if made is None or not made.is_current():
             made = _native_of(self)
             if made.is_current():  # else it points into copies, made for this call
@@ -181,7 +181,7 @@ def add_gradients(views: ctypes.Array[MemberView], members: Sequence[Member]) ->
     return gradients
 
 
-class _Native(NamedTuple):
+class NativeMember(NamedTuple):
     """A member's view, without places for results, and what it was made of: the weight's source, and the member's own
     tensors with how they lay; `held` are these as the view has them, the same memory or copies.
     """
@@ -197,7 +197,7 @@ class _Native(NamedTuple):
         return self.weight.is_current() and _places(self.own) == self.lay
 
 
-def _native_of(member: Member) -> _Native:
+def _native_of(member: Member) -> NativeMember:
     weight = member.weight.source()
     view, held = MemberView(weight=weight.view), []
     if member.bias is not None:
@@ -210,7 +210,7 @@ def _native_of(member: Member) -> _Native:
         view.rank, view.scale = len(a), member.scale
         held += [a, b]
     own = tuple(tensor for tensor in (member.bias, member.a, member.b) if tensor is not None)
-    return _Native(view, weight, own, _places(held), tuple(held))
+    return NativeMember(view, weight, own, _places(held), tuple(held))
 
 
 def _places(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:

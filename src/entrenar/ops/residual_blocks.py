@@ -21,6 +21,7 @@ from entrenar.ops.adapted_native import (
     Factors,
     Member,
     MemberView,
+    NativeMember,
     add_gradients,
     factors_of,
     forward_native,
@@ -133,7 +134,7 @@ class _Prepared(NamedTuple):
 
     shape: torch.Size
     keep: Keep
-    natives: list[Any]
+    natives: list[NativeMember]
     norms: list[tuple[int, torch.dtype]]
     view: ctypes.Structure
     kept: _Layout
