@@ -7,7 +7,14 @@ import pytest
 import torch
 from samples import gaussian
 
-from entrenar.ops import dequantize_codebook, dequantize_int8, quantize_codebook, quantize_symmetric, scales
+from entrenar.ops import (
+    dequantize_codebook,
+    dequantize_int8,
+    gpu_kernels,
+    quantize_codebook,
+    quantize_symmetric,
+    scales,
+)
 
 assert all((dequantize_codebook, dequantize_int8, quantize_codebook, quantize_symmetric, scales))  # they register
 CODEBOOK = torch.linspace(-1, 1, 16)
@@ -44,12 +51,12 @@ def test_compile_passes_through_quantization() -> None:
 def test_where_triton_does_not_serve_that_is_said_and_pytorch_does(
     found: object, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(dequantize_codebook, "find_spec", lambda _: found)
-    monkeypatch.setitem(sys.modules, "entrenar.ops.dequantize_codebook_gpu", None)  # an ImportError, as any other
-    dequantize_codebook._has_gpu_kernel.cache_clear()
+    monkeypatch.setattr(gpu_kernels, "find_spec", lambda _: found)
+    monkeypatch.setitem(sys.modules, "entrenar.ops.elementwise_gpu", None)  # an ImportError, as any other
+    gpu_kernels.available.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
-            assert not dequantize_codebook._has_gpu_kernel()
+            assert not gpu_kernels.available()
     finally:
-        dequantize_codebook._has_gpu_kernel.cache_clear()
+        gpu_kernels.available.cache_clear()
     assert said in caplog.text

@@ -19,9 +19,9 @@ from entrenar.ops.residual_blocks import (
     AttentionBlock,
     Keep,
     MlpBlock,
+    after_attention,
     attention_block,
-    attention_inputs,
-    attention_output,
+    before_attention,
     mlp_block,
 )
 from entrenar.ops.scales import nest_scales
@@ -125,13 +125,14 @@ def test_what_attention_takes(refused: Calls) -> None:
     members = (member(128, 32), nested(64, 32), member(64, 32, bias=True), member(32, 128, rank=0))
     block = AttentionBlock(norm(32), *members, 32, 0.2, norm(32), norm(32))
     cos, sin = torch.rand(2, 2, 5, 16)
-    attention_inputs(torch.randn(2, 5, 32).bfloat16(), block, (cos, sin))
+    before_attention(torch.randn(2, 5, 32).bfloat16(), block, (cos, sin))
     assert refused["entrenar_attention_inputs"] > 250
 
 
 def test_a_residual(refused: Calls) -> None:
     h, o = torch.randn(2, 3, 7).bfloat16(), torch.randn(2, 3, 32).bfloat16()
-    attention_output(h, o, member(7, 32))
+    mlp = MlpBlock(norm(7), member(8, 7), member(8, 7), member(7, 8), "silu")
+    after_attention(h, o, member(7, 32), mlp)
     assert refused["entrenar_adapted"] > 40
 
 

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from entrenar.ops.residual_blocks import (
     Keep,
     MlpBlock,
     Norm,
+    after_attention,
     attention_block,
-    attention_inputs,
-    attention_output,
+    before_attention,
     mlp_block,
 )
 from entrenar.ops.rotary import rotary
@@ -69,6 +70,12 @@ class Exact:
             return x
         return x * (x.square().mean(-1, keepdim=True) + one.eps).rsqrt() * (one.weight.double() + one.offset)
 
+    def mlp(self, h: Tensor, block: MlpBlock) -> Tensor:
+        x = self.norm(h, block.norm)
+        acts = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+        product = acts[block.activation](self.linear(x, block.gate)) * self.linear(x, block.up)
+        return h + self.linear(product, block.down)
+
 
 def assert_close(found: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
     for one, other in zip(found, exact, strict=True):
@@ -92,9 +99,7 @@ def test_mlp_block(keep: Keep, tokens: tuple[int, int], hidden: int, inner: int,
     grad = torch.randn_like(out)
     found = torch.autograd.grad(out, [h, *factors(members)], grad)
     exact, wide = Exact(members), h.detach().double().requires_grad_()
-    x = exact.norm(wide, block.norm)
-    act = F.silu if activation == "silu" else lambda z: F.gelu(z, approximate="tanh")
-    expected = wide + exact.linear(act(exact.linear(x, block.gate)) * exact.linear(x, block.up), block.down)
+    expected = exact.mlp(wide, block)
     assert_close([out - h], [expected - wide])
     assert_close(found, torch.autograd.grad(expected, [wide, *exact.leaves], grad.double()))
 
@@ -141,7 +146,8 @@ def test_what_attention_takes_and_what_follows_it(norms: bool, rotated: int, bat
     )  # fmt: skip
     angles = torch.rand(batch, tokens, rotated // 2).repeat(1, 1, 2) * 6
     h, o = torch.randn(batch, tokens, hidden).bfloat16(), torch.randn(batch, tokens, heads * width).bfloat16()
-    found = attention_inputs(h, block, (angles.cos(), angles.sin()) if rotated else None)
+    same, *found = before_attention(h, block, (angles.cos(), angles.sin()) if rotated else None)
+    assert same is h
     exact = Exact((block.q, block.k, block.v, block.output))
     x = exact.norm(h.double(), block.norm)
     q, k, v = (exact.linear(x, one).unflatten(-1, (-1, width)) for one in (block.q, block.k, block.v))
@@ -149,7 +155,10 @@ def test_what_attention_takes_and_what_follows_it(norms: bool, rotated: int, bat
     if rotated:
         q, k = (rotary(one, angles.cos().double(), angles.sin().double()) for one in (q, k))
     assert_close(found, [one.flatten(2) for one in (q, k, v)])
-    assert_close([attention_output(h, o, block.output)], [h.double() + exact.linear(o.double(), block.output)])
+    mlp = MlpBlock(norm(hidden), member(96, hidden), member(96, hidden), member(hidden, 96), "silu")
+    exact = Exact((block.output, mlp.gate, mlp.up, mlp.down))
+    added = h.double() + exact.linear(o.double(), block.output)
+    assert_close([after_attention(h, o, block.output, mlp)], [exact.mlp(added, mlp)])
 
 
 def test_what_is_kept() -> None:

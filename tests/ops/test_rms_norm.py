@@ -89,7 +89,7 @@ def test_any_shape_agrees_with_the_reference(path: str, rows: int, columns: int,
     for name in ("reference", path):
         with native.using(name):
             y = OPS.rms_norm(x, weight, 1e-5, 1.0)
-            dx = OPS.rms_norm_backward(grad, x, weight, 1e-5, 1.0)
+            dx = OPS.rms_norm_backward(grad, x, weight, 1e-5, 1.0, None)
             results[name] = [y, dx, OPS.rms_norm_backward_weight(grad, x, weight, 1e-5)]
     step = 2 * torch.finfo(dtype).eps
     for found, expected in zip(results[path], results["reference"], strict=True):
@@ -107,7 +107,9 @@ def test_hard_values_come_out_as_in_the_reference(path: str, dtype: torch.dtype,
     results = []
     for each in ("reference", path):
         with native.using(each):
-            results.append([OPS.rms_norm(x, weight, 1e-6, 0.0), OPS.rms_norm_backward(grad, x, weight, 1e-6, 0.0)])
+            results.append(
+                [OPS.rms_norm(x, weight, 1e-6, 0.0), OPS.rms_norm_backward(grad, x, weight, 1e-6, 0.0, None)]
+            )
     for expected, found in zip(*results, strict=True):
         tolerance = 2 * torch.finfo(dtype).eps
         largest = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else 0
@@ -119,10 +121,10 @@ def test_hard_values_come_out_as_in_the_reference(path: str, dtype: torch.dtype,
 def test_awkward_memory_changes_no_bit(path: str, dtype: torch.dtype) -> None:
     x, weight, grad = inputs((9, 77), dtype, dtype)
     with native.using(path):
-        y, dx = rms_norm(x, weight, 1e-6), OPS.rms_norm_backward(grad, x, weight, 1e-6, 0.0)
+        y, dx = rms_norm(x, weight, 1e-6), OPS.rms_norm_backward(grad, x, weight, 1e-6, 0.0, None)
         for x2, grad2 in zip(awkward(x), awkward(grad), strict=True):
             assert torch.equal(rms_norm(x2, unaligned(weight), 1e-6), y)
-            assert torch.equal(OPS.rms_norm_backward(grad2, x2, weight, 1e-6, 0.0), dx)
+            assert torch.equal(OPS.rms_norm_backward(grad2, x2, weight, 1e-6, 0.0, None), dx)
 
 
 def test_gradients_are_the_numeric_ones() -> None:
@@ -158,7 +160,7 @@ def test_opcheck(kernel_path: str, dtype: torch.dtype) -> None:
     x, weight, grad = inputs((4, 40), dtype, torch.float32)
     torch.library.opcheck(OPS.rms_norm, (x.requires_grad_(), weight.requires_grad_(), 1e-6, 1.0))
     x, weight = x.detach(), weight.detach()
-    torch.library.opcheck(OPS.rms_norm_backward, (grad, x, weight, 1e-6, 1.0))
+    torch.library.opcheck(OPS.rms_norm_backward, (grad, x, weight, 1e-6, 1.0, grad))
     torch.library.opcheck(OPS.rms_norm_backward_weight, (grad, x, weight, 1e-6))
 
 
@@ -208,7 +210,7 @@ def test_the_number_of_threads_changes_no_bit(path: str) -> None:
             torch.set_num_threads(threads)
             with native.using(path):
                 made = OPS.rms_norm(x, weight, 1e-6, 0.0), OPS.rms_norm_backward_weight(grad, x, weight, 1e-6)
-                found.append((*made, OPS.rms_norm_backward(grad, x, weight, 1e-6, 0.0)))
+                found.append((*made, OPS.rms_norm_backward(grad, x, weight, 1e-6, 0.0, None)))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

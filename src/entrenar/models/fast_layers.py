@@ -1,8 +1,9 @@
-"""Decoder layers whose two halves run as one native call each (ops/residual_blocks.py).
+"""Decoder layers whose two halves run as one native call each on a CPU (ops/residual_blocks.py), and as what stands
+before and behind attention on a GPU (ops/composed_blocks.py).
 
 h + attention(norm(h)), then h + mlp(norm(h)): Llama and the many that are built like it. As in fast_forwards.py, what
-counts is the structure, and then that the numbers agree; a call that asks for more (a cache, a mask of another kind,
-dropout, hooks on the parts) goes the class's own way.
+counts is the structure, and then that the numbers agree; a call that asks for more (dropout, hooks on the parts; on a
+CPU a cache or a mask of another kind) goes the class's own way.
 """
 
 from dataclasses import dataclass
@@ -19,19 +20,10 @@ from entrenar.models import attention
 from entrenar.models.agreement import TRIAL_TOKENS, Forward, agree, recorded
 from entrenar.models.projected import Projected, module_of, rotating_by
 from entrenar.models.recognised import activation_of, norm_of
+from entrenar.ops import composed_blocks, residual_blocks
 from entrenar.ops.adapted_native import Member
 from entrenar.ops.attention import native_width
-from entrenar.ops.residual_blocks import (
-    AttentionBlock,
-    Keep,
-    MlpBlock,
-    Norm,
-    attention_inputs,
-    attention_output,
-    decoder_layer,
-    mlp_block,
-    serves,
-)
+from entrenar.ops.residual_blocks import AttentionBlock, Keep, MlpBlock, Norm, decoder_layer, serves
 from entrenar.quant.linear import can_join, member_of
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -58,7 +50,9 @@ class _Layer:
 def use_fast_layers(model: PreTrainedModel) -> int:
     """Give the model's decoder layers such forwards where they agree; how many got one."""
     layers = [module for module in model.modules() if _looks_right(module)]
-    if not layers or model.config._attn_implementation != attention.NAME or not serves(_trial(model, 1.0)):
+    trial = _trial(model, 1.0)
+    served = serves(trial) or composed_blocks.serves(trial)
+    if not layers or model.config._attn_implementation != attention.NAME or not served:
         return 0
     scales: dict[int, float] = {}
 
@@ -78,9 +72,10 @@ def use_fast_layers(model: PreTrainedModel) -> int:
 
 
 def serve(model: nn.Module) -> bool:
-    """Whether the model's decoder layers run so in training, as they now are."""
+    """Whether the model's decoder layers run natively in training, as they now are, and so can be told what to keep."""
     layers = [module for module in model.modules() if _looks_right(module)]
-    return bool(layers) and all(
+    native = bool(layers) and next(layers[0].parameters()).device.type == "cpu"
+    return native and all(
         isinstance(vars(layer).get("forward"), MethodType) and all(map(can_join, _linears(layer))) for layer in layers
     )
 
@@ -104,8 +99,7 @@ def _looks_right(module: nn.Module) -> bool:
     own = any(True for each in (module, *inside) for _ in each.parameters(recurse=False))
     known = heads in ({*_PROJECTIONS}, {*_PROJECTIONS, "q_norm", "k_norm"})
     known = known and {*_GATED} <= gated <= {*_GATED, "act_fn"}
-    known = known and native_width(getattr(inside[0], "head_dim", 0))
-    return known and not own
+    return known and isinstance(getattr(inside[0], "head_dim", None), int) and not own
 
 
 def _describe(module: Any, scale: float | None, rotates: bool) -> _Layer | None:
@@ -123,14 +117,16 @@ def _describe(module: Any, scale: float | None, rotates: bool) -> _Layer | None:
 
 def _install(module: nn.Module, scale: float | None, inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
     own = type(module).forward
+    ways = (_run, _run_own_attention) if serves(inputs[0]) else (_run_own_attention,)
     with torch.no_grad():
         expected = [own(module, x, **kwargs) for x in inputs]
         for rotates in (True, False):
             layer = _describe(module, scale, rotates)
             if layer is None:
                 return False
-            found = [way(module, layer, x, kwargs) for way in (_run, _run_own_attention) for x in inputs]
-            if all(one is not None and agree(one, other) for one, other in zip(found, expected * 2, strict=True)):
+            found = [way(module, layer, x, kwargs) for way in ways for x in inputs]
+            both = zip(found, expected * len(ways), strict=True)
+            if all(one is not None and agree(one, other) for one, other in both):
                 module.forward = MethodType(partial(_layer_forward, layer=layer), module)
                 return True
     return False
@@ -147,7 +143,7 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, layer: _L
 def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The layer's result (B, T, C), or None where the call or the layer's state asks for more than the blocks do."""
     linears = _linears(module)
-    wanted = _attention_inputs(module, layer, h, kwargs)
+    wanted = _attention_inputs(module, layer, h, kwargs) if _is_native(layer, h) else None
     if wanted is None or not all(map(can_join, linears)):
         return None
     rotation, starts = wanted
@@ -157,20 +153,21 @@ def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tenso
 
 
 def _run_own_attention(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """The result where attention asks for more than its block does and nobody asks for gradients: with a cache.
-
-    What attention takes and all that follows it are native; the class's forward attends and keeps the cache.
+    """The result where the class's forward attends: on a GPU, and on a CPU where attention asks for more than its block
+    does, with a cache, and nobody asks for gradients.
     """
-    linears, rotation = _linears(module), kwargs.get("position_embeddings")
-    plain = not torch.is_grad_enabled() and serves(h) and not _is_watched(module) and all(map(can_join, linears))
+    linears, rotation, trains = _linears(module), kwargs.get("position_embeddings"), torch.is_grad_enabled()
+    composed = composed_blocks.serves(h)
+    served = composed or (_is_native(layer, h) and not trains)
+    plain = served and not _is_watched(module) and all(map(can_join, linears)) and not (trains and _trains_norms(layer))
     if not plain or (layer.rotates and rotation is None):
         return None
-    first, second = _blocks(layer, linears)
-    inputs = attention_inputs(h, first, _contiguous(rotation) if layer.rotates else None)
+    parts, (first, second) = composed_blocks if composed else residual_blocks, _blocks(layer, linears)
+    h, q, k, v = parts.before_attention(h, first, _contiguous(rotation) if layer.rotates else None)
     # The class's forward finds all of it done but to attend.
-    projected = Projected(module.self_attn, *inputs, q_norm=_same, k_norm=_same, o_proj=_same)
+    projected = Projected(module.self_attn, q, k, v, q_norm=_same, k_norm=_same, o_proj=_same)
     attended = layer.attend(projected, hidden_states=h, **kwargs)[0]
-    return mlp_block(attention_output(h, attended, first.output), second, Keep.NOTHING)
+    return parts.after_attention(h, attended, first.output, second)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -192,6 +189,14 @@ def _blocks(layer: _Layer, linears: list[nn.Module]) -> tuple[AttentionBlock, Ml
     return kept[1], kept[2]
 
 
+def _is_native(layer: _Layer, h: Tensor) -> bool:
+    return serves(h) and native_width(layer.width)
+
+
+def _trains_norms(layer: _Layer) -> bool:
+    return any(norm.weight.requires_grad for norm in layer.norms)
+
+
 def _is_watched(module: Any) -> bool:
     """Whether a part has hooks, which must be called."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module._modules.values())
@@ -205,14 +210,13 @@ def _attention_inputs(
     own = module._modules["self_attn"]
     starts = None if mask is None else attention.first_keys(mask)
     plain = (
-        serves(h)
-        and kwargs.get("past_key_values") is None
+        kwargs.get("past_key_values") is None
         and not kwargs.get("use_cache")
         and (mask is None or (starts is not None and starts.shape == h.shape[:2]))
         and own.config._attn_implementation == attention.NAME
         and not (module.training and getattr(own, "attention_dropout", 0.0))
         and not _is_watched(module)
-        and not any(norm.weight.requires_grad for norm in layer.norms)
+        and not _trains_norms(layer)
     )
     if not plain or (layer.rotates and rotation is None):
         return None

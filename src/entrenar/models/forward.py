@@ -46,13 +46,14 @@ def target_loss(model: PreTrainedModel, ids: Tensor, positions: Tensor, targets:
     The logits (N, V) never exist at once: see linear_cross_entropy.py. A model that does to its logits what head.py
     cannot read runs its own code on them, a chunk at a time; one whose head is not a layer it calls makes them all.
     """
-    ids, positions, targets = (each.to(model.device) for each in (ids, positions, targets))
+    # Where the batch lies: a GPU would have to be waited for to know how many there are.
+    wanted = targets.flatten().nonzero().flatten()
+    ids, positions, wanted = (each.to(model.device) for each in (ids, positions, wanted))
     before_head = head_input(model, **_inputs(model, ids, positions))
     if before_head is None or before_head.hidden.shape[:2] != ids.shape:
         _say_once(f"{type(model).__name__} has no head that can be run alone: the loss takes two passes and all logits")
         logits, labels = target_logits(model, ids, positions, targets)
         return summed_cross_entropy(logits, labels)
-    wanted = targets.flatten().nonzero().flatten()
     # What predicts a token stands one before it, in the same row. By index: the gradient of a mask is summed slowly.
     hidden, labels = before_head.hidden.flatten(0, 1).index_select(0, wanted - 1), ids.flatten()[wanted]
     if before_head.rule is None:

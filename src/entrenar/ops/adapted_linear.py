@@ -7,7 +7,7 @@ what makes it again, ops/recompute.py) is kept beside the weights: with u_j = xÂ
 
 In bfloat16 on a CPU, forward and backward are one native call each (csrc/adapted): every line is a
 sum of products, so that the adapter's product joins the weight's before it is rounded, and the input's gradients of
-all members are one sum. Elsewhere plain PyTorch.
+all members are one sum. Elsewhere PyTorch's products (ops/adapted_composed.py).
 Letters: B tokens, O out_features, I in_features, r rank.
 """
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from entrenar.ops import native
+from entrenar.ops.adapted_composed import backward_composed, forward_composed
 from entrenar.ops.adapted_native import (
-    Factors,
     Member,
     Used,
     backward_native,
@@ -79,7 +79,7 @@ class _AdaptedLinears(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         tokens = _rows(ctx.make(*inputs) if ctx.make else inputs[0]) if inputs else None
         many = len(used[0].grad) > PACKED_TOKENS  # few are faster one by one, over the packed bytes
-        run = backward_native if many and _is_native(used[0].grad) else _backward_reference
+        run = backward_native if many and _is_native(used[0].grad) else backward_composed
         dx, gradients = run(tokens, used, ctx.needs_input_grad[0])
         given = {one.index: (one.grad, *pair) for one, pair in zip(used, gradients, strict=True)}
         found: list[Tensor | None] = []
@@ -94,8 +94,7 @@ class _AdaptedLinears(torch.autograd.Function):
 
 def _outputs(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
     tokens = _rows(x)
-    run = forward_native if _is_native(tokens) else _forward_reference
-    outputs = run(tokens, members)
+    outputs = forward_native(tokens, members) if _is_native(tokens) else forward_composed(tokens, members)[0]
     return tuple(outputs) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 
@@ -106,32 +105,3 @@ def _rows(x: Tensor) -> Tensor:
 
 def _is_native(tokens: Tensor) -> bool:
     return tokens.dtype == torch.bfloat16 and native.is_eager(tokens) and native.available()
-
-
-def _forward_reference(tokens: Tensor, members: list[Member]) -> list[Tensor]:
-    outputs = []
-    for member in members:
-        y = member.weight.product(tokens, None if member.bias is None else member.bias.to(tokens.dtype))
-        if member.a is not None and member.b is not None:
-            hidden = tokens @ member.a.to(y.dtype).t()
-            y.addmm_(hidden, (member.b.to(y.dtype) * member.scale).t())
-        outputs.append(y)
-    return outputs
-
-
-def _backward_reference(tokens: Tensor | None, used: list[Used], wants_x: bool) -> tuple[Tensor | None, Factors]:
-    dx, factors = None, []
-    for one in used:
-        if wants_x:
-            product = one.member.weight.transposed_product(one.grad)
-            dx = product if dx is None else dx.add_(product)
-        if one.factors is None or tokens is None:
-            factors.append((None, None))
-            continue
-        (a, b), dtype = one.factors, tokens.dtype
-        v = one.grad @ (b.to(dtype) * one.member.scale)
-        if dx is not None:
-            dx.addmm_(v, a.to(dtype))
-        hidden = tokens @ a.to(dtype).t()
-        factors.append(((v.t() @ tokens).to(a.dtype), ((one.grad.t() @ hidden) * one.member.scale).to(b.dtype)))
-    return dx, factors

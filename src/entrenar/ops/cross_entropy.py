@@ -27,7 +27,8 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor, softcap: float = 0.0) -> 
         (N,) float32 (float64 for float64 logits), in nats; NaN for a row with a NaN.
 
     Raises:
-        InputError: a label outside [0, V), or shapes, dtypes or a softcap that do not fit.
+        InputError: a label outside [0, V), or shapes, dtypes or a softcap that do not fit. On a GPU a label outside
+            makes its row's loss NaN instead: to look at labels there, the host would have to wait.
     """
     return torch.ops.entrenar.cross_entropy_rows(logits, labels, softcap)
 
@@ -38,13 +39,7 @@ def cross_entropy_losses(logits: Tensor, labels: Tensor, softcap: float = 0.0) -
 
 
 def _check(logits: Tensor, labels: Tensor, softcap: float) -> None:
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
-        raise InputError(
-            f"cross-entropy got logits {list(logits.shape)} and labels {list(labels.shape)} {labels.dtype}: "
-            "give logits (N, V) and labels (N,) int64"
-        )
-    if not 0 <= softcap < math.inf:
-        raise InputError(f"the softcap is {softcap}: give a positive number, or 0 for none")
+    _check_forms(logits, labels, softcap)
     outside = (labels < 0) | (labels >= logits.shape[1])
     if outside.any():
         row = int(outside.nonzero()[0])
@@ -52,6 +47,16 @@ def _check(logits: Tensor, labels: Tensor, softcap: float) -> None:
             f"label {int(labels[row])} of row {row} is outside the vocabulary: allowed are 0 to {logits.shape[1] - 1}; "
             "leave out the rows that have no target"
         )
+
+
+def _check_forms(logits: Tensor, labels: Tensor, softcap: float) -> None:
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise InputError(
+            f"cross-entropy got logits {list(logits.shape)} and labels {list(labels.shape)} {labels.dtype}: "
+            "give logits (N, V) and labels (N,) int64"
+        )
+    if not 0 <= softcap < math.inf:
+        raise InputError(f"the softcap is {softcap}: give a positive number, or 0 for none")
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
@@ -85,6 +90,25 @@ def _losses_native(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
     return _call(logits.contiguous(), labels, softcap, gradient=False)
 
 
+def _rows_gpu(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
+    return _on_gpu(logits, labels, softcap, gradient=True)
+
+
+def _losses_gpu(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
+    return _on_gpu(logits, labels, softcap, gradient=False)
+
+
+def _on_gpu(logits: Tensor, labels: Tensor, softcap: float, gradient: bool) -> Tensor:
+    from entrenar.ops.cross_entropy_gpu import cross_entropy
+
+    _check_forms(logits, labels, softcap)
+    dense = logits.contiguous()
+    losses = cross_entropy(dense, labels, softcap, gradient=gradient)
+    if gradient and dense is not logits:
+        logits.copy_(dense)
+    return losses
+
+
 def _call(logits: Tensor, labels: Tensor, softcap: float, gradient: bool) -> Tensor:
     _check(logits, labels, softcap)
     losses = _fake(logits, labels, softcap)
@@ -106,6 +130,7 @@ define(
     "cross_entropy_rows(Tensor(a!) logits, Tensor labels, float softcap) -> Tensor",
     reference=_rows_reference,
     native_cpu=_rows_native,
+    gpu=_rows_gpu,
     fake=_fake,
     accepts=_accepts,
 )
@@ -113,6 +138,7 @@ define(
     "cross_entropy_losses(Tensor logits, Tensor labels, float softcap) -> Tensor",
     reference=_losses_reference,
     native_cpu=_losses_native,
+    gpu=_losses_gpu,
     fake=_fake,
     accepts=_accepts,
 )

@@ -3,10 +3,7 @@
 Into a fresh tensor, or into a caller's.
 """
 
-import logging
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -17,8 +14,6 @@ from entrenar.ops.blocks import chunks
 from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import unpack_nibbles
 from entrenar.ops.scales import decode_scales, scale_buffers
-
-_LOG = logging.getLogger(__name__)
 
 _dequantize = native.Function("entrenar_dequantize_codebook", "bbbbbbbnnii")
 
@@ -74,32 +69,9 @@ def _native_into(packed: Tensor, scales: list[Tensor], codebook: Tensor, block_s
 
 
 def _gpu_into(packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, out: Tensor) -> None:
-    if _has_gpu_kernel():
-        from entrenar.ops.dequantize_codebook_gpu import dequantize_on_gpu
+    from entrenar.ops.dequantize_codebook_gpu import dequantize_on_gpu
 
-        dequantize_on_gpu(packed, scales, codebook, block_size, out)
-    else:
-        _reference_into(packed, scales, codebook, block_size, out)
-
-
-@cache
-def _has_gpu_kernel() -> bool:
-    """Whether Triton is there and compiles on this machine; tried once, on a few elements."""
-    if native.asks_for_reference() or find_spec("triton") is None:
-        _LOG.info("4-bit weights are decoded on the GPU by PyTorch's operations: Triton is missing or switched off")
-        return False
-    try:
-        from entrenar.ops.dequantize_codebook_gpu import dequantize_on_gpu
-
-        some = torch.zeros(64, dtype=torch.uint8, device="cuda")
-        values = torch.zeros(16, device="cuda")
-        dequantize_on_gpu(some, [values], values, 64, torch.empty(128, device="cuda"))
-    except Exception as error:  # whatever a compiler that is missing or broken raises
-        _LOG.warning(
-            "Triton cannot compile here (%s): PyTorch's operations, which are slower, decode 4-bit weights", error
-        )
-        return False
-    return True
+    dequantize_on_gpu(packed, scales, codebook, block_size, out)
 
 
 def _accepts_into(_packed: Tensor, _scales: list[Tensor], codebook: Tensor, block_size: int, out: Tensor) -> bool:

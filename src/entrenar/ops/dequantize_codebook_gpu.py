@@ -1,15 +1,12 @@
-"""4-bit codes back to numbers on a GPU: what the reference does in some ten launches as one Triton kernel, to the bit.
-
-Imported when a weight on a GPU is decoded for the first time: Triton comes with torch's builds for CUDA and no other.
-"""
+"""4-bit codes back to numbers on a GPU: what the reference does in ten launches as one Triton kernel, to the bit."""
 
 from typing import Any
 
-import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from entrenar.ops.gpu_kernels import where_it_is
 from entrenar.ops.scales import GROUP
 
 _BYTES = 1024  # of packed codes, for one program
@@ -53,7 +50,7 @@ def dequantize_on_gpu(packed: Tensor, scales: list[Tensor], codebook: Tensor, bl
     parts = [part.contiguous() for part in scales]
     group, offset, table = [*parts[1:], *[codebook] * 3][:3]  # those that are not there are never looked at
     kernel: Any = _kernel
-    with torch.cuda.device(packed.device):
+    with where_it_is(packed):
         kernel[(triton.cdiv((count + 1) // 2, _BYTES),)](
             packed.contiguous(), out, codebook.contiguous(), parts[0], group, offset, table, count,
             parts=len(parts), block_size=block_size, group_size=GROUP, size=_BYTES, enable_fp_fusion=False,

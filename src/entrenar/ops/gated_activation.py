@@ -16,6 +16,7 @@ from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # csrc/elementwise/kernels.h's Activation
+_GPU_KINDS = ("silu", "gelu_tanh")  # Triton's erf would cancel below zero
 _SCALE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 _FLAT = 20.0  # beyond, factor is 0 or 1 to the last bit of float64: the cube of a huge x must not overflow
 
@@ -101,6 +102,22 @@ def _backward_native(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple
     return dgate, dup
 
 
+def _gpu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
+    if kind not in _GPU_KINDS:
+        return _reference(gate, up, kind)
+    from entrenar.ops import elementwise_gpu
+
+    return elementwise_gpu.gated_activation(gate, up, kind)
+
+
+def _backward_gpu(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind not in _GPU_KINDS:
+        return _backward_reference(grad, gate, up, kind)
+    from entrenar.ops import elementwise_gpu
+
+    return elementwise_gpu.gated_activation_backward(grad, gate, up, kind)
+
+
 def _codes(gate: Tensor, kind: str) -> tuple[int, int, int]:
     return KINDS[kind], native.DTYPES[gate.dtype], native.threads()
 
@@ -127,6 +144,7 @@ define(
     "gated_activation(Tensor gate, Tensor up, str kind) -> Tensor",
     reference=_reference,
     native_cpu=_native,
+    gpu=_gpu,
     fake=lambda gate, _up, _kind: _like(gate),
     accepts=_accepts,
 )
@@ -134,6 +152,7 @@ define(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
     reference=_backward_reference,
     native_cpu=_backward_native,
+    gpu=_backward_gpu,
     fake=lambda _grad, gate, _up, _kind: (_like(gate), _like(gate)),
     accepts=_accepts,
 )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar.ops import gpu_kernels, native
 
 _LIBRARY = torch.library.Library("entrenar", "DEF")
 
@@ -45,7 +45,7 @@ def define(
         native_cpu: calls the native library; same arguments.
         fake: same arguments, empty results.
         accepts: same arguments; whether the kernels handle this dtype and block size.
-        gpu: a kernel for CUDA devices; same arguments. None: the reference serves there.
+        gpu: calls a Triton kernel; same arguments. None: the reference serves on a GPU, as where Triton cannot.
     """
     name = schema.partition("(")[0]
 
@@ -54,7 +54,7 @@ def define(
         return chosen(*args)
 
     def on_gpu(*args: Any) -> Any:
-        chosen = gpu if gpu is not None and accepts(*args) else reference
+        chosen = gpu if gpu is not None and accepts(*args) and gpu_kernels.available() else reference
         return chosen(*args)
 
     on = {"cpu": on_cpu, "cuda": on_gpu}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from entrenar.ops import native
 from entrenar.ops.blocks import block_count
+from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.library import compute
 from entrenar.ops.linear_codebook import accepts, codebook_product, codebook_transposed_product, linear_codebook
@@ -48,6 +49,10 @@ class LinearWeight(Protocol):
         """Grad (B, O) → grad·W (B, I), a fresh tensor."""
         ...
 
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """W (O, I) in a dtype."""
+        ...
+
     def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """X (..., I) → x·Wᵀ + bias (..., O) out of operations that autograd, torch.compile and tracers know."""
         ...
@@ -70,15 +75,19 @@ class DenseWeight:
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X·Wᵀ + bias."""
-        return F.linear(x, self.matrix.to(x.dtype), bias)
+        return F.linear(x, self.decoded(x.dtype), bias)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
         """Grad·W."""
-        return grad @ self.matrix.to(grad.dtype)
+        return grad @ self.decoded(grad.dtype)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The matrix itself, converted if need be."""
+        return self.matrix.to(dtype)
 
     def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `product`, for tracers."""
-        return F.linear(x, self.matrix.to(x.dtype), bias)
+        return self.product(x, bias)
 
     def source(self) -> Weight:
         """The matrix itself; a float16 one as float32."""
@@ -110,6 +119,12 @@ class CodebookWeight:
             return codebook_transposed_product(grad, self.source())
         held = (self.packed, self.scales, self.codebook, self.block_size)
         return compute("linear_codebook_backward", grad, *held, self.shape[1])
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """Every block decoded."""
+        count = self.shape[0] * self.shape[1]
+        held = (self.packed, self.scales, self.codebook, self.block_size)
+        return dequantize_codebook(*held, count, dtype).view(self.shape)
 
     def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `product`, for tracers."""
@@ -144,9 +159,13 @@ class Int8Weight:
         """Grad·W."""
         return _native_transposed(self, grad) if _multiplies(grad) else self._panels().transposed_product(grad)
 
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """Every block decoded."""
+        return dequantize_int8(self.codes, self.scales, self.block_size, dtype).view(self.shape)
+
     def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `product`, for tracers."""
-        return F.linear(x, dequantize_int8(self.codes, self.scales, self.block_size, x.dtype).view(self.shape), bias)
+        return F.linear(x, self.decoded(x.dtype), bias)
 
     def source(self) -> Weight:
         """The codes themselves."""
@@ -189,9 +208,13 @@ class GGUFWeight:
             return _native_transposed(self, grad)
         return gguf_panels(self.packed, self.type).transposed_product(grad)
 
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """Every row decoded."""
+        return decode_rows(self.packed, self.type, dtype)
+
     def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `product`, for tracers."""
-        return F.linear(x, decode_rows(self.packed, self.type, x.dtype), bias)
+        return F.linear(x, self.decoded(x.dtype), bias)
 
     def source(self) -> Weight:
         """The blocks themselves; 16- and 32-bit floats as a matrix."""

@@ -1,7 +1,7 @@
 """The two residual blocks of a decoder layer, h + f(norm(h)), each one native call a pass (csrc/block).
 
-Only for bfloat16 on a CPU (`serves`); everything they are made of exists as an operation of its own,
-and models/fast_forwards.py puts those together elsewhere. Gradients reach h and the low-rank factors.
+Only for bfloat16 on a CPU (`serves`). On a GPU composed_blocks.py puts a layer together of operations, and elsewhere
+models/fast_forwards.py does. Gradients reach h and the low-rank factors.
 Letters: B rows, T tokens, C hidden size, I inner size, H heads, G key-value heads, D width of a head, R rotated of D.
 """
 
@@ -104,19 +104,22 @@ def decoder_layer(
     return _apply(h, (_Attention(attention, rotation, starts), _Mlp(mlp)), keep)
 
 
-def attention_inputs(h: Tensor, block: AttentionBlock, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-    """H (B, T, C) → what the block's attention takes, q (B, T, H·D), k and v (B, T, G·D); no gradient is recorded."""
+def before_attention(
+    h: Tensor, block: AttentionBlock, rotation: Rotation | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """H (B, T, C) → h, and what attention takes: q (B, T, H·D), k and v (B, T, G·D); no gradient is recorded."""
     h, one = h.contiguous(), _Attention(block, rotation)
     q, k, v = (h.new_empty(*h.shape[:2], member.weight.shape[0]) for member in (block.q, block.k, block.v))
     made = _prepared(one, h, one.members, Keep.NOTHING)
     _run(_attention_inputs, _fresh_view(one, made, {"h": h, "q": q, "k": k, "v": v}, h.new_empty(0)))
-    return q, k, v
+    return h, q, k, v
 
 
-def attention_output(h: Tensor, o: Tensor, output: Member) -> Tensor:
-    """H (B, T, C) + output(o), o (B, T, H·D): the end of an attention block; no gradient is recorded."""
-    tokens = o.reshape(-1, o.shape[-1]).contiguous()
-    return forward_native(tokens, [output], residual=h.reshape(-1, h.shape[-1]).contiguous())[0].view(h.shape)
+def after_attention(h: Tensor, attended: Tensor, output: Member, block: MlpBlock) -> Tensor:
+    """H (B, T, C) + output(attended), attended (B, T, H·D), and the MLP's block of that; no gradient is recorded."""
+    tokens = attended.reshape(-1, attended.shape[-1]).contiguous()
+    added = forward_native(tokens, [output], residual=h.reshape(-1, h.shape[-1]))[0]
+    return mlp_block(added.view(h.shape), block, Keep.NOTHING)
 
 
 _attention_inputs = native.Function("entrenar_attention_inputs", "pi")

@@ -20,6 +20,9 @@ _backward = native.Function("entrenar_rms_norm_backward", "bbbbbnnffiii")
 _weight = native.Function("entrenar_rms_norm_backward_weight", "bbbnnfiii")
 
 
+_WIDEST_ON_GPU = 1 << 15  # a program holds a row in registers
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """(weight + offset) · x / √(mean(x²) + eps) over the last dimension, in float32 (float64 for a float64 x).
 
@@ -47,10 +50,13 @@ def _reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return (wide * _reciprocal(wide, eps) * (factor + offset)).to(x.dtype)
 
 
-def _backward_reference(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+def _backward_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor | None
+) -> Tensor:
     wide, upstream, factor = widen(x, grad, weight)
     r, h = _reciprocal(wide, eps), upstream * (factor + offset)
-    return (r * h - wide * (r**3 * (h * wide).mean(-1, keepdim=True))).to(x.dtype)
+    dx = r * h - wide * (r**3 * (h * wide).mean(-1, keepdim=True))
+    return (dx if residual is None else dx + residual).to(x.dtype)
 
 
 def _weight_reference(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -64,13 +70,33 @@ def _native(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     return y
 
 
-def _backward_native(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+def _backward_native(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor | None
+) -> Tensor:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     _backward(
-        grad.contiguous(), x.contiguous(), weight.contiguous(), None, dx,
+        grad.contiguous(), x.contiguous(), weight.contiguous(), None if residual is None else residual.contiguous(), dx,
         *_rows(x), eps, offset, *_dtypes(x, weight), native.threads(),
     )  # fmt: skip
     return dx
+
+
+def _gpu(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    if x.shape[-1] > _WIDEST_ON_GPU:
+        return _reference(x, weight, eps, offset)
+    from entrenar.ops import elementwise_gpu
+
+    return elementwise_gpu.rms_norm(x, weight, eps, offset)
+
+
+def _backward_gpu(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float, residual: Tensor | None
+) -> Tensor:
+    if x.shape[-1] > _WIDEST_ON_GPU:
+        return _backward_reference(grad, x, weight, eps, offset, residual)
+    from entrenar.ops import elementwise_gpu
+
+    return elementwise_gpu.rms_norm_backward(grad, x, weight, eps, offset, residual)
 
 
 def _weight_native(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -91,8 +117,11 @@ def _accepts(x: Tensor, weight: Tensor, _eps: float, _offset: float) -> bool:
     return x.dtype in native.DTYPES and weight.dtype in native.DTYPES
 
 
-def _backward_accepts(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> bool:
-    return grad.dtype == x.dtype and _accepts(x, weight, eps, offset)
+def _backward_accepts(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, residual: Tensor | None = None
+) -> bool:
+    fits = residual is None or residual.dtype == x.dtype
+    return fits and grad.dtype == x.dtype and _accepts(x, weight, eps, offset)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 - torch's signature
@@ -103,7 +132,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     wants_x, wants_weight = ctx.needs_input_grad[:2]
-    dx = call("rms_norm_backward", grad, x, weight, ctx.eps, ctx.offset) if wants_x else None
+    dx = call("rms_norm_backward", grad, x, weight, ctx.eps, ctx.offset, None) if wants_x else None
     dweight = call("rms_norm_backward_weight", grad, x, weight, ctx.eps) if wants_weight else None
     return dx, dweight, None, None
 
@@ -116,14 +145,16 @@ define(
     "rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
     reference=_reference,
     native_cpu=_native,
+    gpu=_gpu,
     fake=lambda x, _weight, _eps, _offset: _like(x),
     accepts=_accepts,
 )
 define(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, float offset) -> Tensor",
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, float offset, Tensor? residual) -> Tensor",
     reference=_backward_reference,
     native_cpu=_backward_native,
-    fake=lambda _grad, x, _weight, _eps, _offset: _like(x),
+    gpu=_backward_gpu,
+    fake=lambda _grad, x, *_: _like(x),
     accepts=_backward_accepts,
 )
 define(

@@ -67,6 +67,12 @@ def _native(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
     return out
 
 
+def _gpu(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
+    from entrenar.ops import elementwise_gpu
+
+    return elementwise_gpu.rotary(x, cos, sin, transpose)
+
+
 def _fake(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:  # noqa: ARG001 - one signature
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -88,6 +94,7 @@ define(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool transpose) -> Tensor",
     reference=_reference,
     native_cpu=_native,
+    gpu=_gpu,
     fake=_fake,
     accepts=_accepts,
 )
