@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from entrenar.ops import dequantize_codebook as decoding
+from entrenar.ops import gpu_kernels
+from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, dequantize_gguf
 from entrenar.ops.linear_gguf import block_of
 from entrenar.ops.scales import nest_scales
@@ -73,8 +74,7 @@ def test_a_layers_result_and_gradient(format: str, tokens: int) -> None:
 def test_the_gpu_kernel_gives_the_references_bits(
     dtype: torch.dtype, nesting: str | None, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("triton")
-    assert decoding._has_gpu_kernel()
+    assert gpu_kernels.available()
     generator = torch.Generator().manual_seed(count)
     packed = torch.randint(0, 256, ((count + 1) // 2,), generator=generator, dtype=torch.uint8).to(_GPU)
     scales = [torch.randn(-(-count // 64), generator=generator).abs().to(_GPU) * 100]
@@ -85,6 +85,6 @@ def test_the_gpu_kernel_gives_the_references_bits(
     if nesting == "linear":
         scales = nest_scales(scales[0])
     values = torch.randn(16, generator=generator).to(_GPU)
-    found = decoding.dequantize_codebook(packed, scales, values, 64, count, dtype)
-    monkeypatch.setattr(decoding, "_has_gpu_kernel", lambda: False)
-    assert torch.equal(found, decoding.dequantize_codebook(packed, scales, values, 64, count, dtype))
+    found = dequantize_codebook(packed, scales, values, 64, count, dtype)
+    monkeypatch.setattr(gpu_kernels, "available", lambda: False)
+    assert torch.equal(found, dequantize_codebook(packed, scales, values, 64, count, dtype))

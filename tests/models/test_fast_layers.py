@@ -14,6 +14,7 @@ from entrenar.lora.attach import attach_lora
 from entrenar.models import attention, fast_layers
 from entrenar.models.activations import set_keep
 from entrenar.models.fast_forwards import use_fast_forwards
+from entrenar.ops import residual_blocks
 from entrenar.ops.residual_blocks import Keep
 
 pytestmark = pytest.mark.usefixtures("native_path")
@@ -116,16 +117,16 @@ def test_calls_that_ask_for_more_go_the_classs_own_way(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("family", ALIKE)
-def test_token_by_token_with_a_cache_the_mlp_is_one_call(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_by_token_with_a_cache_all_but_attending_is_native(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fast, plain, _ = pair(family)
     calls: list[int] = []
-    own = fast_layers.mlp_block
+    own = residual_blocks.after_attention
 
     def counted(h: Tensor, *args: Any) -> Tensor:
         calls.append(h.shape[1])
         return own(h, *args)
 
-    monkeypatch.setattr(fast_layers, "mlp_block", counted)
+    monkeypatch.setattr(residual_blocks, "after_attention", counted)
     for again in range(2):
         with torch.no_grad():
             found, expected = [], []
@@ -142,7 +143,7 @@ def test_token_by_token_with_a_cache_the_mlp_is_one_call(family: str, monkeypatc
 
 def test_with_a_cache_and_gradients_the_layer_goes_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, _, _ = pair("llama")
-    monkeypatch.setattr(fast_layers, "mlp_block", lambda *_: 1 / 0)
+    monkeypatch.setattr(residual_blocks, "after_attention", lambda *_: 1 / 0)
     fast(input_ids=IDS, past_key_values=DynamicCache(config=fast.config), use_cache=True).logits.sum().backward()
 
 
