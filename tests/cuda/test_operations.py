@@ -4,11 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from entrenar.ops import gpu_kernels
-from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, dequantize_gguf
 from entrenar.ops.linear_gguf import block_of
-from entrenar.ops.scales import nest_scales
 from entrenar.quant.linear import quantized_linear
 from entrenar.quant.tensor import QuantizedTensor, kept_tensor, quantize
 
@@ -66,25 +63,3 @@ def test_a_layers_result_and_gradient(format: str, tokens: int) -> None:
         found.append((y.detach().cpu(), inner.grad.cpu()))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("nesting", [None, "dynamic", "linear"])
-@pytest.mark.parametrize("count", [1, 63, 64, 2047, 2048, 2049, 4304 * 130])
-def test_the_gpu_kernel_gives_the_references_bits(
-    dtype: torch.dtype, nesting: str | None, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert gpu_kernels.available()
-    generator = torch.Generator().manual_seed(count)
-    packed = torch.randint(0, 256, ((count + 1) // 2,), generator=generator, dtype=torch.uint8).to(_GPU)
-    scales = [torch.randn(-(-count // 64), generator=generator).abs().to(_GPU) * 100]
-    if nesting == "dynamic":
-        table = torch.linspace(-1, 1, 256, device=_GPU)
-        offset = scales[0].mean().reshape(1)
-        scales = [*nest_scales(scales[0], offset, table), offset, table]
-    if nesting == "linear":
-        scales = nest_scales(scales[0])
-    values = torch.randn(16, generator=generator).to(_GPU)
-    found = dequantize_codebook(packed, scales, values, 64, count, dtype)
-    monkeypatch.setattr(gpu_kernels, "available", lambda: False)
-    assert torch.equal(found, dequantize_codebook(packed, scales, values, 64, count, dtype))

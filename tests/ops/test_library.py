@@ -1,7 +1,7 @@
 """torch.library's own checks of every operation, on each path."""
 
 import logging
-import sys
+from typing import Any
 
 import pytest
 import torch
@@ -47,16 +47,42 @@ def test_compile_passes_through_quantization() -> None:
     assert torch.equal(compiled(flat), there_and_back(flat))
 
 
-@pytest.mark.parametrize(("found", "said"), [(None, "missing or switched off"), (object(), "cannot compile here")])
-def test_where_triton_does_not_serve_that_is_said_and_pytorch_does(
-    found: object, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def broken(*_: object) -> torch.Tensor:
+    raise RuntimeError("no C compiler")
+
+
+@pytest.mark.parametrize(("kernel", "said"), [
+    (torch.sin, None), (broken, "cannot compile twice here (no C compiler)"), (torch.cos, "wrong numbers"),
+    (torch.Tensor.neg_, "wrong numbers"),
+])  # fmt: skip
+def test_a_gpu_kernel_serves_once_it_agrees(
+    kernel: Any, said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(gpu_kernels, "find_spec", lambda _: found)
-    monkeypatch.setitem(sys.modules, "entrenar.ops.elementwise_gpu", None)  # an ImportError, as any other
-    gpu_kernels.available.cache_clear()
+    monkeypatch.setattr(gpu_kernels, "_is_there", lambda: True)
+    monkeypatch.setattr(gpu_kernels, "_tried", {})
+    samples: list[torch.Tensor] = []
+
+    def sample() -> tuple[torch.Tensor]:
+        samples.append(torch.ones(3))
+        return (samples[-1],)
+
+    for _ in range(2):
+        assert gpu_kernels.serves("twice", gpu_kernels.GpuKernel(kernel, sample), torch.sin) is (said is None)
+    assert len(samples) <= 2  # tried once
+    assert (said or "") in caplog.text
+    assert bool(caplog.text) is (said is not None)
+
+
+@pytest.mark.parametrize("name", [None, "triton"])
+def test_where_triton_is_missing_or_switched_off_that_is_said(
+    name: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu_kernels, "find_spec", lambda _: name)
+    monkeypatch.setattr(gpu_kernels.native, "asks_for_reference", lambda: name is not None)
+    gpu_kernels._is_there.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
-            assert not gpu_kernels.available()
+            assert not gpu_kernels._is_there()
     finally:
-        gpu_kernels.available.cache_clear()
-    assert said in caplog.text
+        gpu_kernels._is_there.cache_clear()
+    assert "missing or switched off" in caplog.text

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
+from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define
 from entrenar.ops.precision import widen
 
@@ -109,6 +110,10 @@ def _on_gpu(logits: Tensor, labels: Tensor, softcap: float, gradient: bool) -> T
     return losses
 
 
+def _sample() -> tuple[Tensor, Tensor, float]:
+    return numbers(3, 50), torch.tensor([0, 20, 49], device="cuda"), 0.0
+
+
 def _call(logits: Tensor, labels: Tensor, softcap: float, gradient: bool) -> Tensor:
     _check(logits, labels, softcap)
     losses = _fake(logits, labels, softcap)
@@ -130,7 +135,7 @@ define(
     "cross_entropy_rows(Tensor(a!) logits, Tensor labels, float softcap) -> Tensor",
     reference=_rows_reference,
     native_cpu=_rows_native,
-    gpu=_rows_gpu,
+    gpu=GpuKernel(_rows_gpu, _sample),
     fake=_fake,
     accepts=_accepts,
 )
@@ -138,7 +143,7 @@ define(
     "cross_entropy_losses(Tensor logits, Tensor labels, float softcap) -> Tensor",
     reference=_losses_reference,
     native_cpu=_losses_native,
-    gpu=_losses_gpu,
+    gpu=GpuKernel(_losses_gpu, _sample),
     fake=_fake,
     accepts=_accepts,
 )

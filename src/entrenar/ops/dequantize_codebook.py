@@ -11,6 +11,7 @@ from torch import Tensor
 from entrenar.core.errors import InputError
 from entrenar.ops import native
 from entrenar.ops.blocks import chunks
+from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import unpack_nibbles
 from entrenar.ops.scales import decode_scales, scale_buffers
@@ -74,6 +75,10 @@ def _gpu_into(packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size
     dequantize_on_gpu(packed, scales, codebook, block_size, out)
 
 
+def _sample() -> tuple[Tensor, list[Tensor], Tensor, int]:
+    return (numbers(500) * 50 + 100).byte(), [numbers(16)], numbers(16), 64
+
+
 def _accepts_into(_packed: Tensor, _scales: list[Tensor], codebook: Tensor, block_size: int, out: Tensor) -> bool:
     return _accepts(_packed, _scales, codebook, block_size, 0, out.dtype)
 
@@ -108,7 +113,7 @@ define(
     f"dequantize_codebook({_ARGUMENTS}, SymInt count, ScalarType dtype) -> Tensor",
     reference=_fresh(_reference_into),
     native_cpu=_fresh(_native_into),
-    gpu=_fresh(_gpu_into),
+    gpu=GpuKernel(_fresh(_gpu_into), lambda: (*_sample(), 1000, torch.float32)),
     fake=_fake,
     accepts=_accepts,
 )
@@ -116,7 +121,7 @@ define(
     f"dequantize_codebook_into({_ARGUMENTS}, Tensor(a!) out) -> ()",
     reference=_reference_into,
     native_cpu=_native_into,
-    gpu=_gpu_into,
+    gpu=GpuKernel(_gpu_into, lambda: (*_sample(), numbers(1000))),
     fake=lambda *_args: None,
     accepts=_accepts_into,
 )

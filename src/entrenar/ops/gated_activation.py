@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
+from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
@@ -144,7 +145,7 @@ define(
     "gated_activation(Tensor gate, Tensor up, str kind) -> Tensor",
     reference=_reference,
     native_cpu=_native,
-    gpu=_gpu,
+    gpu=GpuKernel(_gpu, lambda: (numbers(50), numbers(50).sin(), "silu")),
     fake=lambda gate, _up, _kind: _like(gate),
     accepts=_accepts,
 )
@@ -152,7 +153,7 @@ define(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
     reference=_backward_reference,
     native_cpu=_backward_native,
-    gpu=_backward_gpu,
+    gpu=GpuKernel(_backward_gpu, lambda: (numbers(50).cos(), numbers(50), numbers(50).sin(), "silu")),
     fake=lambda _grad, gate, _up, _kind: (_like(gate), _like(gate)),
     accepts=_accepts,
 )

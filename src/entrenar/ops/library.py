@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from entrenar.ops import gpu_kernels, native
+from entrenar.ops.gpu_kernels import GpuKernel
 
 _LIBRARY = torch.library.Library("entrenar", "DEF")
 
@@ -35,7 +36,7 @@ def define(
     native_cpu: Callable[..., Any],
     fake: Callable[..., Any],
     accepts: Callable[..., bool],
-    gpu: Callable[..., Any] | None = None,
+    gpu: GpuKernel | None = None,
 ) -> None:
     """Register one operation.
 
@@ -45,7 +46,7 @@ def define(
         native_cpu: calls the native library; same arguments.
         fake: same arguments, empty results.
         accepts: same arguments; whether the kernels handle this dtype and block size.
-        gpu: calls a Triton kernel; same arguments. None: the reference serves on a GPU, as where Triton cannot.
+        gpu: a Triton kernel. None: the reference serves on a GPU, as it does where Triton cannot.
     """
     name = schema.partition("(")[0]
 
@@ -54,8 +55,8 @@ def define(
         return chosen(*args)
 
     def on_gpu(*args: Any) -> Any:
-        chosen = gpu if gpu is not None and accepts(*args) and gpu_kernels.available() else reference
-        return chosen(*args)
+        serves = gpu is not None and accepts(*args) and gpu_kernels.serves(name, gpu, reference)
+        return gpu.run(*args) if gpu is not None and serves else reference(*args)
 
     on = {"cpu": on_cpu, "cuda": on_gpu}
 

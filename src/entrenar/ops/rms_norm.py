@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
+from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
@@ -145,7 +146,7 @@ define(
     "rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
     reference=_reference,
     native_cpu=_native,
-    gpu=_gpu,
+    gpu=GpuKernel(_gpu, lambda: (numbers(3, 40), numbers(40), 1e-5, 1.0)),
     fake=lambda x, _weight, _eps, _offset: _like(x),
     accepts=_accepts,
 )
@@ -153,7 +154,9 @@ define(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, float offset, Tensor? residual) -> Tensor",
     reference=_backward_reference,
     native_cpu=_backward_native,
-    gpu=_backward_gpu,
+    gpu=GpuKernel(
+        _backward_gpu, lambda: (numbers(3, 40).sin(), numbers(3, 40), numbers(40), 1e-5, 1.0, numbers(3, 40))
+    ),
     fake=lambda _grad, x, *_: _like(x),
     accepts=_backward_accepts,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops import native
+from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
@@ -94,7 +95,7 @@ define(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool transpose) -> Tensor",
     reference=_reference,
     native_cpu=_native,
-    gpu=_gpu,
+    gpu=GpuKernel(_gpu, lambda: (numbers(2, 3, 2, 8), numbers(1, 3, 6).cos(), numbers(1, 3, 6).sin(), False)),
     fake=_fake,
     accepts=_accepts,
 )

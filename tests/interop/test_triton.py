@@ -1,0 +1,66 @@
+"""Triton's kernels without a GPU: their numbers in Triton's interpreter, and that its compiler takes them.
+
+`make interop` sets TRITON_INTERPRET, which Triton reads when it is imported; compiling wants it unset.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triton_kernels import (
+    Triton,
+    test_a_norm_of_what_does_not_lie_together,
+    test_cross_entropy,
+    test_cross_entropy_of_what_is_no_number,
+    test_decoding,
+    test_gated_activations,
+    test_norms,
+    test_rotations,
+)
+
+from entrenar.ops import cross_entropy, dequantize_codebook, gated_activation, rms_norm, rotary
+
+__all__ = [
+    "test_a_norm_of_what_does_not_lie_together",
+    "test_cross_entropy",
+    "test_cross_entropy_of_what_is_no_number",
+    "test_decoding",
+    "test_gated_activations",
+    "test_norms",
+    "test_rotations",
+]
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]  # NumPy's
+
+
+@pytest.fixture
+def triton() -> Triton:
+    assert os.environ.get("TRITON_INTERPRET") == "1", "run this by `make interop`"
+    kernels = {
+        "rms_norm": rms_norm._gpu,
+        "rms_norm_backward": rms_norm._backward_gpu,
+        "gated_activation": gated_activation._gpu,
+        "gated_activation_backward": gated_activation._backward_gpu,
+        "rotary": rotary._gpu,
+        "cross_entropy_losses": cross_entropy._losses_gpu,
+        "cross_entropy_rows": cross_entropy._rows_gpu,
+        "dequantize_codebook": dequantize_codebook._fresh(dequantize_codebook._gpu_into),
+    }
+
+    def run(name: str, *args: Any) -> Any:
+        return kernels[name](*args)
+
+    return Triton("cpu", run)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_compiler_takes_every_kernel(capability: int) -> None:
+    script = Path(__file__).parent / "compile_triton.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) > 25
