@@ -20,12 +20,13 @@ $(MODEL): .venv/.setup
 	$(BIN)/python examples/fetch_model.py $@
 
 # llama.cpp's AMX products crash on more than one token (0.3.36), so it is built without them, and here: a wheel that pip
-# has kept may have them.
+# has kept may have them. Triton comes with torch for CUDA; its interpreter and compiler need no GPU.
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
 
 .venv/.peers: .venv/.setup
 	CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" $(PIP) --no-cache-dir llama-cpp-python
 	$(PIP) --editable ".[peers]"
+	$(PIP) triton
 	touch $@
 
 check: setup
@@ -62,9 +63,10 @@ build/mergekit/.done:
 	build/mergekit/bin/pip install --quiet --disable-pip-version-check mergekit==0.1.5
 	touch $@
 
-# Compares with peft, bitsandbytes, mergekit and llama.cpp; the last takes about five minutes to build, once.
+# Compares with peft, bitsandbytes, mergekit and llama.cpp; the last takes about five minutes to build, once. Interprets the
+# kernels for GPUs.
 interop: setup .venv/.peers build/mergekit/.done
-	$(BIN)/pytest -m interop
+	TRITON_INTERPRET=1 $(BIN)/pytest -m interop
 
 demo: setup
 	$(BIN)/python examples/demo.py

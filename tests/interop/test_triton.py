@@ -56,9 +56,9 @@ def triton() -> Triton:
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_compiler_takes_every_kernel(capability: int) -> None:
+def test_the_compiler_takes_every_kernel(capability: int, tmp_path: Path) -> None:
     script = Path(__file__).parent / "compile_triton.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, str(script), str(capability)], capture_output=True, text=True, timeout=200, env=environment
     )

@@ -11,8 +11,8 @@ from test_fast_layers import ALIKE, adapted, gradients
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from entrenar.models import fast_layers
-from entrenar.models.activations import ladder, set_keep
+from entrenar.models import activations, fast_layers
+from entrenar.models.activations import kept_per_token, ladder, set_keep
 from entrenar.models.fast_forwards import use_fast_forwards
 from entrenar.ops import composed_blocks
 from entrenar.ops.residual_blocks import Keep
@@ -22,7 +22,7 @@ from entrenar.ops.residual_blocks import Keep
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composed_blocks, "serves", lambda h: h.dim() == 3)
     monkeypatch.setattr(fast_layers, "serves", lambda _: False)
-    monkeypatch.setattr(fast_layers, "serve", lambda _: False)
+    monkeypatch.setattr(activations, "recompute_inside", lambda _: False)
 
 
 def pair(family: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel, int]:
@@ -69,6 +69,9 @@ def test_what_is_kept_changes_memory_not_numbers() -> None:
         results.append(gradients(fast))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+    width = fast.config.get_text_config().hidden_size * torch.float32.itemsize
+    most, least = kept_per_token(fast, Keep.ALL), kept_per_token(fast, Keep.NOTHING)
+    assert 2 * width < least < most / 3  # what each of two layers begins with, and what the rest of the model keeps
 
 
 def test_a_cache_and_padding() -> None:

@@ -27,7 +27,12 @@ def ladder(model: PreTrainedModel) -> tuple[Keep, ...]:
     """What a layer of this model, in training mode, can be told to keep: from the fastest to the leanest."""
     if not decoder_layers(model):
         return (Keep.ALL,)
-    return (Keep.ALL, Keep.DEAR, Keep.NOTHING) if fast_layers.serve(model) else (Keep.ALL, Keep.NOTHING)
+    return (Keep.ALL, Keep.DEAR, Keep.NOTHING) if recompute_inside(model) else (Keep.ALL, Keep.NOTHING)
+
+
+def recompute_inside(model: PreTrainedModel) -> bool:
+    """Whether layers compute again inside themselves, as native ones can."""
+    return model.device.type == "cpu" and fast_layers.serve(model)
 
 
 def set_keep(model: PreTrainedModel, choices: Sequence[Keep]) -> None:
@@ -36,7 +41,7 @@ def set_keep(model: PreTrainedModel, choices: Sequence[Keep]) -> None:
     Layers with a native forward (fast_layers.py) compute again inside it; others are run twice (Chen et al. 2016,
     "Training Deep Nets with Sublinear Memory Cost"), dropout drawn the same.
     """
-    native = fast_layers.serve(model)
+    native = recompute_inside(model)
     for layer, choice in zip(decoder_layers(model), choices, strict=True):
         fast_layers.set_keep(layer, choice)
         layer.gradient_checkpointing = choice is Keep.NOTHING and not native

@@ -72,10 +72,9 @@ def use_fast_layers(model: PreTrainedModel) -> int:
 
 
 def serve(model: nn.Module) -> bool:
-    """Whether the model's decoder layers run natively in training, as they now are, and so can be told what to keep."""
+    """Whether the model's decoder layers run so in training, as they now are."""
     layers = [module for module in model.modules() if _looks_right(module)]
-    native = bool(layers) and next(layers[0].parameters()).device.type == "cpu"
-    return native and all(
+    return bool(layers) and all(
         isinstance(vars(layer).get("forward"), MethodType) and all(map(can_join, _linears(layer))) for layer in layers
     )
 
@@ -162,8 +161,17 @@ def _run_own_attention(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, 
     plain = served and not _is_watched(module) and all(map(can_join, linears)) and not (trains and _trains_norms(layer))
     if not plain or (layer.rotates and rotation is None):
         return None
-    parts, (first, second) = composed_blocks if composed else residual_blocks, _blocks(layer, linears)
-    h, q, k, v = parts.before_attention(h, first, _contiguous(rotation) if layer.rotates else None)
+    run = partial(_around_attention, module, layer, composed_blocks if composed else residual_blocks, kwargs)
+    if trains and module.training and module.gradient_checkpointing:  # which the class's own forward would see to
+        return module._gradient_checkpointing_func(run, h)
+    return run(h)
+
+
+def _around_attention(module: Any, layer: _Layer, parts: Any, kwargs: dict[str, Any], h: Tensor) -> Tensor:
+    """The layer's result out of `parts`, one of the two modules that have what stands before and behind attention."""
+    first, second = _blocks(layer, _linears(module))
+    rotation = _contiguous(kwargs["position_embeddings"]) if layer.rotates else None
+    h, q, k, v = parts.before_attention(h, first, rotation)
     # The class's forward finds all of it done but to attend.
     projected = Projected(module.self_attn, q, k, v, q_norm=_same, k_norm=_same, o_proj=_same)
     attended = layer.attend(projected, hidden_states=h, **kwargs)[0]

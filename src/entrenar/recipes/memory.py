@@ -13,16 +13,18 @@ from entrenar.data.dataset import PreparedData
 from entrenar.data.packing import layout, widest
 from entrenar.lora.attach import adapted_layers, attach, trained_parameters
 from entrenar.lora.token_rows import resize_vocabulary, rows_for
-from entrenar.models.activations import decoder_layers, kept_per_token, ladder
+from entrenar.models.activations import decoder_layers, kept_per_token, ladder, recompute_inside
 from entrenar.models.compute import resolve_device, resolve_dtype
 from entrenar.models.device_memory import free_bytes, used_bytes
 from entrenar.models.experts import expert_modules
+from entrenar.models.fast_layers import serve
 from entrenar.models.head import output_head, vocabulary_size
 from entrenar.models.linear_cross_entropy import LOGIT_BYTES
 from entrenar.models.load import KEEP, UNQUANTIZED, build_on_meta, kept_types, load_source
 from entrenar.models.match import is_tied
 from entrenar.models.original import weights_of
 from entrenar.models.source import ModelSource, open_source
+from entrenar.ops.library import has_gpu_kernel
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import packed_bytes
 from entrenar.recipes.config import ModelSection, RunConfig, TrainingSection
@@ -33,7 +35,10 @@ _MOST_TOKENS = 4096  # beyond, a larger micro-batch gains nothing
 _USABLE = 0.9  # of what is available: the estimate is not exact, and others live on the machine
 _AT_WORK = 24 << 20  # buffers of MKL, oneDNN and our kernels (measured)
 _AT_WORK_GPU = 32 << 20  # cuBLAS' (torch's setting for Hopper)
-_GPU_DECODING = 10  # bytes a weight while ops/dequantize_codebook.py decodes it: an index, and two float32 values
+# Bytes a weight while the reference of ops/dequantize_codebook.py decodes it: an index, and two float32 values.
+_GPU_DECODING = 10
+# What passes in a layer's backward for each byte that it keeps: measured, of the layers of ops/composed_blocks.py too.
+_PASSING, _PASSING_COMPOSED = 2.0, 1.0
 _COUNTED = 1000  # batches whose layout is looked at
 
 
@@ -57,6 +62,7 @@ def plan_memory(
         logits=_logit_bytes(model),
         scratch=_scratch(model),
         heap=HEAP if model.device.type == "cpu" else 1.0,
+        passing=_PASSING_COMPOSED if serve(model) and not recompute_inside(model) else _PASSING,
     )
     held, budget = held_bytes(model, libraries), memory_budget(section, model.device)
     tokens = _tokens(section, data, plan, chosen)
@@ -162,10 +168,9 @@ def _sizes(section: TrainingSection) -> Iterable[int]:
 def _logit_bytes(model: PreTrainedModel) -> int:
     """Of one chunk of the loss: logits over which the gradient is written, and what else is made of them."""
     whole = _MOST_TOKENS * vocabulary_size(model) * model.dtype.itemsize
-    if model.device.type != "cpu":
-        copies = 1 + 2 * torch.float32.itemsize / model.dtype.itemsize  # z and its softmax in float32
-    else:
-        copies = 1 if type(output_head(model)) is nn.Linear else 3  # autograd has both, and holds some of them
+    copies = 1 if type(output_head(model)) is nn.Linear else 3  # autograd has both, and holds some of them
+    if model.device.type != "cpu" and not has_gpu_kernel("cross_entropy_rows"):
+        copies += 2 * torch.float32.itemsize / model.dtype.itemsize  # z and its softmax in float32
     return round(min(LOGIT_BYTES, whole) * copies)
 
 
@@ -175,7 +180,8 @@ def _scratch(model: PreTrainedModel) -> int:
         return _AT_WORK
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     largest = max((layer.in_features * layer.out_features for layer in layers), default=0)
-    return _AT_WORK_GPU + largest * (model.dtype.itemsize + _GPU_DECODING)
+    decoding = 0 if has_gpu_kernel("dequantize_codebook") else _GPU_DECODING
+    return _AT_WORK_GPU + largest * (model.dtype.itemsize + decoding)
 
 
 def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:

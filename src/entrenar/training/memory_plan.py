@@ -41,7 +41,8 @@ class Working:
 
     kept: bytes a token between forward and backward if all `layers` keep that much, from the fastest to the leanest.
     logits: of one chunk of the loss, bytes at most. scratch: of the kernels, whatever the batch.
-    heap: what the allocator takes for each byte.
+    heap: what the allocator takes for each byte. passing: bytes that a layer's backward makes for each that the layer
+    keeps at most.
     """
 
     layers: int
@@ -49,6 +50,7 @@ class Working:
     logits: int
     scratch: int
     heap: float = HEAP
+    passing: float = 2.0
 
     def of_layers(self, keep: Sequence[Keep]) -> float:
         """Bytes a token that are held when the backward begins."""
@@ -58,13 +60,13 @@ class Working:
         return leanest + sum((self.kept[choice] - leanest) / self.layers for choice in keep)
 
     def of_a_moment(self, keep: Sequence[Keep]) -> float:
-        """Bytes a token that the backward of the last layer takes, where most is held: what it makes again, gradients
-        of all that it computes, and as much for what they are made of.
+        """Bytes a token that the backward of the last layer takes, where most is held: what it makes again, and what
+        passes: gradients of what it computes, and what they are made of.
         """
         if not keep:
             return 0.0
         most = max(self.kept.values())
-        return (2 * (most - min(self.kept.values())) + most - self.kept[keep[-1]]) / self.layers
+        return (self.passing * (most - min(self.kept.values())) + most - self.kept[keep[-1]]) / self.layers
 
 
 @dataclass(frozen=True, kw_only=True)
