@@ -42,6 +42,15 @@ Way way_of(const Source& source, int64_t tokens) {
     return fits ? Way::chunks : Way::decoded;
 }
 
+constexpr int64_t kTilesAhead = 2;
+
+// Ask for scales that will be read soon.
+void fetch_scales(const ScaleBuffers& scales, int64_t first, int64_t count) {
+    const int64_t width = scales.group == nullptr ? 4 : 1;
+    const char* at = static_cast<const char*>(scales.values) + first * width;
+    for (int64_t i = 0; i < count * width; i += 64) __builtin_prefetch(at + i);
+}
+
 int64_t whole_chunks(int64_t columns) { return divide_up(columns, kChunk) * kChunk; }
 
 template <int kDtype>
@@ -101,6 +110,7 @@ FewTokensProduct::FewTokensProduct(const Source& source, const FewTokens& tokens
 
 void FewTokensProduct::add(int64_t first, int64_t count, float* sums) const {
     if (decodes_) return add_decoded(first, count, sums);
+    if (is_kind(source_, SourceKind::codebook4)) return add_packed(first, count, sums);
     float found[kMaxPackedTokens];
     for (int64_t r = 0; r < count; ++r) {
         row(first + r, found);
@@ -124,9 +134,8 @@ void FewTokensProduct::add_decoded(int64_t first, int64_t count, float* sums) co
     }
 }
 
-// found[t] = a row that needs no decoding times token t.
+// found[t] = a row of int8 or of a GGUF's blocks times token t.
 void FewTokensProduct::row(int64_t row, float* found) const {
-    if (is_kind(source_, SourceKind::codebook4)) return codebook_row(row, found);
     const SourceView& view = source_.view;
     if (is_kind(source_, SourceKind::int8)) {
         const int64_t begin = row * view.columns, end = begin + view.columns;
@@ -137,18 +146,21 @@ void FewTokensProduct::row(int64_t row, float* found) const {
     source_.block.dot({in, blocks, tokens_.wide, view.columns, tokens_.count, found});
 }
 
-void FewTokensProduct::codebook_row(int64_t row, float* found) const {
+void FewTokensProduct::add_packed(int64_t first, int64_t count, float* sums) const {
     const CodebookWeight& weight = source_.codebook;
     const auto packed_dot = linear_kernel().packed_dot;
     const int64_t columns = source_.view.columns, blocks = columns / weight.block_size;  // of a row
-    float scales[kScaleGroup], some[kMaxPackedTokens];
-    std::fill_n(found, tokens_.count, 0.0f);
+    float scales[kTileRows * kScaleGroup];
     for (int64_t block = 0; block < blocks; block += kScaleGroup) {
-        const int64_t count = std::min(kScaleGroup, blocks - block), column = block * weight.block_size;
-        decode_scales(weight.scales, row * blocks + block, count, scales);
-        packed_dot(weight.packed + (row * columns + column) / 2, scales, weight.codebook, weight.block_size,
-                   tokens_.chunks + column, whole_chunks(columns), tokens_.count, count * weight.block_size, some);
-        for (int64_t t = 0; t < tokens_.count; ++t) found[t] += some[t];
+        const int64_t some = std::min(kScaleGroup, blocks - block), column = block * weight.block_size;
+        for (int64_t r = 0; r < count; ++r) {
+            decode_scales(weight.scales, (first + r) * blocks + block, some, scales + r * kScaleGroup);
+        }
+        fetch_scales(weight.scales, (first + kTilesAhead * kTileRows) * blocks + block, count * some);
+        const uint8_t* packed = weight.packed + (first * columns + column) / 2;
+        const PackedRows rows{packed, columns / 2, scales, kScaleGroup, weight.codebook, weight.block_size,
+                              some * weight.block_size, tokens_.chunks + column, whole_chunks(columns), tokens_.count};
+        packed_dot(rows, count, sums);
     }
 }
 

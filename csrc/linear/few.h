@@ -45,8 +45,8 @@ public:
 
 private:
     void add_decoded(int64_t first, int64_t count, float* sums) const;
+    void add_packed(int64_t first, int64_t count, float* sums) const;
     void row(int64_t row, float* found) const;
-    void codebook_row(int64_t row, float* found) const;
 
     const Source& source_;
     const FewTokens& tokens_;

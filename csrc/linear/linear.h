@@ -19,16 +19,28 @@ constexpr int64_t kChunk = 128, kDword = 8, kMaxPackedTokens = 4;
 // Element of the chunk that nibble `nibble` (from the lowest) of dword `lane` holds.
 constexpr int64_t chunk_element(int64_t nibble, int64_t lane) { return 8 * lane + (nibble ^ 1); }
 
+// Rows of whole dwords of codes with their blocks' scales, and the tokens they meet: each token's chunks nibble by nibble, the
+// tokens `x_stride` apart.
+struct PackedRows {
+    const uint8_t* packed;
+    int64_t row_bytes;  // from a row to the next
+    const float* scales;
+    int64_t row_scales;
+    const float* codebook;
+    int64_t block_size, columns;
+    const float* x;
+    int64_t x_stride, tokens;
+};
+
 struct Linear {
     // sums[t * kTileRows + r] += Σ_k x[t * x_stride + k] · rows[r * kTileColumns + k] for kTileRows rows, float32 sums.
     void (*dot)(const void* rows, const void* x, int64_t x_stride, int64_t tokens, int64_t columns, int dtype,
                 float* sums);
     // sums[t * kBackwardColumns + k] += Σ_r factors[t * kTileRows + r] · rows[r * kBackwardColumns + k].
     void (*accumulate)(const void* rows, const float* factors, int64_t tokens, int64_t columns, int dtype, float* sums);
-    // sums[t] = Σ_k x[t][k] · codebook[code k] · its block's scale, over `columns` codes at `packed`, whole dwords; `x` holds
-    // each token's chunks, nibble by nibble, the tokens `x_stride` apart. Null where there is no such kernel.
-    void (*packed_dot)(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size,
-                       const float* x, int64_t x_stride, int64_t tokens, int64_t columns, float* sums);
+    // sums[t * kTileRows + r] += Σ_k x[t][k] · codebook[code k of row r] · its block's scale, for `count` ≤ kTileRows rows.
+    // Null where there is no such kernel.
+    void (*packed_dot)(const PackedRows& rows, int64_t count, float* sums);
 };
 
 extern const Linear linear_generic, linear_avx2, linear_avx512;

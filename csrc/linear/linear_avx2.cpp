@@ -116,26 +116,26 @@ inline void add_half(__m256i codes, __m256 low, __m256 high, __m256 scale, const
 }
 
 template <int kTokens>
-void packed_dot_tokens(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size,
-                       const float* x, int64_t x_stride, int64_t columns, float* out) {
-    const __m256 low = _mm256_loadu_ps(codebook), high = _mm256_loadu_ps(codebook + 8);
-    const int shift = __builtin_ctzll(static_cast<uint64_t>(block_size));
+void packed_dot_row(const PackedRows& rows, int64_t row, float* out) {
+    const uint8_t* packed = rows.packed + row * rows.row_bytes;
+    const float* scales = rows.scales + row * rows.row_scales;
+    const __m256 low = _mm256_loadu_ps(rows.codebook), high = _mm256_loadu_ps(rows.codebook + 8);
+    const int shift = __builtin_ctzll(static_cast<uint64_t>(rows.block_size));
     __m256 sums[kTokens] = {};
-    for (int64_t k = 0; k < columns; k += kHalf, packed += kHalf / 2) {
+    for (int64_t k = 0; k < rows.columns; k += kHalf, packed += kHalf / 2) {
         if (k % kChunk == 0) fetch_ahead(packed);
-        const int64_t dwords = columns - k < kHalf ? (columns - k) / kDword : 8;
+        const int64_t dwords = rows.columns - k < kHalf ? (rows.columns - k) / kDword : 8;
         const __m256i codes = dwords == 8 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
                                           : _mm256_maskload_epi32(reinterpret_cast<const int*>(packed), first_lanes(dwords));
-        const float* from = x + k / kChunk * kChunk + k % kChunk / kDword;
-        add_half<kTokens>(codes, low, high, scales_of(scales + (k >> shift), shift, dwords), from, x_stride, sums);
+        const float* from = rows.x + k / kChunk * kChunk + k % kChunk / kDword;
+        add_half<kTokens>(codes, low, high, scales_of(scales + (k >> shift), shift, dwords), from, rows.x_stride, sums);
     }
-    for (int t = 0; t < kTokens; ++t) out[t] = sum_lanes(sums[t]);
+    for (int t = 0; t < kTokens; ++t) out[t * kTileRows + row] += sum_lanes(sums[t]);
 }
 
-void packed_dot(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size, const float* x,
-                int64_t x_stride, int64_t tokens, int64_t columns, float* sums) {
-    for_tokens(tokens, [&](auto count) {
-        packed_dot_tokens<count>(packed, scales, codebook, block_size, x, x_stride, columns, sums);
+void packed_dot(const PackedRows& rows, int64_t count, float* sums) {
+    for_tokens(rows.tokens, [&](auto tokens) {
+        for (int64_t row = 0; row < count; ++row) packed_dot_row<tokens>(rows, row, sums);
     });
 }
 

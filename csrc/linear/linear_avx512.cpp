@@ -100,44 +100,64 @@ struct ChunkScales {
     }
 };
 
-// sums += scale · Σ x · value over one chunk of codes.
-template <int kTokens>
-inline void add_chunk(__m512i codes, __m512 values, __m512 scale, const float* x, int64_t x_stride, __m512* sums) {
-    __m512 partial[kTokens] = {};
-    for (int nibble = 0; nibble < 8; ++nibble, codes = _mm512_srli_epi32(codes, 4)) {
-        const __m512 value = _mm512_permutexvar_ps(codes, values);  // looks at the lowest four bits alone
-        for (int t = 0; t < kTokens; ++t) {
-            partial[t] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + t * x_stride + nibble * 16), partial[t]);
+// sums[row][token] += scale · Σ x · value over one chunk of codes of each row.
+template <int kTokens, int kRows>
+inline void add_chunk(__m512i* codes, __m512 values, const __m512* scales, const float* x, int64_t x_stride,
+                      __m512 (*sums)[kTokens]) {
+    __m512 partial[kRows][kTokens] = {};
+    for (int nibble = 0; nibble < 8; ++nibble) {
+        __m512 token[kTokens];
+        for (int t = 0; t < kTokens; ++t) token[t] = _mm512_loadu_ps(x + t * x_stride + nibble * 16);
+        for (int r = 0; r < kRows; ++r) {
+            const __m512 value = _mm512_permutexvar_ps(codes[r], values);  // looks at the lowest four bits alone
+            for (int t = 0; t < kTokens; ++t) partial[r][t] = _mm512_fmadd_ps(value, token[t], partial[r][t]);
+            codes[r] = _mm512_srli_epi32(codes[r], 4);
         }
     }
-    for (int t = 0; t < kTokens; ++t) sums[t] = _mm512_fmadd_ps(partial[t], scale, sums[t]);
+    for (int r = 0; r < kRows; ++r) {
+        for (int t = 0; t < kTokens; ++t) sums[r][t] = _mm512_fmadd_ps(partial[r][t], scales[r], sums[r][t]);
+    }
 }
 
-template <int kTokens>
-void packed_dot_tokens(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size,
-                       const float* x, int64_t x_stride, int64_t columns, float* out) {
-    const __m512 values = _mm512_loadu_ps(codebook);
-    ChunkScales chunk_scales(block_size);
-    __m512 sums[kTokens] = {};
-    const int64_t chunks = columns / kChunk, left = columns % kChunk;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk, packed += kChunk / 2) {
-        fetch_ahead(packed);
-        const __m512 scale = chunk_scales.of(scales, chunk);
-        add_chunk<kTokens>(_mm512_loadu_si512(packed), values, scale, x + chunk * kChunk, x_stride, sums);
+// Several rows side by side: what is loaded of x serves all of them.
+template <int kTokens, int kRows>
+void packed_dot_rows(const PackedRows& rows, int64_t first, float* out) {
+    const uint8_t* packed = rows.packed + first * rows.row_bytes;
+    const float* scales = rows.scales + first * rows.row_scales;
+    const __m512 values = _mm512_loadu_ps(rows.codebook);
+    ChunkScales chunk_scales(rows.block_size);
+    __m512 sums[kRows][kTokens] = {}, scale[kRows];
+    __m512i codes[kRows];
+    const int64_t chunks = rows.columns / kChunk, left = rows.columns % kChunk;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        for (int r = 0; r < kRows; ++r) {
+            const uint8_t* at = packed + r * rows.row_bytes + chunk * (kChunk / 2);
+            fetch_ahead(packed + (chunk * kRows + r) * (kChunk / 2));  // from end to end, as rows follow one another
+            codes[r] = _mm512_loadu_si512(at);
+            scale[r] = chunk_scales.of(scales + r * rows.row_scales, chunk);
+        }
+        add_chunk<kTokens, kRows>(codes, values, scale, rows.x + chunk * kChunk, rows.x_stride, sums);
     }
     if (left > 0) {
         chunk_scales.shorten(left);
         const auto there = static_cast<__mmask16>((1u << (left / kDword)) - 1);
-        const __m512i codes = _mm512_maskz_loadu_epi32(there, packed);
-        add_chunk<kTokens>(codes, values, chunk_scales.of(scales, chunks), x + chunks * kChunk, x_stride, sums);
+        for (int r = 0; r < kRows; ++r) {
+            codes[r] = _mm512_maskz_loadu_epi32(there, packed + r * rows.row_bytes + chunks * (kChunk / 2));
+            scale[r] = chunk_scales.of(scales + r * rows.row_scales, chunks);
+        }
+        add_chunk<kTokens, kRows>(codes, values, scale, rows.x + chunks * kChunk, rows.x_stride, sums);
     }
-    for (int t = 0; t < kTokens; ++t) out[t] = _mm512_reduce_add_ps(sums[t]);
+    for (int r = 0; r < kRows; ++r) {
+        for (int t = 0; t < kTokens; ++t) out[t * kTileRows + first + r] += _mm512_reduce_add_ps(sums[r][t]);
+    }
 }
 
-void packed_dot(const uint8_t* packed, const float* scales, const float* codebook, int64_t block_size, const float* x,
-                int64_t x_stride, int64_t tokens, int64_t columns, float* sums) {
-    for_tokens(tokens, [&](auto count) {
-        packed_dot_tokens<count>(packed, scales, codebook, block_size, x, x_stride, columns, sums);
+void packed_dot(const PackedRows& rows, int64_t count, float* sums) {
+    for_tokens(rows.tokens, [&](auto tokens) {
+        constexpr int kRows = tokens == 1 ? 4 : 2;  // as many as there are registers for
+        int64_t row = 0;
+        for (; row + kRows <= count; row += kRows) packed_dot_rows<tokens, kRows>(rows, row, sums);
+        for (; row < count; ++row) packed_dot_rows<tokens, 1>(rows, row, sums);
     });
 }
 
