@@ -26,7 +26,7 @@ NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
 .venv/.peers: .venv/.setup
 	CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" $(PIP) --no-cache-dir llama-cpp-python
 	$(PIP) --editable ".[peers]"
-	$(PIP) triton
+	$(PIP) "triton; sys_platform == 'linux'"
 	touch $@
 
 check: setup

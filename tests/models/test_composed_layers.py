@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import make_family
 from test_fast_forwards import IDS, POSITIONS
-from test_fast_layers import ALIKE, adapted, gradients
+from test_fast_layers import ALIKE, adapted, gradients, train_norms
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -20,7 +20,7 @@ from entrenar.ops.residual_blocks import Keep
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composed_blocks, "serves", lambda h: h.dim() == 3)
+    monkeypatch.setattr(composed_blocks, "_is_on_gpu", lambda _: True)
     monkeypatch.setattr(fast_layers, "serves", lambda _: False)
     monkeypatch.setattr(activations, "recompute_inside", lambda _: False)
 
@@ -90,6 +90,48 @@ def test_a_cache_and_padding() -> None:
                 outputs.append(logits[mask[:, part].bool()])
         outputs.append(model(input_ids=IDS, attention_mask=mask, use_cache=False).logits[mask.bool()])
     assert_same(tuple(found), tuple(expected))
+
+
+def test_autocast() -> None:
+    fast, plain, _ = pair("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = gradients(fast), gradients(plain)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 0.03 * other.norm()
+
+
+def test_checkpointing_with_a_cache_is_the_classs_own() -> None:
+    fast, plain, _ = pair("llama")
+    fast.train()
+    set_keep(fast, [Keep.NOTHING] * 2)
+    found, expected = [], []
+    for model, results in ((fast, found), (plain, expected)):
+        logits = model(input_ids=IDS).logits
+        logits.square().mean().backward()
+        results += [logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    assert_same(tuple(found), tuple(expected))
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "q_norm"])
+def test_norms_that_are_trained_beside_the_adapter(name: str) -> None:
+    fast, plain, _ = pair("qwen3")
+    for model in (fast, plain):
+        train_norms(model, name)
+    assert_same(gradients(fast), gradients(plain))
+    with torch.no_grad():
+        assert_same(*((model(input_ids=IDS, use_cache=False).logits,) for model in (fast, plain)))
+
+
+def test_a_copy_of_a_model_has_norms_of_its_own() -> None:
+    fast, _, _ = pair("llama")
+    other = copy.deepcopy(fast)
+    before = gradients(fast)
+    assert_same(gradients(other), before)
+    for layer in range(2):
+        norm: Any = other.get_submodule(f"model.layers.{layer}.input_layernorm")
+        norm.weight.data *= 2
+    assert (gradients(other)[0] - before[0]).norm() > 0.01 * before[0].norm()
+    assert_same(gradients(fast), before)
 
 
 def test_hooks_and_trained_norms_are_the_classs_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from entrenar.lora.attach import attach_lora
+from entrenar.lora.saved import trainable_copies
 from entrenar.models import attention, fast_layers
 from entrenar.models.activations import set_keep
 from entrenar.models.fast_forwards import use_fast_forwards
@@ -39,6 +40,14 @@ def pair(family: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel,
     fast = copy.deepcopy(plain)
     layers = use_fast_forwards(fast)["layers"]
     return adapted(fast), adapted(plain.float()), layers
+
+
+def train_norms(model: PreTrainedModel, name: str) -> None:
+    """Replace the norms of a name by trained copies, as modules_to_save does, and change them."""
+    for path, trained in trainable_copies(model, [name], []).items():
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, trained)
+        nn.init.uniform_(trained.get_parameter("weight"), 0.5, 2.0, generator=torch.Generator().manual_seed(1))
 
 
 def gradients(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -145,6 +154,17 @@ def test_with_a_cache_and_gradients_the_layer_goes_its_own_way(monkeypatch: pyte
     fast, _, _ = pair("llama")
     monkeypatch.setattr(residual_blocks, "after_attention", lambda *_: 1 / 0)
     fast(input_ids=IDS, past_key_values=DynamicCache(config=fast.config), use_cache=True).logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "post_attention_layernorm", "q_norm"])
+def test_norms_that_are_trained_beside_the_adapter(name: str) -> None:
+    fast, plain, _ = pair("qwen3")
+    for model in (fast, plain):
+        train_norms(model, name)
+    assert close(gradients(fast), gradients(plain))
+    with torch.no_grad():
+        found, expected = (model(input_ids=IDS, use_cache=False).logits.float() for model in (fast, plain))
+    assert close((found,), (expected,))
 
 
 def test_padding_on_the_left_is_masked() -> None:

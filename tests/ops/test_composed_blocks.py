@@ -8,7 +8,7 @@ import torch
 from test_residual_blocks import Exact, assert_close, factors, member, norm
 from torch import Tensor
 
-from entrenar.ops import composed_blocks
+from entrenar.ops import adapted_composed, composed_blocks
 from entrenar.ops.composed_blocks import after_attention, before_attention
 from entrenar.ops.residual_blocks import AttentionBlock, MlpBlock, Rotation
 from entrenar.ops.rotary import rotary
@@ -102,7 +102,8 @@ def test_numeric_gradients(norms: bool) -> None:
     assert torch.autograd.gradcheck(layer, (h, attended, *before, *after), fast_mode=True)
 
 
-def test_nothing_is_made_for_an_input_that_wants_no_gradient() -> None:
+def test_nothing_is_made_for_an_input_that_wants_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapted_composed, "_transposed_product", lambda *_: 1 / 0)
     block = attention_block(RANKS[0], norms=False)
     members = (block.q, block.k, block.v)
     h = torch.randn(2, 5, HIDDEN)
@@ -111,7 +112,11 @@ def test_nothing_is_made_for_an_input_that_wants_no_gradient() -> None:
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
-def test_where_it_serves() -> None:
-    assert not composed_blocks.serves(torch.randn(1, 2, 4))
-    assert composed_blocks.serves(torch.randn(1, 2, 4, device="meta"))
-    assert not composed_blocks.serves(torch.randn(2, 4, device="meta"))
+def test_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = torch.randn(1, 2, 4)
+    assert not composed_blocks.serves(h)
+    monkeypatch.setattr(composed_blocks, "_is_on_gpu", lambda _: True)
+    assert composed_blocks.serves(h)
+    assert not composed_blocks.serves(h[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not composed_blocks.serves(h)

@@ -58,16 +58,17 @@ def broken(*_: object) -> torch.Tensor:
 def test_a_gpu_kernel_serves_once_it_agrees(
     kernel: Any, said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(gpu_kernels, "_is_there", lambda: True)
+    monkeypatch.setattr(gpu_kernels, "are_there", lambda: True)
     monkeypatch.setattr(gpu_kernels, "_tried", {})
     samples: list[torch.Tensor] = []
 
-    def sample() -> tuple[torch.Tensor]:
-        samples.append(torch.ones(3))
-        return (samples[-1],)
+    def sample(device: torch.device) -> list[tuple[torch.Tensor]]:
+        samples.append(torch.ones(3, device=device))
+        return [(samples[-1],)]
 
+    args = (torch.ones(1, dtype=torch.bfloat16),)
     for _ in range(2):
-        assert gpu_kernels.serves("twice", gpu_kernels.GpuKernel(kernel, sample), torch.sin) is (said is None)
+        assert gpu_kernels.serves("twice", gpu_kernels.GpuKernel(kernel, sample), torch.sin, args) is (said is None)
     assert len(samples) <= 2  # tried once
     assert (said or "") in caplog.text
     assert bool(caplog.text) is (said is not None)
@@ -79,10 +80,10 @@ def test_where_triton_is_missing_or_switched_off_that_is_said(
 ) -> None:
     monkeypatch.setattr(gpu_kernels, "find_spec", lambda _: name)
     monkeypatch.setattr(gpu_kernels.native, "asks_for_reference", lambda: name is not None)
-    gpu_kernels._is_there.cache_clear()
+    gpu_kernels.are_there.cache_clear()
     try:
         with caplog.at_level(logging.INFO):
-            assert not gpu_kernels._is_there()
+            assert not gpu_kernels.are_there()
     finally:
-        gpu_kernels._is_there.cache_clear()
+        gpu_kernels.are_there.cache_clear()
     assert "missing or switched off" in caplog.text

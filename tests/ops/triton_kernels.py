@@ -25,6 +25,10 @@ class Triton:
     device: str
     run: Callable[..., Any]
 
+    def cuts_off(self, dtype: torch.dtype) -> bool:
+        """What Triton's interpreter does to bfloat16, which a GPU rounds."""
+        return self.device == "cpu" and dtype == torch.bfloat16
+
     def random(self, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
         made = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
         if made.numel() > 3:
@@ -71,7 +75,7 @@ def test_a_norm_of_what_does_not_lie_together(triton: Triton, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 5, 2048), (7, 63), (1,), (0, 64)])
-@pytest.mark.parametrize("kind", list(gated_activation.KINDS))
+@pytest.mark.parametrize("kind", gated_activation._GPU_KINDS)
 def test_gated_activations(triton: Triton, dtype: torch.dtype, shape: tuple[int, ...], kind: str) -> None:
     gate, up, grad = (triton.random(*shape, dtype=dtype, seed=seed) for seed in range(3))
     assert_near(triton.run("gated_activation", gate, up, kind), gated_activation._reference(gate, up, kind))
@@ -95,7 +99,9 @@ def test_rotations(
     cos, sin = (triton.random(batches, tokens, rotated, seed=seed).clamp(-1, 1) for seed in range(2))
     for one in (x, x.contiguous()):
         expected = rotary._reference(one, cos, sin, transpose).contiguous()
-        assert_near(triton.run("rotary", one, cos, sin, transpose), expected)
+        found = triton.run("rotary", one, cos, sin, transpose)
+        assert_near(found, expected)
+        assert torch.equal(found, expected) or triton.cuts_off(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,5 +145,4 @@ def test_decoding(triton: Triton, dtype: torch.dtype, nesting: str | None, count
     expected = torch.empty(count, dtype=dtype, device=triton.device)
     dequantize_codebook._reference_into(packed, scales, values, 64, expected)
     assert_near(found, expected)
-    if triton.device == "cuda" or dtype != torch.bfloat16:  # which Triton's interpreter cuts off where a GPU rounds
-        assert torch.equal(found, expected)
+    assert torch.equal(found, expected) or triton.cuts_off(dtype)

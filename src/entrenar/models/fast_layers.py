@@ -29,17 +29,20 @@ from entrenar.quant.linear import can_join, member_of
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _KEEP = "_entrenar_keep"  # attribute of a layer
-_BLOCKS = "_blocks"  # attribute of its description: the blocks of the members met last
+_BLOCKS = "_blocks"  # attribute of its description: the blocks of the members and norms met last
 # What a layer may ask of attention beside a scale; windows are in the mask.
 _OPTIONS = {"dropout", "scaling", "position_ids", "use_cache", "sliding_window"}
+
+
+# Before attention, before the MLP, of the heads of q and of k.
+_Norms = tuple[Norm, Norm, Norm | None, Norm | None]
 
 
 @dataclass(frozen=True)
 class _Layer:
     """What a decoder layer computes, the linear layers aside: those may be adapted later."""
 
-    norms: tuple[Norm, Norm]
-    head_norms: tuple[Norm | None, Norm | None]
+    norms: "_Norms"  # as they were when the layer was recognised
     activation: str
     width: int
     scale: float
@@ -111,7 +114,7 @@ def _describe(module: Any, scale: float | None, rotates: bool) -> _Layer | None:
     if norms[0] is None or norms[1] is None or activation is None or scale is None or missing or attend is None:
         return None
     width = module.self_attn.head_dim
-    return _Layer((norms[0], norms[1]), (heads[0], heads[1]), activation, width, scale, rotates, attend)
+    return _Layer((norms[0], norms[1], heads[0], heads[1]), activation, width, scale, rotates, attend)
 
 
 def _install(module: nn.Module, scale: float | None, inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
@@ -143,11 +146,12 @@ def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tenso
     """The layer's result (B, T, C), or None where the call or the layer's state asks for more than the blocks do."""
     linears = _linears(module)
     wanted = _attention_inputs(module, layer, h, kwargs) if _is_native(layer, h) else None
-    if wanted is None or not all(map(can_join, linears)):
+    norms = None if wanted is None else _norms(module, layer)
+    if wanted is None or norms is None or not all(map(can_join, linears)):
         return None
     rotation, starts = wanted
     keep = getattr(module, _KEEP, Keep.DEAR) if torch.is_grad_enabled() else Keep.NOTHING
-    first, second = _blocks(layer, linears)
+    first, second = _blocks(layer, linears, norms)
     return decoder_layer(h, first, second, rotation, starts, keep)
 
 
@@ -158,18 +162,23 @@ def _run_own_attention(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, 
     linears, rotation, trains = _linears(module), kwargs.get("position_embeddings"), torch.is_grad_enabled()
     composed = composed_blocks.serves(h)
     served = composed or (_is_native(layer, h) and not trains)
-    plain = served and not _is_watched(module) and all(map(can_join, linears)) and not (trains and _trains_norms(layer))
-    if not plain or (layer.rotates and rotation is None):
+    again = trains and module.training and getattr(module, "gradient_checkpointing", False)
+    plain = served and not _is_watched(module) and all(map(can_join, linears))
+    plain = plain and not (again and kwargs.get("past_key_values") is not None)  # it would be written to twice
+    norms = _norms(module, layer) if plain else None
+    if norms is None or (layer.rotates and rotation is None):
         return None
-    run = partial(_around_attention, module, layer, composed_blocks if composed else residual_blocks, kwargs)
-    if trains and module.training and module.gradient_checkpointing:  # which the class's own forward would see to
-        return module._gradient_checkpointing_func(run, h)
-    return run(h)
+    parts = composed_blocks if composed else residual_blocks
+    run = partial(_around_attention, module, layer, _blocks(layer, linears, norms), parts, kwargs)
+    # The class's own forward would see to that.
+    return module._gradient_checkpointing_func(run, h) if again else run(h)
 
 
-def _around_attention(module: Any, layer: _Layer, parts: Any, kwargs: dict[str, Any], h: Tensor) -> Tensor:
+def _around_attention(
+    module: Any, layer: _Layer, blocks: tuple[AttentionBlock, MlpBlock], parts: Any, kwargs: dict[str, Any], h: Tensor
+) -> Tensor:
     """The layer's result out of `parts`, one of the two modules that have what stands before and behind attention."""
-    first, second = _blocks(layer, _linears(module))
+    first, second = blocks
     rotation = _contiguous(kwargs["position_embeddings"]) if layer.rotates else None
     h, q, k, v = parts.before_attention(h, first, rotation)
     # The class's forward finds all of it done but to attend.
@@ -186,13 +195,14 @@ def _not_rotated(q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return q, k
 
 
-def _blocks(layer: _Layer, linears: list[nn.Module]) -> tuple[AttentionBlock, MlpBlock]:
+def _blocks(layer: _Layer, linears: list[nn.Module], norms: _Norms) -> tuple[AttentionBlock, MlpBlock]:
     members = list(map(member_of, linears))
-    kept: tuple[list[Member], AttentionBlock, MlpBlock] | None = layer.__dict__.get(_BLOCKS)
-    if kept is None or any(map(is_not, kept[0], members)):
+    made_of = [*members, *norms]
+    kept: tuple[list[Member | Norm | None], AttentionBlock, MlpBlock] | None = layer.__dict__.get(_BLOCKS)
+    if kept is None or any(map(is_not, kept[0], made_of)):
         q, k, v, output, gate, up, down = members
-        first = AttentionBlock(layer.norms[0], q, k, v, output, layer.width, layer.scale, *layer.head_norms)
-        kept = members, first, MlpBlock(layer.norms[1], gate, up, down, layer.activation)
+        first = AttentionBlock(norms[0], q, k, v, output, layer.width, layer.scale, *norms[2:])
+        kept = made_of, first, MlpBlock(norms[1], gate, up, down, layer.activation)
         layer.__dict__[_BLOCKS] = kept
     return kept[1], kept[2]
 
@@ -201,8 +211,20 @@ def _is_native(layer: _Layer, h: Tensor) -> bool:
     return serves(h) and native_width(layer.width)
 
 
-def _trains_norms(layer: _Layer) -> bool:
-    return any(norm.weight.requires_grad for norm in layer.norms)
+def _norms(module: Any, layer: _Layer) -> _Norms | None:
+    """The layer's norms as they are now; None where one has become something else, or is trained at present."""
+    own, attention = module._modules, module._modules["self_attn"]._modules
+    parts = own["input_layernorm"], own["post_attention_layernorm"], attention.get("q_norm"), attention.get("k_norm")
+    trains, found = torch.is_grad_enabled(), []
+    for part, norm in zip(parts, layer.norms, strict=True):
+        if norm is not None and part._parameters.get("weight") is not norm.weight:
+            norm = norm_of(part)
+            if norm is None:
+                return None
+        if norm is not None and trains and norm.weight.requires_grad:
+            return None
+        found.append(norm)
+    return found[0], found[1], found[2], found[3]
 
 
 def _is_watched(module: Any) -> bool:
@@ -224,7 +246,6 @@ def _attention_inputs(
         and own.config._attn_implementation == attention.NAME
         and not (module.training and getattr(own, "attention_dropout", 0.0))
         and not _is_watched(module)
-        and not _trains_norms(layer)
     )
     if not plain or (layer.rotates and rotation is None):
         return None

@@ -23,6 +23,11 @@ class _Copies(NamedTuple):
     columns: dict[int, slice]
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """(..., I) → (B, I), contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 def forward_composed(
     tokens: Tensor, members: Sequence[Member], residual: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor | None]:

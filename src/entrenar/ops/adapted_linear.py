@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from entrenar.ops import native
-from entrenar.ops.adapted_composed import backward_composed, forward_composed
+from entrenar.ops.adapted_composed import backward_composed, forward_composed, rows_of
 from entrenar.ops.adapted_native import (
     Member,
     Used,
@@ -74,10 +74,10 @@ class _AdaptedLinears(torch.autograd.Function):
         count = len(factors_of(ctx.members))
         members, inputs = with_factors(ctx.members, saved[:count]), saved[count:]
         pairs = enumerate(zip(members, grads, strict=True))
-        used = [Used(member, _rows(grad), index) for index, (member, grad) in pairs if grad is not None]
+        used = [Used(member, rows_of(grad), index) for index, (member, grad) in pairs if grad is not None]
         if not used:
             return (None,) * len(ctx.needs_input_grad)
-        tokens = _rows(ctx.make(*inputs) if ctx.make else inputs[0]) if inputs else None
+        tokens = rows_of(ctx.make(*inputs) if ctx.make else inputs[0]) if inputs else None
         many = len(used[0].grad) > PACKED_TOKENS  # few are faster one by one, over the packed bytes
         run = backward_native if many and _is_native(used[0].grad) else backward_composed
         dx, gradients = run(tokens, used, ctx.needs_input_grad[0])
@@ -93,14 +93,9 @@ class _AdaptedLinears(torch.autograd.Function):
 
 
 def _outputs(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
-    tokens = _rows(x)
+    tokens = rows_of(x)
     outputs = forward_native(tokens, members) if _is_native(tokens) else forward_composed(tokens, members)[0]
     return tuple(outputs) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., I) → (B, I), contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _is_native(tokens: Tensor) -> bool:

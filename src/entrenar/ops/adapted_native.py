@@ -47,12 +47,6 @@ class Used:
     grad: Tensor
     index: int
 
-    @property
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """A and B, if it has them."""
-        a, b = self.member.a, self.member.b
-        return None if a is None or b is None else (a, b)
-
 
 def factors_of(members: Sequence[Member]) -> list[Tensor]:
     """A and B of every member that has them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from entrenar.ops import native
-from entrenar.ops.adapted_composed import backward_composed, forward_composed
+from entrenar.ops.adapted_composed import backward_composed, forward_composed, rows_of
 from entrenar.ops.adapted_native import Member, Used, factors_of, with_factors
 from entrenar.ops.library import compute
 from entrenar.ops.residual_blocks import AttentionBlock, MlpBlock, Norm, Rotation
@@ -23,8 +23,13 @@ _Saved = list[Tensor | None]
 
 
 def serves(h: Tensor) -> bool:
-    """Whether the parts can be used for h (B, T, C)."""
-    return h.device.type != "cpu" and h.dim() == 3 and h.numel() > 0 and h.is_floating_point() and native.is_plain(h)
+    """Whether the parts can be used for h (B, T, C); autocast would have layers compute in another dtype than h's."""
+    fits = _is_on_gpu(h) and h.dim() == 3 and h.numel() > 0 and h.is_floating_point()
+    return fits and native.is_plain(h) and not torch.is_autocast_enabled(h.device.type)
+
+
+def _is_on_gpu(h: Tensor) -> bool:
+    return h.is_cuda
 
 
 def before_attention(
@@ -58,7 +63,7 @@ def _before(
     h: Tensor, block: AttentionBlock, rotation: Rotation | None, members: Sequence[Member]
 ) -> tuple[list[Tensor], _Saved]:
     """q, k and v; x·Aᵀ, and q and k before their norms, where they have some."""
-    (q, k, v), hidden = forward_composed(_rows(_normed(h, block.norm)), members)
+    (q, k, v), hidden = forward_composed(rows_of(_normed(h, block.norm)), members)
     raw = [each if norm is not None else None for each, norm in ((q, block.q_norm), (k, block.k_norm))]
     turned = [_turned(each, h, block, norm, rotation) for each, norm in ((q, block.q_norm), (k, block.k_norm))]
     return [each.view(*h.shape[:2], -1) for each in (*turned, v)], [hidden, *raw]
@@ -80,7 +85,7 @@ def _turned_back(
         heads = compute("rotary", heads, *rotation, True)
     if norm is not None and raw is not None:
         heads = _norm_backward(heads, raw.view(heads.shape), norm)
-    return _rows(heads.flatten(2))
+    return rows_of(heads.flatten(2))
 
 
 class _BeforeAttention(torch.autograd.Function):
@@ -102,8 +107,8 @@ class _BeforeAttention(torch.autograd.Function):
         block, members = ctx.block, with_factors(_inputs_of(ctx.block), factors)
         dq = _turned_back(dq, raw_q, block, block.q_norm, ctx.rotation)
         dk = _turned_back(dk, raw_k, block, block.k_norm, ctx.rotation)
-        x = _rows(_normed(h, block.norm)) if factors else None
-        dx, gradients = backward_composed(x, _used(members, dq, dk, _rows(dv)), ctx.needs_input_grad[0], hidden)
+        x = rows_of(_normed(h, block.norm)) if factors else None
+        dx, gradients = backward_composed(x, _used(members, dq, dk, rows_of(dv)), ctx.needs_input_grad[0], hidden)
         if dx is not None:
             dh = _norm_backward(dx.view(h.shape), h, block.norm, dh)
         return dh, None, None, *_flat(gradients)
@@ -112,7 +117,7 @@ class _BeforeAttention(torch.autograd.Function):
 def _after(h: Tensor, attended: Tensor, block: MlpBlock, members: Sequence[Member]) -> tuple[Tensor, _Saved]:
     """The result; h₂ (B·T, C), gate and up (B·T, I), and every x·Aᵀ."""
     output, gate, up, down = members
-    (h2,), output_hidden = forward_composed(_rows(attended), [output], _rows(h))
+    (h2,), output_hidden = forward_composed(rows_of(attended), [output], rows_of(h))
     made, hidden = forward_composed(_normed(h2, block.norm), [gate, up])
     product = compute("gated_activation", *made, block.activation)
     (out,), down_hidden = forward_composed(product, [down], h2)
@@ -136,7 +141,7 @@ class _AfterAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         attended, h2, gate, up, output_hidden, hidden, down_hidden, *factors = ctx.saved_tensors
         block, members, shape = ctx.block, with_factors(ctx.members, factors), grad.shape
-        grad = _rows(grad)
+        grad = rows_of(grad)
         product = None if down_hidden is None else compute("gated_activation", gate, up, block.activation)
         dproduct, last = backward_composed(product, _used(members[3:], grad), True, down_hidden)
         assert dproduct is not None  # asked for
@@ -149,14 +154,9 @@ class _AfterAttention(torch.autograd.Function):
         dh = _norm_backward(dx, h2, block.norm, grad)
         del x, dx, dgate, dup
         wanted = ctx.needs_input_grad[1]
-        dattended, first = backward_composed(_rows(attended), _used(members[:1], dh), wanted, output_hidden)
+        dattended, first = backward_composed(rows_of(attended), _used(members[:1], dh), wanted, output_hidden)
         before = None if dattended is None else dattended.view(attended.shape)
         return dh.view(shape), before, None, None, *_flat(first + middle + last)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., I) → (B, I), contiguous."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _normed(x: Tensor, norm: Norm) -> Tensor:

@@ -6,6 +6,7 @@ a caller's autograd.Function keeps the gradient instead of them. Letters: N rows
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,8 +111,9 @@ def _on_gpu(logits: Tensor, labels: Tensor, softcap: float, gradient: bool) -> T
     return losses
 
 
-def _sample() -> tuple[Tensor, Tensor, float]:
-    return numbers(3, 50), torch.tensor([0, 20, 49], device="cuda"), 0.0
+def _samples(device: torch.device) -> list[tuple[Any, ...]]:
+    labels = torch.tensor([0, 20, 49], device=device)
+    return [(numbers(device, 3, 50), labels, softcap) for softcap in (0.0, 2.0)]
 
 
 def _call(logits: Tensor, labels: Tensor, softcap: float, gradient: bool) -> Tensor:
@@ -135,7 +137,7 @@ define(
     "cross_entropy_rows(Tensor(a!) logits, Tensor labels, float softcap) -> Tensor",
     reference=_rows_reference,
     native_cpu=_rows_native,
-    gpu=GpuKernel(_rows_gpu, _sample),
+    gpu=GpuKernel(_rows_gpu, _samples),
     fake=_fake,
     accepts=_accepts,
 )
@@ -143,7 +145,7 @@ define(
     "cross_entropy_losses(Tensor logits, Tensor labels, float softcap) -> Tensor",
     reference=_losses_reference,
     native_cpu=_losses_native,
-    gpu=GpuKernel(_losses_gpu, _sample),
+    gpu=GpuKernel(_losses_gpu, _samples),
     fake=_fake,
     accepts=_accepts,
 )

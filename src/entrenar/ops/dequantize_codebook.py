@@ -75,8 +75,11 @@ def _gpu_into(packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size
     dequantize_on_gpu(packed, scales, codebook, block_size, out)
 
 
-def _sample() -> tuple[Tensor, list[Tensor], Tensor, int]:
-    return (numbers(500) * 50 + 100).byte(), [numbers(16)], numbers(16), 64
+def _samples(device: torch.device) -> list[tuple[Tensor, list[Tensor], Tensor, int]]:
+    """Scales as they are held in each way: see ops/scales.py."""
+    packed, values, group = (numbers(device, 500) * 50 + 100).byte(), numbers(device, 16), numbers(device, 1)
+    codes, table = (numbers(device, 16) * 50 + 100).byte(), numbers(device, 256)
+    return [(packed, scales, values, 64) for scales in ([values], [codes, group], [codes, group, group, table])]
 
 
 def _accepts_into(_packed: Tensor, _scales: list[Tensor], codebook: Tensor, block_size: int, out: Tensor) -> bool:
@@ -113,7 +116,7 @@ define(
     f"dequantize_codebook({_ARGUMENTS}, SymInt count, ScalarType dtype) -> Tensor",
     reference=_fresh(_reference_into),
     native_cpu=_fresh(_native_into),
-    gpu=GpuKernel(_fresh(_gpu_into), lambda: (*_sample(), 1000, torch.float32)),
+    gpu=GpuKernel(_fresh(_gpu_into), lambda device: [(*held, 1000, torch.float32) for held in _samples(device)]),
     fake=_fake,
     accepts=_accepts,
 )
@@ -121,7 +124,7 @@ define(
     f"dequantize_codebook_into({_ARGUMENTS}, Tensor(a!) out) -> ()",
     reference=_reference_into,
     native_cpu=_native_into,
-    gpu=GpuKernel(_gpu_into, lambda: (*_sample(), numbers(1000))),
+    gpu=GpuKernel(_gpu_into, lambda device: [(*held, numbers(device, 1000)) for held in _samples(device)]),
     fake=lambda *_args: None,
     accepts=_accepts_into,
 )

@@ -11,6 +11,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from entrenar.ops.blocks import block_count
 from entrenar.ops.gpu_kernels import where_it_is
 
 _ELEMENTS = 1024  # for one program
@@ -80,10 +81,10 @@ def _sizes(x: Tensor) -> tuple[int, int]:
 
 def _rows(x: Tensor) -> tuple[int, dict[str, int]]:
     """How many programs, and the shape of each: whole rows, several where they are short."""
-    width = triton.next_power_of_2(x.shape[-1])
+    width = _power_of_two(x.shape[-1])
     height = max(_ELEMENTS // width, 1)
     warps = 4 if width <= 2048 else 8 if width <= 8192 else 16
-    return triton.cdiv(_sizes(x)[0], height), {"height": height, "width": width, "num_warps": warps}
+    return block_count(_sizes(x)[0], height), {"height": height, "width": width, "num_warps": warps}
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def _gated_kernel(gate, up, out, count, tanh: tl.constexpr, size: tl.constexpr) 
     inside = place < count
     x = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-    factor, _ = _factor_and_slope(x, tanh)
+    factor, _ = _factor_and_slope(x, tanh)  # pyright: ignore[reportGeneralTypeIssues]
     tl.store(out + place, (x * factor * other).to(out.dtype.element_ty), mask=inside)
 
 
@@ -120,7 +121,7 @@ def _gated_backward_kernel(
     x = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     upstream = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-    factor, slope = _factor_and_slope(x, tanh)
+    factor, slope = _factor_and_slope(x, tanh)  # pyright: ignore[reportGeneralTypeIssues]
     tl.store(dgate + place, (upstream * other * slope).to(dgate.dtype.element_ty), mask=inside)
     tl.store(dup + place, (upstream * (x * factor)).to(dup.dtype.element_ty), mask=inside)
 
@@ -142,7 +143,7 @@ def gated_activation_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: str)
 def _flat(kernel: Any, kind: str, *tensors: Tensor) -> None:
     count = tensors[0].numel()
     if count:
-        grid = triton.cdiv(count, _ELEMENTS)
+        grid = block_count(count, _ELEMENTS)
         _launch(kernel, grid, *tensors, count, tanh=kind == "gelu_tanh", size=_ELEMENTS)
 
 
@@ -183,16 +184,21 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     batches, tokens, heads, width = x.shape
-    rotated, wide = cos.shape[-1], triton.next_power_of_2(max(x.shape[-1], 2))
+    rotated, wide = cos.shape[-1], _power_of_two(max(x.shape[-1], 2))
     if x.numel():
-        many = min(max(_ROTATED_ELEMENTS // wide, 1), triton.next_power_of_2(heads))
+        many = min(max(_ROTATED_ELEMENTS // wide, 1), _power_of_two(heads))
         _launch(
-            _rotary_kernel, (batches * tokens, triton.cdiv(heads, many)), x, cos.contiguous(), sin.contiguous(), out,
+            _rotary_kernel, (batches * tokens, block_count(heads, many)), x, cos.contiguous(), sin.contiguous(), out,
             tokens, heads, width, rotated, *x.stride()[:3], 0 if len(cos) == 1 else tokens * rotated,
-            transpose=transpose, many=many, half=triton.next_power_of_2(max(rotated // 2, 1)),
-            rest=triton.next_power_of_2(width - rotated) if width > rotated else 0,
+            transpose=transpose, many=many, half=_power_of_two(max(rotated // 2, 1)),
+            rest=_power_of_two(width - rotated) if width > rotated else 0,
         )  # fmt: skip
     return out
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest that is not below count > 0: Triton's ranges have such lengths."""
+    return 1 << (count - 1).bit_length()
 
 
 def _launch(kernel: Any, grid: int | tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:

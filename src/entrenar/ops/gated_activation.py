@@ -119,6 +119,11 @@ def _backward_gpu(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Te
     return elementwise_gpu.gated_activation_backward(grad, gate, up, kind)
 
 
+def _samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x = numbers(device, 50)
+    return [(x.cos(), x, x.sin(), kind) for kind in _GPU_KINDS]
+
+
 def _codes(gate: Tensor, kind: str) -> tuple[int, int, int]:
     return KINDS[kind], native.DTYPES[gate.dtype], native.threads()
 
@@ -145,7 +150,7 @@ define(
     "gated_activation(Tensor gate, Tensor up, str kind) -> Tensor",
     reference=_reference,
     native_cpu=_native,
-    gpu=GpuKernel(_gpu, lambda: (numbers(50), numbers(50).sin(), "silu")),
+    gpu=GpuKernel(_gpu, lambda device: [args[1:] for args in _samples(device)]),
     fake=lambda gate, _up, _kind: _like(gate),
     accepts=_accepts,
 )
@@ -153,7 +158,7 @@ define(
     "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)",
     reference=_backward_reference,
     native_cpu=_backward_native,
-    gpu=GpuKernel(_backward_gpu, lambda: (numbers(50).cos(), numbers(50), numbers(50).sin(), "silu")),
+    gpu=GpuKernel(_backward_gpu, _samples),
     fake=lambda _grad, gate, _up, _kind: (_like(gate), _like(gate)),
     accepts=_accepts,
 )

@@ -18,41 +18,58 @@ from torch import Tensor
 from entrenar.ops import native
 
 _LOG = logging.getLogger(__name__)
-_TOLERANCE = 1e-4  # of float32 samples of the size of 1: another order of a sum, another exponential
-_tried: dict[str, bool] = {}  # operation → whether its kernel serves
+_TOLERANCE = 1e-4  # of samples of the size of 1: another order of a sum, another exponential
+_ROUNDINGS = 4  # of the dtype
+Arguments = tuple[Any, ...]
+_tried: dict[Arguments, bool] = {}  # an operation and its arguments' dtypes → whether its kernel serves
 
 
 @dataclass(frozen=True)
 class GpuKernel:
-    """`run` takes an operation's arguments; `sample` makes some, float32 on the GPU, to try it with."""
+    """`run` takes an operation's arguments; `samples` makes some to try it with, float32 where they are floats.
+
+    One for each way in which the kernel is compiled, dtypes aside.
+    """
 
     run: Callable[..., Any]
-    sample: Callable[[], tuple[Any, ...]]
+    samples: Callable[[torch.device], list[Arguments]]
 
 
-def serves(name: str, kernel: GpuKernel, reference: Callable[..., Any]) -> bool:
-    """Whether an operation's kernel compiles here and agrees with its reference on the sample; tried once."""
-    if name not in _tried:
-        _tried[name] = _is_there() and _agrees(name, kernel, reference)
-    return _tried[name]
+def serves(name: str, kernel: GpuKernel, reference: Callable[..., Any], args: Arguments) -> bool:
+    """Whether an operation's kernel compiles for the dtypes of `args` and agrees with its reference on samples of them;
+    tried once.
+    """
+    key = (name, *map(_dtype, args))
+    if key not in _tried:
+        _tried[key] = are_there() and _agrees(name, kernel, reference, args)
+    return _tried[key]
+
+
+def _dtype(argument: Any) -> Any:
+    return argument.dtype if isinstance(argument, Tensor) else argument if isinstance(argument, torch.dtype) else None
 
 
 @cache
-def _is_there() -> bool:
+def are_there() -> bool:
+    """Whether Triton is there to compile them, and the user has not switched them off."""
     found = find_spec("triton") is not None and not native.asks_for_reference()
     if not found:
         _LOG.info("PyTorch's operations serve on the GPU: Triton is missing or switched off")
     return found
 
 
-def _agrees(name: str, kernel: GpuKernel, reference: Callable[..., Any]) -> bool:
+def _agrees(name: str, kernel: GpuKernel, reference: Callable[..., Any], args: Arguments) -> bool:
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+
+    def results(function: Callable[..., Any]) -> list[Tensor]:
+        return [made for sample in kernel.samples(device) for made in _after(function, _typed_like(sample, args))]
+
     try:
-        found, expected = _after(kernel.run, kernel.sample()), _after(reference, kernel.sample())
+        found, expected = results(kernel.run), results(reference)
     except Exception as error:  # whatever a compiler that is missing or broken raises
         _LOG.warning("Triton cannot compile %s here (%s): PyTorch's operations, which are slower, serve", name, error)
         return False
-    pairs = zip(found, expected, strict=True)
-    if all(torch.allclose(one, other, _TOLERANCE, _TOLERANCE) for one, other in pairs):
+    if all(map(_close, found, expected)):
         return True
     _LOG.warning("Triton's %s gives wrong numbers here: PyTorch's operations, which are slower, serve", name)
     return False
@@ -64,10 +81,26 @@ def _after(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
     return [t for t in (*(made if isinstance(made, tuple) else (made,)), *args) if isinstance(t, Tensor)]
 
 
-def numbers(*shape: int) -> Tensor:
-    """Numbers of both signs for a sample, all different."""
+def _typed_like(sample: Arguments, args: Arguments) -> Arguments:
+    """The sample in the dtypes of other arguments of the same operation."""
+
+    def typed(one: Any, other: Any) -> Any:
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            return one.to(other.dtype)
+        return other if isinstance(one, torch.dtype) else one
+
+    return tuple(map(typed, sample, args))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = max(_TOLERANCE, _ROUNDINGS * torch.finfo(one.dtype).eps) if one.is_floating_point() else 0
+    return torch.allclose(one, other, tolerance, tolerance)
+
+
+def numbers(device: torch.device, *shape: int) -> Tensor:
+    """Numbers of both signs for a sample, all different: float32."""
     count = torch.Size(shape).numel()
-    return torch.linspace(-2, 3, count, device="cuda").roll(count // 3).view(shape)
+    return torch.linspace(-2, 3, count, device=device, dtype=torch.float32).roll(count // 3).view(shape)
 
 
 def where_it_is(x: Tensor) -> AbstractContextManager[object]:

@@ -23,7 +23,6 @@ class _Operation:
     """What serves a plain call: `compute` without a gradient, `function` with one (None: there is none)."""
 
     compute: Callable[..., Any]
-    has_gpu_kernel: Callable[[], bool]
     function: type[torch.autograd.Function] | None = None
 
 
@@ -55,11 +54,10 @@ def define(
         chosen = native_cpu if native.available() and accepts(*args) else reference
         return chosen(*args)
 
-    def has_kernel() -> bool:
-        return gpu is not None and gpu_kernels.serves(name, gpu, reference)
-
     def on_gpu(*args: Any) -> Any:
-        return gpu.run(*args) if gpu is not None and accepts(*args) and has_kernel() else reference(*args)
+        if gpu is not None and accepts(*args) and gpu_kernels.serves(name, gpu, reference, args):
+            return gpu.run(*args)
+        return reference(*args)
 
     on = {"cpu": on_cpu, "cuda": on_gpu}
 
@@ -71,7 +69,7 @@ def define(
     _LIBRARY.impl(name, on_cpu, "CPU")
     _LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"entrenar::{name}", fake, lib=_LIBRARY)
-    _OPERATIONS[name] = _Operation(compute, has_kernel)
+    _OPERATIONS[name] = _Operation(compute)
 
 
 def differentiate(
@@ -110,11 +108,6 @@ def call(name: str, x: Tensor, *args: Any) -> Any:
     if operation.function is None or not wants_gradient:
         return operation.compute(x, *args)
     return operation.function.apply(x, *args)
-
-
-def has_gpu_kernel(name: str) -> bool:
-    """Whether a Triton kernel serves an operation on this machine's GPU."""
-    return _OPERATIONS[name].has_gpu_kernel()
 
 
 def compute(name: str, x: Tensor, *args: Any) -> Any:

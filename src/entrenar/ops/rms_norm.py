@@ -100,6 +100,11 @@ def _backward_gpu(
     return elementwise_gpu.rms_norm_backward(grad, x, weight, eps, offset, residual)
 
 
+def _backward_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    grad, x, weight = numbers(device, 3, 40).sin(), numbers(device, 3, 40), numbers(device, 40)
+    return [(grad, x, weight, 1e-5, 1.0, residual) for residual in (None, x.cos())]
+
+
 def _weight_native(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     _weight(grad.contiguous(), x.contiguous(), dweight, *_rows(x), eps, *_dtypes(x, weight), native.threads())
@@ -146,7 +151,7 @@ define(
     "rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
     reference=_reference,
     native_cpu=_native,
-    gpu=GpuKernel(_gpu, lambda: (numbers(3, 40), numbers(40), 1e-5, 1.0)),
+    gpu=GpuKernel(_gpu, lambda device: [(numbers(device, 3, 40), numbers(device, 40), 1e-5, 1.0)]),
     fake=lambda x, _weight, _eps, _offset: _like(x),
     accepts=_accepts,
 )
@@ -154,9 +159,7 @@ define(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, float offset, Tensor? residual) -> Tensor",
     reference=_backward_reference,
     native_cpu=_backward_native,
-    gpu=GpuKernel(
-        _backward_gpu, lambda: (numbers(3, 40).sin(), numbers(3, 40), numbers(40), 1e-5, 1.0, numbers(3, 40))
-    ),
+    gpu=GpuKernel(_backward_gpu, _backward_samples),
     fake=lambda _grad, x, *_: _like(x),
     accepts=_backward_accepts,
 )

@@ -74,6 +74,11 @@ def _gpu(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
     return elementwise_gpu.rotary(x, cos, sin, transpose)
 
 
+def _samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, angles = numbers(device, 2, 3, 2, 8), numbers(device, 1, 3, 6)
+    return [(x, angles.cos(), angles.sin(), transpose) for transpose in (False, True)]
+
+
 def _fake(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:  # noqa: ARG001 - one signature
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -95,7 +100,7 @@ define(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool transpose) -> Tensor",
     reference=_reference,
     native_cpu=_native,
-    gpu=GpuKernel(_gpu, lambda: (numbers(2, 3, 2, 8), numbers(1, 3, 6).cos(), numbers(1, 3, 6).sin(), False)),
+    gpu=GpuKernel(_gpu, _samples),
     fake=_fake,
     accepts=_accepts,
 )

@@ -24,7 +24,8 @@ from entrenar.models.load import KEEP, UNQUANTIZED, build_on_meta, kept_types, l
 from entrenar.models.match import is_tied
 from entrenar.models.original import weights_of
 from entrenar.models.source import ModelSource, open_source
-from entrenar.ops.library import has_gpu_kernel
+from entrenar.ops import gpu_kernels
+from entrenar.ops.linear_weight import CodebookWeight
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import packed_bytes
 from entrenar.recipes.config import ModelSection, RunConfig, TrainingSection
@@ -35,10 +36,10 @@ _MOST_TOKENS = 4096  # beyond, a larger micro-batch gains nothing
 _USABLE = 0.9  # of what is available: the estimate is not exact, and others live on the machine
 _AT_WORK = 24 << 20  # buffers of MKL, oneDNN and our kernels (measured)
 _AT_WORK_GPU = 32 << 20  # cuBLAS' (torch's setting for Hopper)
-# Bytes a weight while the reference of ops/dequantize_codebook.py decodes it: an index, and two float32 values.
-_GPU_DECODING = 10
-# What passes in a layer's backward for each byte that it keeps: measured, of the layers of ops/composed_blocks.py too.
-_PASSING, _PASSING_COMPOSED = 2.0, 1.0
+_GPU_DECODING = 10  # bytes a weight while a reference decodes it: an index, and two float32 values
+# What passes in a layer's backward for each byte that it keeps. Of the layers of ops/composed_blocks.py, by the tensors
+# that are alive at once: 0.95 for Llama 1.1B (measured on a CPU: 1.0), more where the MLP is wide.
+_PASSING, _PASSING_COMPOSED = 2.0, 1.25
 _COUNTED = 1000  # batches whose layout is looked at
 
 
@@ -62,7 +63,7 @@ def plan_memory(
         logits=_logit_bytes(model),
         scratch=_scratch(model),
         heap=HEAP if model.device.type == "cpu" else 1.0,
-        passing=_PASSING_COMPOSED if serve(model) and not recompute_inside(model) else _PASSING,
+        passing=_passing(model),
     )
     held, budget = held_bytes(model, libraries), memory_budget(section, model.device)
     tokens = _tokens(section, data, plan, chosen)
@@ -169,7 +170,7 @@ def _logit_bytes(model: PreTrainedModel) -> int:
     """Of one chunk of the loss: logits over which the gradient is written, and what else is made of them."""
     whole = _MOST_TOKENS * vocabulary_size(model) * model.dtype.itemsize
     copies = 1 if type(output_head(model)) is nn.Linear else 3  # autograd has both, and holds some of them
-    if model.device.type != "cpu" and not has_gpu_kernel("cross_entropy_rows"):
+    if model.device.type != "cpu" and not gpu_kernels.are_there():
         copies += 2 * torch.float32.itemsize / model.dtype.itemsize  # z and its softmax in float32
     return round(min(LOGIT_BYTES, whole) * copies)
 
@@ -179,9 +180,17 @@ def _scratch(model: PreTrainedModel) -> int:
     if model.device.type == "cpu":
         return _AT_WORK
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    largest = max((layer.in_features * layer.out_features for layer in layers), default=0)
-    decoding = 0 if has_gpu_kernel("dequantize_codebook") else _GPU_DECODING
-    return _AT_WORK_GPU + largest * (model.dtype.itemsize + decoding)
+    return _AT_WORK_GPU + max((_decoding_bytes(layer, model.dtype) for layer in layers), default=0)
+
+
+def _decoding_bytes(layer: QuantizedLinear, dtype: torch.dtype) -> int:
+    by_kernel = gpu_kernels.are_there() and isinstance(layer.linear_weight(), CodebookWeight)
+    return layer.in_features * layer.out_features * (dtype.itemsize + (0 if by_kernel else _GPU_DECODING))
+
+
+def _passing(model: PreTrainedModel) -> float:
+    composed = serve(model) and not recompute_inside(model) and gpu_kernels.are_there()
+    return _PASSING_COMPOSED if composed else _PASSING
 
 
 def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
