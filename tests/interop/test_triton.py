@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 from triton_kernels import (
+    DTYPES,
     Triton,
     test_a_norm_of_what_does_not_lie_together,
     test_cross_entropy,
@@ -21,7 +24,15 @@ from triton_kernels import (
     test_rotations,
 )
 
-from entrenar.ops import cross_entropy, dequantize_codebook, gated_activation, rms_norm, rotary
+from entrenar.ops import (
+    cross_entropy,
+    dequantize_codebook,
+    gated_activation,
+    gpu_kernels,
+    library,
+    rms_norm,
+    rotary,
+)
 
 __all__ = [
     "test_a_norm_of_what_does_not_lie_together",
@@ -53,6 +64,26 @@ def triton() -> Triton:
         return kernels[name](*args)
 
     return Triton("cpu", run)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(name for name, one in library._OPERATIONS.items() if one.gpu))
+def test_kernels_pass_the_trial_by_which_they_serve(
+    name: str, dtype: torch.dtype, triton: Triton, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu_kernels, "are_there", lambda: True)
+    operation = library._OPERATIONS[name]
+    assert operation.gpu is not None
+    decodes = name.startswith("dequantize")  # its codebook is float32, whatever its result is
+
+    def typed(one: Any, last: bool) -> Any:
+        if isinstance(one, torch.dtype):
+            return dtype
+        return one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() and (last or not decodes) else one
+
+    *first, last = operation.gpu.samples(torch.device(triton.device))[-1]
+    args = (*(typed(one, last=False) for one in first), typed(last, last=True))
+    assert gpu_kernels.serves(name, operation.gpu, operation.reference, args), caplog.text
 
 
 @pytest.mark.parametrize("capability", [80, 90])

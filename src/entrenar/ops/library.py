@@ -23,6 +23,8 @@ class _Operation:
     """What serves a plain call: `compute` without a gradient, `function` with one (None: there is none)."""
 
     compute: Callable[..., Any]
+    reference: Callable[..., Any]
+    gpu: GpuKernel | None
     function: type[torch.autograd.Function] | None = None
 
 
@@ -69,7 +71,7 @@ def define(
     _LIBRARY.impl(name, on_cpu, "CPU")
     _LIBRARY.impl(name, on_gpu, "CUDA")
     torch.library.register_fake(f"entrenar::{name}", fake, lib=_LIBRARY)
-    _OPERATIONS[name] = _Operation(compute)
+    _OPERATIONS[name] = _Operation(compute, reference, gpu)
 
 
 def differentiate(
