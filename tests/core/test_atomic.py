@@ -3,13 +3,15 @@
 import errno
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
-from entrenar.core.atomic import atomic_directory, atomic_file, refuse_existing, write_text
+from entrenar.core.atomic import atomic_directory, atomic_file, output_lock, refuse_existing, remove_tree, write_text
 from entrenar.core.errors import EntrenarError, InputError
 
 
@@ -175,3 +177,74 @@ def test_the_data_is_flushed_to_disk_before_the_name_is_given(tmp_path: Path, mo
 def test_text_is_utf8(tmp_path: Path) -> None:
     write_text(tmp_path / "out", "±é漢\n")
     assert (tmp_path / "out").read_bytes() == "±é漢\n".encode()
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write(tmp_path: Path) -> None:
+    """In a container the process id is the same at every start, so the leftover may have any name of ours."""
+    (tmp_path / f".out.tmp-{os.getpid()}").mkdir()
+    (tmp_path / f".out.tmp-{os.getpid()}" / "half").write_bytes(b"x")
+    (tmp_path / ".note.tmp-1").write_bytes(b"half")
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "part").write_bytes(b"new")
+    write_text(tmp_path / "note", "new")
+    assert tree(tmp_path) == {"out": b"", "out/part": b"new", "note": b"new"}
+
+
+def test_a_temporary_name_in_use_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "out.bin"
+    with atomic_file(target) as first, atomic_file(target) as second:
+        assert first != second
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert tree(tmp_path) == {"out.bin": b"first"}
+
+
+def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "keep").write_bytes(b"mine")
+    (tmp_path / ".out.tmp-1").symlink_to(elsewhere)
+    with atomic_directory(tmp_path / "out"):
+        pass
+    (tmp_path / ".gone").symlink_to(elsewhere)
+    remove_tree(tmp_path / ".gone")
+    assert (elsewhere / "keep").read_bytes() == b"mine"
+    assert not (tmp_path / ".gone").is_symlink()
+
+
+@pytest.mark.parametrize("directory", [False, True])
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/self/x/y", "/dev/null/x", "n" * 300, "a\0b"])
+def test_an_impossible_place_is_a_sentence(tmp_path: Path, place: str, directory: bool) -> None:
+    with pytest.raises(InputError, match="cannot write"), writing(tmp_path / place, directory=directory):
+        raise AssertionError
+    with pytest.raises(InputError, match="cannot write"), output_lock(tmp_path / place):
+        raise AssertionError
+
+
+def test_an_output_is_one_process_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "runs" / "one"
+    with output_lock(target):
+        with pytest.raises(InputError, match="another process is writing"), output_lock(target):
+            raise AssertionError
+        target.mkdir()
+    assert tree(tmp_path) == {"runs": b"", "runs/one": b""}
+    with output_lock(target):
+        pass
+
+
+def test_a_lock_leaves_no_directory_behind(tmp_path: Path) -> None:
+    with output_lock(tmp_path / "deep" / "down" / "one"):
+        assert (tmp_path / "deep" / "down").is_dir()
+    assert tree(tmp_path) == {}
+
+
+def test_a_lock_goes_with_the_process_that_held_it(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from entrenar.core.atomic import output_lock\n"
+        "with output_lock(Path(sys.argv[1])): os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "one"], check=False).returncode == 9
+    assert (tmp_path / ".one.lock").exists()
+    with output_lock(tmp_path / "one"):
+        pass
+    assert tree(tmp_path) == {}

@@ -211,7 +211,7 @@ def test_an_override_value_is_yaml(text: str, value: object) -> None:
         (b"model: [1\n", "is not YAML"),
         (b"model: {path: a}\n---\nlog: {}\n", "is not YAML"),
         (b"? [a]\n: 1\n", "is not YAML"),
-        (b"model: {path: \xff\xfe}\n", "cannot be read"),
+        (b"model: {path: \xff\xfe}\n", "is not UTF-8 text"),
         (b"a: &a\n  b: *a\n", "nests without end"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_file_that_is_no_config_is_named_with_the_reason(tmp_path: Path, conte
 def test_a_missing_file_and_a_directory_are_input_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         load_config(Config, tmp_path / "absent.yaml")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a directory, not a file"):
         load_config(Config, tmp_path)
 
 
@@ -261,3 +261,16 @@ def test_a_written_config_reads_back_as_itself(
 def test_a_written_config_keeps_the_declared_order() -> None:
     lines = to_yaml(Config(model=Model(path="m"))).splitlines()
     assert [line for line in lines if not line.startswith(" ")] == ["model:", "optimizer:", "log: null"]
+
+
+@pytest.mark.parametrize(
+    "value", ["0x_", "0b_", "!!int ''", "!!float abc", "2026-02-31", "? [1]\n: 2", "!!timestamp x"]
+)
+def test_a_scalar_that_yaml_itself_trips_over_is_a_sentence(tmp_path: Path, value: str) -> None:
+    assert "config.yaml is not YAML" in problems(tmp_path, f"model: {{path: m}}\nlog:\n  {value}\n")[0]
+
+
+def test_aliases_that_multiply_are_refused_before_they_are_written_out(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    assert "more than 200,000 values" in problems(tmp_path, "\n".join(lines))[0]

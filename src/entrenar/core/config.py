@@ -4,6 +4,7 @@
 """
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from entrenar.core.documents import read_text
 from entrenar.core.errors import InputError
 
 
@@ -24,11 +26,21 @@ class Section(BaseModel):
 
 ConfigType = TypeVar("ConfigType", bound=Section)
 KeyPath = tuple[str, ...]
+_MAX_BYTES, _MAX_VALUES = 16 * 2**20, 200_000
 _OVERRIDE = -1  # in place of a line number: the key was given beside the file
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader whose floats follow YAML 1.2, so that `2e-4` and `1.e5` are numbers."""
+    """SafeLoader whose floats follow YAML 1.2 (`2e-4` and `1.e5` are numbers) and whose errors are all YAMLErrors."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """PyYAML lets Python's own errors through for `0x_`, `!!int ''` or the 31st of February."""
+        try:
+            return super().construct_object(node, deep=deep)  # pyright: ignore[reportUnknownMemberType]
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a value that cannot be read as its type ({error})", node.start_mark
+            ) from None
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -64,10 +76,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise InputError(f"cannot read the override {text!r}: write it as section.key=value, e.g. optimizer.lr=1e-4")
-    try:
-        return key, yaml.load(value, _Loader)  # a SafeLoader with one more float pattern
-    except yaml.YAMLError as error:
-        raise InputError(f"the value in the override {text!r} is not YAML: {_one_line(error)}") from None
+    value_of, _ = _parse(value, f"the value in the override {text!r}")
+    return key, value_of
 
 
 def to_yaml(config: Section) -> str:
@@ -76,26 +86,28 @@ def to_yaml(config: Section) -> str:
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, _Loader)
-        lines: dict[KeyPath, int] = {}
-        if node is not None:
-            _walk(node, (), lines, path)
-        values = yaml.load(text, _Loader)  # a SafeLoader with one more float pattern
-    except FileNotFoundError:
-        raise InputError(f"config file {path} does not exist: check the path, or run `entrenar init` for one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"config file {path} is not YAML: {_one_line(error)}") from error
-    except RecursionError:
-        raise InputError(
-            f"config file {path} nests without end: an alias (*name) stands inside its own value"
-        ) from None
+    if not os.path.lexists(path):
+        raise InputError(f"config file {path} does not exist: check the path, or run `entrenar init` for one")
+    values, lines = _parse(read_text(path, "config file", _MAX_BYTES), f"config file {path}", path)
     if not isinstance(values, dict):
         raise InputError(f"config file {path} must be a mapping of sections (model, data, …); run `entrenar init`")
     return values, lines
+
+
+def _parse(text: str, source: str, path: Path | None = None) -> tuple[Any, dict[KeyPath, int]]:
+    """The value of a YAML text and the line of every key in it; `source` names it in errors, `path` beside a line."""
+    lines: dict[KeyPath, int] = {}
+    try:
+        node = yaml.compose(text, _Loader)
+        if node is not None:
+            _walk(node, (), lines, path or Path(source))
+        return yaml.load(text, _Loader), lines  # a SafeLoader with one more float pattern
+    except yaml.YAMLError as error:
+        raise InputError(f"{source} is not YAML: {_one_line(error)}") from error
+    except RecursionError:
+        raise InputError(
+            f"{source} nests without end: an alias (*name) stands inside its own value, or lists in lists in lists"
+        ) from None
 
 
 def _one_line(error: yaml.YAMLError) -> str:
@@ -103,7 +115,15 @@ def _one_line(error: yaml.YAMLError) -> str:
 
 
 def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: Path) -> None:
-    """Record the line of every key and list entry below `node`; a key written twice is an error."""
+    """Record the line of every key and list entry below `node`; a key written twice is an error.
+
+    An alias is walked as often as it is used, as it would be written out; so a few lines of aliases of aliases that
+    stand for millions of values are refused here, before anything is built of them.
+    """
+    if len(lines) > _MAX_VALUES:
+        raise InputError(
+            f"{source} holds more than {_MAX_VALUES:,} values, aliases (*name) written out: it is no config"
+        )
     if isinstance(node, yaml.SequenceNode):
         for index, entry in enumerate(node.value):
             lines[(*path, str(index))] = entry.start_mark.line + 1
