@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from entrenar.core.errors import InputError
+from entrenar.files.bitsandbytes_state import STATE
 from entrenar.files.safetensors import TensorInfo
 
 # No name of safetensors' floats of 16 bits and more begins with these; C64 and BOOL hold no codes either.
 _INTEGERS = ("I", "U")
 _NARROW = ("F8", "F6", "F4")
 _SCALES = ("scale", "zero", "absmax", "codebook", "centroid", "suh", "wscale")
-_BITSANDBYTES = ".quant_state.bitsandbytes__"
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ _SIGNATURES = (
     _Signature("exl3", ("trellis", "suh", "svh")),
     _Signature("aqlm", ("codes", "codebooks", "scales")),
     _Signature("quip", ("Qidxs", "SU", "SV")),
-    _Signature("vptq", ("indices", "centroids"), ()),
-    _Signature("vptq", ("centroids.weight", "indices"), ()),
+    _Signature("vptq", ("indices", "centroids")),
     _Signature("spqr", ("dense_weights", "row_offsets")),
-    _Signature("higgs", ("weight", "scales", "tables"), ()),
+    _Signature("higgs", ("weight", "scales", "tables")),
 )
 
 
@@ -168,7 +167,7 @@ def _awq_or_gptq(tool: str, leaves: Mapping[str, TensorInfo]) -> str:
 def _is_bitsandbytes(name: str, names: list[str]) -> bool:
     """Whether bitsandbytes' own tensors lie beside a weight."""
     beside = f"{name.removesuffix('weight')}SCB"
-    return beside in _beginning_with(beside, names) or bool(_beginning_with(f"{name}{_BITSANDBYTES}", names))
+    return beside in _beginning_with(beside, names) or bool(_beginning_with(f"{name}{STATE}", names))
 
 
 def _beginning_with(start: str, names: list[str]) -> list[str]:
