@@ -5,10 +5,11 @@ library checks a header; the data are read by ourselves because the library maps
 by ourselves because it wants a whole file's tensors in memory at once.
 """
 
+import copy
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from entrenar.core.documents import open_regular, read_json
 from entrenar.core.errors import InputError
+from entrenar.core.notices import say_once
 from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.stored_tensor import FileVersion, StoredTensor
 
@@ -57,7 +59,7 @@ class TensorInfo:
 
 class SafetensorsCheckpoint:
     """The tensors of a directory (`model.safetensors`, or shards with an index) or of one file: `tensors`, by name; the
-    free-form `metadata` of its files; and `notes`, sentences on what of the directory is not read, to be shown.
+    free-form `metadata` of its files; and `notes`, what has been said on what of the directory is not read.
 
     Which files are read, and which of two tensors of one name, is as in transformers.
 
@@ -76,6 +78,8 @@ class SafetensorsCheckpoint:
             self._refuse_twice(tensors, index)
             self.tensors |= tensors
             self.metadata |= metadata
+        for note in self.notes:
+            say_once(note)
 
     def _refuse_twice(self, tensors: dict[str, TensorInfo], index: Mapping[str, str]) -> None:
         """InputError if tensors of another shard have the same names, unless the index says that these are meant."""
@@ -91,6 +95,14 @@ class SafetensorsCheckpoint:
     def names(self) -> list[str]:
         """Every tensor's name."""
         return list(self.tensors)
+
+    def renamed(self, name_of: Callable[[str], str]) -> "SafetensorsCheckpoint":
+        """The same tensors under other names; InputError if two of them get the same."""
+        other = copy.copy(self)
+        other.tensors = {name_of(name): info for name, info in self.tensors.items()}
+        if len(other.tensors) != len(self.tensors):
+            raise InputError(f"{self.path} has tensors both with and without a prefix in their names: save it again")
+        return other
 
     def stored(self, name: str) -> StoredTensor:
         """Where one tensor lies; InputError for a dtype that is not read."""

@@ -5,6 +5,7 @@ several threads read and quantize (files/stream.py). A GGUF's own blocks are not
 """
 
 from contextlib import closing
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from entrenar.files.stream import stream
 from entrenar.models.compute import resolve_device, resolve_dtype
 from entrenar.models.experts import ExpertsBuilder, expert_weights, parameter_name
 from entrenar.models.fast_forwards import use_fast_forwards
-from entrenar.models.match import is_tied, match_tensors
+from entrenar.models.match import is_tied, match_tensors, saved_buffers
 from entrenar.models.source import ModelSource, open_source
 from entrenar.ops.linear_gguf import FLOAT_TYPES
 from entrenar.quant.embedding import QuantizedEmbedding
@@ -25,6 +26,7 @@ from entrenar.quant.tensor import PieceQuantizer, QuantizedTensor, kept_tensor
 
 UNQUANTIZED, KEEP = "none", "keep"
 _CPU = torch.device("cpu")
+_MAX_COMPUTED = 1 << 30  # bytes; masks and sinusoids of the largest have some 100 MB
 
 
 def load(
@@ -81,15 +83,20 @@ def load_source(
     quantizes = quantize not in (UNQUANTIZED, KEEP) and not packed
     experts = ExpertsBuilder(model, expert_weights(model, set(source.weights.names())))
     linear = linear_weights(model, head) if quantizes else set()
+    buffers = saved_buffers(model)
 
     def place(name: str, weight: Tensor | QuantizedTensor) -> None:
         if name in experts:
             experts.take(name, weight.to(device))
+        elif name in buffers:
+            _place_buffer(model, name, cast(Tensor, weight).to(device))
         else:
             _place(model, parameter_name(name), weight.to(device), dtype)
 
     def sink(name: str) -> PieceQuantizer | _PieceJoiner:
         stored = tensors[name]
+        if name in buffers:
+            return _PieceJoiner(stored.shape, buffers[name].dtype, None)
         if name not in linear and not (quantizes and name in experts):
             return _PieceJoiner(stored.shape, dtype, kept.get(name))
         return PieceQuantizer(
@@ -219,6 +226,12 @@ def _place(model: PreTrainedModel, name: str, weight: Tensor | QuantizedTensor, 
     setattr(module, leaf, parameter)
 
 
+def _place_buffer(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    """A saved buffer in its module's place, in the dtype that it has there: transformers does not round them either."""
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._buffers[leaf] = value
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
@@ -236,13 +249,31 @@ def _tie(model: PreTrainedModel) -> None:
 def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Fill the buffers no checkpoint holds (rotary frequencies, …) by the architecture's own initialisation, on the
     CPU so that they are the same everywhere."""
+    wanted = sum(buffer.nbytes for buffer in model.buffers() if buffer.is_meta)
+    if wanted > _MAX_COMPUTED:
+        raise InputError(
+            f"{model.name_or_path}: the sizes of its config ask for {wanted:,} bytes of computed tables, more than any "
+            "model has: check config.json"
+        )
     for module in model.modules():
         computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in computed:
-            module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu").fill_(torch.nan)
-        if computed:
-            model._init_weights(module)
-        if any(module.get_buffer(name).isnan().any() for name in computed):
-            raise InputError(f"{type(model).__name__} has buffers that cannot be computed here: {listing(computed)}")
-        for name in computed:
-            module._buffers[name] = module.get_buffer(name).to(device)
+        if not computed:
+            continue
+        # Initialised again as well are those that the files hold.
+        kept = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False) if name not in computed}
+        first, second = (_initialised(model, module, computed, start) for start in (0, 1))
+        uncomputed = [name for name in computed if not torch.equal(first[name], second[name])]
+        if uncomputed:
+            raise InputError(f"{type(model).__name__} has buffers that cannot be computed here: {listing(uncomputed)}")
+        for name, buffer in (second | kept).items():
+            module._buffers[name] = buffer.to(device)
+
+
+def _initialised(model: PreTrainedModel, module: nn.Module, names: list[str], start: int) -> dict[str, Tensor]:
+    """Buffers of a module after transformers' initialisation; `start`, NaN in floats, is what stays without one."""
+    for name in names:
+        buffer = module.get_buffer(name)
+        fill = torch.nan if buffer.is_floating_point() else start
+        module._buffers[name] = torch.full(buffer.shape, fill, dtype=buffer.dtype, device="cpu")
+    model._init_weights(module)
+    return {name: module.get_buffer(name).clone() for name in names}

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
 from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
 from entrenar.files.gguf_split import GGUFModel
-from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
+from entrenar.models.directory import open_checkpoint, read_tokenizer, with_prefix
 from entrenar.models.gguf_config import config_from_metadata
 from entrenar.models.gguf_families import Family, family_of
 from entrenar.models.gguf_rope import ROPE_TENSORS, head_dim
@@ -86,7 +86,7 @@ def with_tokenizer_of(source: ModelSource, directory: Path, largest: int) -> Mod
     if largest < 0:
         return source
     if (directory / "tokenizer_config.json").is_file():
-        return replace(source, make_tokenizer=partial(_tokenizer_in, directory))
+        return replace(source, make_tokenizer=partial(read_tokenizer, directory))
     if largest >= len(source.tokenizer):
         raise InputError(
             f"{directory} has a row for token {largest}, but the model has {len(source.tokenizer)} tokens and no "
@@ -95,20 +95,17 @@ def with_tokenizer_of(source: ModelSource, directory: Path, largest: int) -> Mod
     return source
 
 
-def _tokenizer_in(directory: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-
-
 def _open_directory(path: str) -> ModelSource:
     directory = local_directory(path)
+    checkpoint = open_checkpoint(directory)
     with _reading(directory):
         # False, not unset: unset, transformers asks on the terminal whether to run the directory's own code.
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         has_generation = (directory / "generation_config.json").is_file()
         generation = GenerationConfig.from_pretrained(directory) if has_generation else None
-    make_tokenizer = partial(_tokenizer_in, directory)
-    checkpoint = SafetensorsCheckpoint(directory)
+    make_tokenizer = partial(read_tokenizer, directory)
     made = _provenance(checkpoint.metadata)
+    checkpoint = with_prefix(checkpoint, config)
     if not is_bitsandbytes(checkpoint.names()):
         return ModelSource(directory, config, make_tokenizer, checkpoint, generation, provenance=made)
     if hasattr(config, "quantization_config"):  # what transformers would load them with
