@@ -1,6 +1,8 @@
 """safetensors: read what the library writes, write what the library reads, refuse what is broken."""
 
 import json
+import os
+import random
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -226,7 +228,7 @@ def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path, name: object)
     for file in (tmp_path / "x", inside / "sub" / "x.safetensors"):
         save_file({"a": torch.zeros(2)}, file)
     (inside / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": name}}), encoding="utf-8")
-    with pytest.raises(InputError, match=r"index\.json names"):
+    with pytest.raises(InputError, match=r"index\.json(: 'weight_map.a' is| names)"):
         SafetensorsCheckpoint(inside)
 
 
@@ -242,7 +244,9 @@ def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:
 )
 def test_an_index_that_is_none_is_an_input_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / INDEX_NAME).write_bytes(content)
-    with pytest.raises(InputError, match=r"index\.json is not a shard index"):
+    with pytest.raises(
+        InputError, match=r"^shard index .*index\.json: (not JSON|it is|the key 'weight_map' is missing|'wei)"
+    ):
         SafetensorsCheckpoint(tmp_path)
 
 
@@ -250,3 +254,79 @@ def test_a_directory_without_weights_is_an_input_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match=r"holds no model\.safetensors"):
             SafetensorsCheckpoint(path)
+
+
+def _write(directory: Path, files: dict[str, dict[str, float]], index: object) -> None:
+    """Files of tensors (2,) that are all one number, and an index."""
+    for name, values in files.items():
+        save_file({tensor: torch.full((2,), value) for tensor, value in values.items()}, directory / name)
+    if index is not None:
+        text = index if isinstance(index, str) else json.dumps({"weight_map": index})
+        (directory / INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+_OTHERS: dict[str, object] = {"shards": {"a": "s.safetensors"}, "gone": {"a": "gone.safetensors"}, "broken": "{"}
+
+
+@pytest.mark.parametrize("index", _OTHERS)
+def test_a_single_file_is_read_before_an_index_and_it_is_said(tmp_path: Path, index: str) -> None:
+    """As transformers: modeling_utils looks for model.safetensors first, whatever else lies there."""
+    _write(tmp_path, {"model.safetensors": {"a": 1}, "s.safetensors": {"a": 2}}, _OTHERS[index])
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.read("a").tolist() == [1, 1]
+    assert len(checkpoint.notes) == 1
+    assert "has both model.safetensors and model.safetensors.index.json" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("index", [None, {"a": "model.safetensors"}])
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path, index: object) -> None:
+    _write(tmp_path, {"model.safetensors": {"a": 1}}, index)
+    assert SafetensorsCheckpoint(tmp_path).notes == []
+
+
+def test_a_tensor_in_two_shards_is_refused_unless_all_readers_agree(tmp_path: Path) -> None:
+    """transformers reads the last shard's, others the one that the index names."""
+    _write(tmp_path, {"1.safetensors": {"a": 1, "b": 3}, "2.safetensors": {"a": 2, "c": 4}}, None)
+    rest = {"b": "1.safetensors", "c": "2.safetensors"}
+    for wrong in ({"a": "1.safetensors"}, {}):
+        _write(tmp_path, {}, wrong | rest)
+        with pytest.raises(InputError, match=r"a is in both 1\.safetensors and 2\.safetensors, and which is meant"):
+            SafetensorsCheckpoint(tmp_path)
+    _write(tmp_path, {}, {"a": "2.safetensors"} | rest)
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.read("a").tolist() == [2, 2]
+    assert "2.safetensors is read, as its index says" in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "é" * 128, "a\0b", "directory", "pipe", "device", "loop"])
+def test_a_shard_that_is_no_file_is_an_input_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    (tmp_path / "loop").symlink_to("loop")
+    _write(tmp_path, {}, {"a": name})
+    with pytest.raises(InputError, match=r"is a directory|is a named pipe|is a device|cannot be read|not a plain file"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX_NAME])
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="is a named pipe, not a file"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_any_change_to_an_index_gives_its_tensors_or_an_input_error(tmp_path: Path) -> None:
+    """Names that are too long or of a directory were tracebacks once. Random, but the same every time."""
+    _shards(tmp_path)
+    (tmp_path / "somewhere").mkdir()
+    content, chance = (tmp_path / INDEX_NAME).read_text(), random.Random(0)
+    parts = ["somewhere", "x" * 300, "..", "/", "{", "null", "1e999", "\\u0000", "\\ud800", '"', ":", "weight_map", ""]
+    for _ in range(300):
+        place, width = chance.randrange(len(content)), chance.choice([0, 1, 8])
+        (tmp_path / INDEX_NAME).write_text(content[:place] + chance.choice(parts) + content[place + width :])
+        try:
+            checkpoint = SafetensorsCheckpoint(tmp_path)
+            assert all(checkpoint.read(name).numel() for name in checkpoint.names())
+        except InputError as error:
+            assert "\n" not in str(error)

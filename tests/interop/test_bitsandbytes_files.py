@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from entrenar.core.errors import InputError
+from entrenar.files.bitsandbytes import BitsandbytesWeights
+from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.load import load
@@ -124,3 +126,54 @@ def test_a_codebook_of_its_own_is_refused(theirs: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(InputError, match="codebook of its own"):
         load(str(theirs))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_codes_are_bytes_whatever_they_are_stored_as(
+    storage: torch.dtype, format: str, nested: bool, tmp_path: Path
+) -> None:
+    """`quant_storage`, which FSDP needs; whole, and from any element on, as a merge reads it. Right: bitsandbytes."""
+    for block_size in (64, 128, 1024, 4096):
+        weight = torch.randn(136, 1024, generator=torch.Generator().manual_seed(block_size))
+        packed, state = functional.quantize_4bit(
+            weight, blocksize=block_size, compress_statistics=nested, quant_type=format, quant_storage=storage
+        )
+        expected = functional.dequantize_4bit(packed, state).view(-1)
+        beside = {f"x.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+        save_file({"x.weight": packed} | beside, tmp_path / "model.safetensors")
+        weights = BitsandbytesWeights(SafetensorsCheckpoint(tmp_path))
+        assert weights.packed() == {"x.weight": (format, (136, 1024))}
+        held = weights.quantized("x.weight")
+        assert held.memory_bytes == weights.packed_bytes("x.weight") < 0.8 * weight.numel()
+        torch.testing.assert_close(held.dequantize().view(-1), expected, atol=1e-6, rtol=1e-6)
+        for start, count in ((0, 7), (5, 70_001), (65_536, 65_536), (139_263, 1)):
+            piece = weights.weight("x.weight").read_range(start, count)
+            torch.testing.assert_close(piece, expected[start : start + count], atol=1e-6, rtol=1e-6)
+
+
+def test_a_directory_stored_as_floats_is_loaded_exported_and_merged_as_bitsandbytes_dequantizes_it(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    options = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=torch.bfloat16, bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=options, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "theirs")
+    layer: Any = theirs.get_submodule("model.layers.0.mlp.up_proj")
+    expected = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert load_file(tmp_path / "theirs" / "model.safetensors")[name].dtype == torch.bfloat16
+
+    model, _ = load(str(tmp_path / "theirs"), dtype="float32")
+    held = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(held, QuantizedLinear)
+    torch.testing.assert_close(held.fused_weight(), expected, atol=1e-6, rtol=1e-6)
+    export(str(tmp_path / "theirs"), str(tmp_path / "plain"), type="f32")
+    torch.testing.assert_close(load_file(tmp_path / "plain" / "model.safetensors")[name], expected, atol=1e-6, rtol=0)
+    models = [{"model": str(tmp_path / "theirs"), "parameters": {"weight": 1}}]
+    merge({"merge_method": "linear", "models": models, "dtype": "float32"}, str(tmp_path / "merged"))
+    torch.testing.assert_close(load_file(tmp_path / "merged" / "model.safetensors")[name], expected, atol=1e-6, rtol=0)

@@ -1,14 +1,15 @@
 """bitsandbytes' checkpoints: 4-bit weights (nf4, fp4, plain or double quantized) and LLM.int8, both ways.
 
-A 4-bit weight `W` (out, in) is `W` U8 (numel / 2, 1) with `W.absmax`, `W.quant_map` (16,), with double quantization
-also `W.nested_absmax` and `W.nested_quant_map` (256,), and `W.quant_state.bitsandbytes__<format>`, a JSON text as U8.
+A 4-bit weight `W` (out, in) is `W` U8 (numel / 2, 1), or the same bytes stored as another type (`quant_storage`), with
+`W.absmax`, `W.quant_map` (16,), with double quantization also `W.nested_absmax` and `W.nested_quant_map` (256,), and
+`W.quant_state.bitsandbytes__<format>`, a JSON text as U8 (bitsandbytes_state.py).
 An int8 weight is `W` I8 (out, in) with `SCB` F32 (out,) beside it: W = q · SCB / 127. Nothing is quantized again.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from entrenar.core.errors import InputError
+from entrenar.files.bitsandbytes_state import BESIDE, STATE, QuantState, four_bit_parts, read_state
 from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
@@ -25,12 +27,10 @@ from entrenar.quant.registry import get_format
 from entrenar.quant.scales import GROUP, as_bytes, as_float
 from entrenar.quant.tensor import QuantizedTensor
 
-_STATE = ".quant_state.bitsandbytes__"
-_FORMATS = ("nf4", "fp4")
 _NESTED_STATE = {"nested_blocksize": GROUP, "nested_dtype": "float32"}
 # As wide as any number that JSON writes for an offset: the header is written before the offset is known.
 _OFFSET_ROOM = 26
-_OFFSET_BYTES = 4  # held as float32
+_SCALE_BYTES = 4  # held as float32, as an offset is
 _CPU = torch.device("cpu")
 
 
@@ -70,12 +70,18 @@ class PackedWeight:
         parts = {"codes": _read(self.codes, first * bits // 8, block_count(end * bits, 8)).view(torch.uint8)}
         scales = _read(self.scales, *blocks)
         if self.nested_scales is not None:
-            nested = _read(self.nested_scales, blocks[0] // GROUP, block_count(blocks[1], GROUP))
+            nested = self._finite(_read(self.nested_scales, blocks[0] // GROUP, block_count(blocks[1], GROUP)))
             parts |= {"scales": scales, "nested_scales": as_bytes(nested)}
             parts["offset"] = as_bytes(torch.tensor([self.offset]))
         else:
+            scales = self._finite(scales)
             parts["scales"] = as_bytes(scales / 127 if self.format == "int8" else scales)
         return QuantizedTensor(self.format, shape, self.dtype, self.block_size, parts)
+
+    def _finite(self, scales: Tensor) -> Tensor:
+        if not scales.isfinite().all():
+            raise InputError(f"{self.codes.file.path} holds scales that are not finite: fetch or save it again")
+        return scales
 
 
 def _read(stored: StoredTensor, start: int, end: int) -> Tensor:
@@ -84,92 +90,100 @@ def _read(stored: StoredTensor, start: int, end: int) -> Tensor:
 
 
 class BitsandbytesWeights:
-    """The tensors of a checkpoint without bitsandbytes' own beside the weights; see `models.source.Weights`."""
+    """The tensors of a checkpoint without bitsandbytes' own beside the weights; see `models.source.Weights`.
+
+    Raises:
+        InputError: two states for one weight, or a state or scales without a weight.
+    """
 
     def __init__(self, checkpoint: SafetensorsCheckpoint) -> None:
         self.checkpoint = checkpoint
-        names = set(checkpoint.names())
-        self._states = {name.split(_STATE)[0]: name for name in names if _STATE in name}
-        self._int8 = {
-            f"{name.removesuffix('SCB')}weight" for name in names if name.rpartition(".")[2] == "SCB"
-        }  # fmt: skip
+        self._states: dict[str, str] = {}  # weight → the tensor that is its state
+        self._int8: list[str] = []
+        for name in checkpoint.names():
+            weight, separator, _ = name.partition(STATE)
+            if separator:
+                self._add(weight, name)
+                self._states[weight] = name
+            elif name.rpartition(".")[2] == "SCB":
+                weight = f"{name.removesuffix('SCB')}weight"
+                self._add(weight, name)
+                self._int8.append(weight)
         self.stored = checkpoint.stored
-        beside = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-        hidden = {f"{weight}.{part}" for weight in self._states for part in beside} | set(self._states.values())
+        hidden = {f"{weight}.{part}" for weight in self._states for part in BESIDE} | set(self._states.values())
         for weight in self._int8:
             owner = weight.removesuffix("weight")
             hidden |= {f"{owner}SCB", f"{owner}weight_format"}
         self._names = [name for name in checkpoint.names() if name not in hidden]
+
+    def _add(self, weight: str, beside: str) -> None:
+        if weight not in self.checkpoint.tensors:
+            raise InputError(f"{self.checkpoint.path} has {beside} but no {weight}: fetch or save it again")
+        if weight in self._states or weight in self._int8:
+            raise InputError(f"{self.checkpoint.path}: {weight} has more than one quant_state: fetch or save it again")
 
     def names(self) -> list[str]:
         """Every weight's name."""
         return self._names
 
     def packed(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name → number format and shape of every quantized weight."""
-        found = {name: (key.split(_STATE)[1], tuple(self._state(name)["shape"])) for name, key in self._states.items()}
+        """Name → number format and shape of every quantized weight.
+
+        Raises:
+            InputError: the state of a weight is not one.
+        """
+        states = {name: self._state(name) for name in self._states}
+        found = {name: (str(state.quant_type), state.shape) for name, state in states.items()}
         return found | {name: ("int8", self.checkpoint.tensors[name].shape) for name in self._int8}
 
     def packed_bytes(self, name: str) -> int:
-        """Bytes of a quantized weight as `quantized` holds it."""
-        if name in self._int8:
-            return self._bytes(name) + self._bytes(f"{name.removesuffix('weight')}SCB")
-        nested = f"{name}.nested_absmax"
-        beside = self._bytes(nested) + _OFFSET_BYTES if nested in self.checkpoint.tensors else 0
-        return self._bytes(name) + self._bytes(f"{name}.absmax") + beside
-
-    def _bytes(self, name: str) -> int:
-        return self.checkpoint.tensors[name].size
+        """Bytes of a quantized weight as `quantized` holds it; InputError as `weight`."""
+        weight = self.weight(name)
+        if weight.nested_scales is None:
+            return weight.codes.size + _SCALE_BYTES * weight.scales.numel
+        return weight.codes.size + weight.scales.size + _SCALE_BYTES * (weight.nested_scales.numel + 1)  # the offset
 
     def quantized(self, name: str) -> QuantizedTensor:
         """A quantized weight, its bytes as they are; InputError as `weight`."""
         return self.weight(name).read()
 
     def weight(self, name: str) -> PackedWeight:
-        """Where a quantized weight lies.
+        """A quantized weight in its file.
 
         Raises:
-            InputError: a codebook, block size or layout that is not bitsandbytes' usual one.
+            InputError: tensors that are missing or do not fit each other, or a codebook, block size or layout that is
+                not bitsandbytes' usual one.
         """
         return self._four_bit(name) if name in self._states else self._eight_bit(name)
 
-    def _state(self, name: str) -> dict[str, Any]:
-        key = self._states[name]
-        try:
-            state = json.loads(bytes(self.checkpoint.read(key).tolist()))
-            return {"format": key.split(_STATE)[1], **state}
-        except (ValueError, TypeError):
-            raise InputError(f"{self._where(name)} has a broken quant_state: fetch or save it again") from None
-
-    def _where(self, name: str) -> str:
-        return f"{self.checkpoint.tensors[name].file.path}: {name}"
+    def _state(self, name: str) -> QuantState:
+        return read_state(self.checkpoint, name, self._states[name])
 
     def _four_bit(self, name: str) -> PackedWeight:
-        state, read, stored = self._state(name), self.checkpoint.read, self.checkpoint.stored
-        format = state["format"]
-        known = format in _FORMATS and torch.equal(read(f"{name}.quant_map"), codebook(format, _CPU))
-        if not known:
-            raise InputError(f"{self._where(name)} is {format} with a codebook of its own: only nf4 and fp4 are read")
-        weight = PackedWeight(
-            format, tuple(state["shape"]), getattr(torch, state["dtype"]), state["blocksize"],
-            stored(name), stored(f"{name}.absmax"),
+        state = self._state(name)
+        parts = four_bit_parts(self.checkpoint, name, state)
+        return PackedWeight(
+            state.quant_type, state.shape, state.torch_dtype, state.blocksize,
+            parts.codes, parts.scales, parts.nested_scales, state.nested_offset or 0.0,
         )  # fmt: skip
-        if "nested_blocksize" not in state:
-            return weight
-        if state["nested_blocksize"] != GROUP or not torch.equal(read(f"{name}.nested_quant_map"), dynamic_map(_CPU)):
-            raise InputError(f"{self._where(name)} has scales of another layout: blocks of {GROUP} are read")
-        return replace(weight, nested_scales=stored(f"{name}.nested_absmax"), offset=state["nested_offset"])
 
     def _eight_bit(self, name: str) -> PackedWeight:
-        codes, largest = self.checkpoint.stored(name), self.checkpoint.stored(f"{name.removesuffix('weight')}SCB")
-        if codes.dtype != torch.int8 or len(codes.shape) != 2 or largest.shape != codes.shape[:1]:
-            raise InputError(f"{self._where(name)} is not an LLM.int8 weight with a scale a row: save it again")
+        where = f"{self.checkpoint.tensors[name].file.path}: {name}"
+        owner = name.removesuffix("weight")
+        codes, largest = self.checkpoint.stored(name), self.checkpoint.stored(f"{owner}SCB")
+        plain = codes.dtype == torch.int8 and len(codes.shape) == 2 and largest.dtype.is_floating_point
+        plain = plain and codes.numel > 0
+        if not plain or largest.shape != codes.shape[:1]:
+            raise InputError(f"{where} is not an LLM.int8 weight with a scale a row: save it again")
+        order = f"{owner}weight_format"
+        if order in self.checkpoint.tensors and any(self.checkpoint.stored(order).first_bytes(8)):
+            raise InputError(f"{where} is LLM.int8 in the order of a GPU (weight_format is not 0): save it row by row")
         return PackedWeight("int8", codes.shape, torch.float16, codes.shape[1], codes, largest)
 
 
 def is_bitsandbytes(names: Iterable[str]) -> bool:
     """Whether names of tensors are those of such a checkpoint."""
-    return any(_STATE in name or name.rpartition(".")[2] == "SCB" for name in names)
+    return any(STATE in name or name.rpartition(".")[2] == "SCB" for name in names)
 
 
 @dataclass(frozen=True)
@@ -196,7 +210,7 @@ def four_bit_tensors(
         lazy(f"{name}.quant_map", (16,), torch.float32, lambda q: codebook(q.format, _CPU)),
     ]
     state = lazy(
-        f"{name}{_STATE}{layout.format}", (text,), torch.uint8, lambda q: _state_bytes(shape, layout, q), last=True
+        f"{name}{STATE}{layout.format}", (text,), torch.uint8, lambda q: _state_bytes(shape, layout, q), last=True
     )
     if not layout.double_quant:
         return [*plain, lazy(f"{name}.absmax", (blocks,), torch.float32, lambda q: as_float(q.parts["scales"])), state]

@@ -7,6 +7,7 @@ by ourselves because it wants a whole file's tensors in memory at once.
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from entrenar.core.documents import open_regular, read_json
 from entrenar.core.errors import InputError
 from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.stored_tensor import FileVersion, StoredTensor
 
-INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = f"{SINGLE_NAME}.index.json"
+_MAX_NAME = 255  # bytes, of a file
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -31,6 +35,13 @@ _DTYPES = {
 }  # fmt: skip
 Item = TypeVar("Item")
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What is read of an index: tensor → file."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -45,20 +56,37 @@ class TensorInfo:
 
 
 class SafetensorsCheckpoint:
-    """The tensors of a directory (`model.safetensors`, or shards with an index) or of one file: `tensors`, by name; and
-    the free-form `metadata` of its files.
+    """The tensors of a directory (`model.safetensors`, or shards with an index) or of one file: `tensors`, by name; the
+    free-form `metadata` of its files; and `notes`, sentences on what of the directory is not read, to be shown.
+
+    Which files are read, and which of two tensors of one name, is as in transformers.
 
     Raises:
-        InputError: no such file, or a header that does not fit its file.
+        InputError: no such file, a header that does not fit its file, or a tensor in two shards of which the index
+            names another than transformers reads.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
-        for file in _checkpoint_files(path):
+        files, index, self.notes = _checkpoint_files(path)
+        for file in files:
             tensors, metadata = _read_header(file)
+            self._refuse_twice(tensors, index)
             self.tensors |= tensors
             self.metadata |= metadata
+
+    def _refuse_twice(self, tensors: dict[str, TensorInfo], index: Mapping[str, str]) -> None:
+        """InputError if tensors of another shard have the same names, unless the index says that these are meant."""
+        for name in tensors.keys() & self.tensors.keys():
+            before, here = self.tensors[name].file.path.name, tensors[name].file.path.name
+            if index.get(name) != here:
+                raise InputError(
+                    f"{self.path}: {name} is in both {before} and {here}, and which is meant is not known (the index "
+                    f"says {index.get(name, 'nothing')}, transformers reads {here}): save the checkpoint again"
+                )
+            self.notes.append(f"{self.path}: {name} is in both {before} and {here}; {here} is read, as its index says")
 
     def names(self) -> list[str]:
         """Every tensor's name."""
@@ -80,7 +108,7 @@ class SafetensorsCheckpoint:
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    with _reading(path), path.open("rb") as file:
+    with _reading(path), open_regular(path, "weights file") as file:
         version = FileVersion.of(path, file.fileno())
         with safe_open(path, framework="pt") as handle:  # checks dtypes, shapes and offsets against the file's size
             names = list(handle.keys())
@@ -96,33 +124,46 @@ def _tensor_info(file: FileVersion, data_start: int, entry: dict[str, Any]) -> T
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The free-form metadata of one file."""
-    with _reading(file), safe_open(file, framework="pt") as handle:
+    with _reading(file), open_regular(file, "weights file"), safe_open(file, framework="pt") as handle:
         return handle.metadata() or {}
 
 
-def _checkpoint_files(path: Path) -> list[Path]:
+def _checkpoint_files(path: Path) -> tuple[list[Path], dict[str, str], list[str]]:
+    """The files of a checkpoint, its index (tensor → file name) if it has one, and what is to be said of it."""
     if path.is_file():
-        return [path]
-    index, single = path / INDEX_NAME, path / "model.safetensors"
-    if index.is_file():
-        return _indexed_files(index)
-    if single.is_file():
-        return [single]
-    raise InputError(
-        f"{path} holds no model.safetensors and no {INDEX_NAME}: point to a model directory or a .gguf file"
-    )
+        return [path], {}, []
+    index, single = path / INDEX_NAME, path / SINGLE_NAME
+    if _is_there(single):
+        note = f"{path} has both {SINGLE_NAME} and {INDEX_NAME}: the first alone is read, as transformers does"
+        return [single], {}, [note] if _is_there(index) and _names_others(index) else []
+    if _is_there(index):
+        weight_map = read_json(index, "shard index", _Index).weight_map
+        return _indexed_files(index, weight_map), weight_map, []
+    raise InputError(f"{path} holds no {SINGLE_NAME} and no {INDEX_NAME}: point to a model directory or a .gguf file")
 
 
-def _indexed_files(index: Path) -> list[Path]:
-    """The shards an index names, which must lie beside it."""
+def _is_there(path: Path) -> bool:
+    """Whether there is something of that name: what it is tells whoever opens it."""
+    return os.path.lexists(path)
+
+
+def _names_others(index: Path) -> bool:
+    """Whether an index that is not read names shards; what an earlier save has left may also be broken."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{index} is not a shard index (weight_map: tensor → file): {error}") from None
+        return set(read_json(index, "shard index", _Index).weight_map.values()) != {SINGLE_NAME}
+    except InputError:
+        return True
+
+
+def _indexed_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    """The shards an index names, which must lie beside it."""
+    names = sorted(set(weight_map.values()))
+    if not names:
+        raise InputError(f"{index} names no files (weight_map: tensor → file): fetch it again")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(f"{index} names {name!r}, which is not a plain file name beside it: refused")
-        if not (index.parent / name).is_file():
+        if Path(name).name != name or name in ("", "..") or "\0" in name or len(os.fsencode(name)) > _MAX_NAME:
+            raise InputError(f"{index} names {name[:60]!r}, which is not a plain file name beside it: refused")
+        if not _is_there(index.parent / name):
             raise InputError(f"{index} names {name}, which is missing: the checkpoint is incomplete, fetch it again")
     return [index.parent / name for name in names]
 
@@ -164,7 +205,7 @@ def layout(
 def shard_names(count: int) -> list[str]:
     """What the files of a checkpoint are called."""
     if count == 1:
-        return ["model.safetensors"]
+        return [SINGLE_NAME]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
