@@ -6,25 +6,24 @@ those that are done and notes them in the journal: a merge that was killed goes 
 same bytes.
 """
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from entrenar.core.atomic import fsync
+from entrenar.core.atomic import remove_tree
 from entrenar.core.errors import EntrenarError, InputError
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stream import one_openmp_thread_each
 from entrenar.merging.journal import NAME as JOURNAL
-from entrenar.merging.journal import Journal
+from entrenar.merging.journal import Journal, Note
 from entrenar.merging.models import StoredSource
 from entrenar.merging.output import OutputFiles
+from entrenar.merging.place import clear, commit, disk_full, own_directory, working_directory
 from entrenar.merging.plan import MergePlan, PlannedTensor
 from entrenar.merging.stack import Piece, Scratch, Source, Stack
 from entrenar.ops.merge_masks import count_non_finite
@@ -39,32 +38,26 @@ Measured = Mapping[str, SafetensorsCheckpoint]
 SAMPLE = 1 << 14  # elements of every piece that the report looks at
 
 
-def working_directory(output: Path) -> Path:
-    """Where an unfinished merge lies: beside its output, under a name that the next run finds."""
-    return output.with_name(f".{output.name}.merging")
-
-
 @contextmanager
 def working(output: Path) -> Iterator[Path]:
-    """The working directory, renamed to `output` in the end; kept on an error that another run can go on from."""
-    directory = working_directory(output)
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        yield directory
-    except InputError:
-        shutil.rmtree(directory, ignore_errors=True)  # another run would be refused as well
-        raise
-    (directory / JOURNAL).unlink()
-    for file in directory.iterdir():
-        fsync(file)
-    fsync(directory)
-    directory.rename(output)
-    fsync(output.parent)
+    """The working directory, renamed to `output` in the end; kept on an error that another run can go on from.
+
+    The caller holds the output's lock. Raises InputError when something else stands in its place.
+    """
+    with disk_full(output):
+        directory = own_directory(working_directory(output))
+        try:
+            yield directory
+        except InputError:
+            remove_tree(directory)  # another run would be refused as well
+            raise
+        (directory / JOURNAL).unlink()
+        commit(directory, output)
 
 
 def execute(
     plan: MergePlan, files: OutputFiles, digest: str, seed: int, progress: Progress, measured: Measured | None = None
-) -> dict[str, Any]:
+) -> dict[str, Note]:
     """Write every tensor that is not there yet; tensor → its numbers for the report (see `_Watch`).
 
     Args:
@@ -76,9 +69,9 @@ def execute(
     """
     journal = Journal(files.directory)
     try:
-        done = journal.read(digest) if files.are_there() else {}
-        if not done:
-            _clear(files.directory)
+        sizes = {tensor.name: len(tensor.models) + 1 for tensor in plan.tensors}
+        done = journal.read(digest, sizes) if files.are_there() else {}
+        clear(files.directory, keep=(JOURNAL, *(files.names if done else ())))
         journal.start(digest, done)
         _open(files, is_new=not done)
         _merge_all(plan, files, journal, seed, progress, done, measured or {})
@@ -94,25 +87,19 @@ def _open(files: OutputFiles, *, is_new: bool) -> None:
         files.open()
     except EntrenarError:
         if is_new:
-            _clear(files.directory)  # a full disk's last space is given back
+            clear(files.directory, keep=(JOURNAL,))  # a full disk's last space is given back
         raise
 
 
-def _clear(directory: Path) -> None:
-    for path in directory.iterdir():
-        if path.name != JOURNAL:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _merge_all(
-    plan: MergePlan, files: OutputFiles, journal: Journal, seed: int, progress: Progress, done: dict[str, Any],
+    plan: MergePlan, files: OutputFiles, journal: Journal, seed: int, progress: Progress, done: dict[str, Note],
     measured: Measured,
 ) -> None:  # fmt: skip
     left = sorted((tensor for tensor in plan.tensors if tensor.name not in done), key=lambda t: -t.bytes)
     sizes = {tensor.name: tensor.bytes for tensor in plan.tensors}
     local = threading.local()
 
-    def merge(tensor: PlannedTensor) -> tuple[str, Any]:
+    def merge(tensor: PlannedTensor) -> tuple[str, Note]:
         if not hasattr(local, "scratch"):
             local.scratch = Scratch()
         with torch.inference_mode():
@@ -123,7 +110,7 @@ def _merge_all(
         # disk it gains 4%.
         pool = ThreadPoolExecutor(count, thread_name_prefix="merge")
         try:
-            waiting: set[Future[tuple[str, Any]]] = {pool.submit(merge, tensor) for tensor in left}
+            waiting: set[Future[tuple[str, Note]]] = {pool.submit(merge, tensor) for tensor in left}
             while waiting:
                 complete, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 notes = [future.result() for future in complete]
@@ -137,7 +124,7 @@ def _merge_all(
 
 def merge_tensor(
     plan: MergePlan, tensor: PlannedTensor, files: OutputFiles, seed: int, scratch: Scratch, measured: Measured
-) -> Any:
+) -> Note:
     """Merge and write one tensor; its numbers for the report."""
     method = plan.method
     stack = Stack(

@@ -1,66 +1,100 @@
-"""Which tensors of an unfinished merge are on the disk: one JSON line each, appended after their data is flushed."""
+"""Which tensors of an unfinished merge are on the disk: one JSON line each, appended after their data is flushed.
 
-import fcntl
+A line carries a checksum of itself and of the merge, so one that a crash cut short or that was changed since is known,
+and it and what follows it count for nothing.
+"""
+
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from entrenar.core.errors import EntrenarError
+from entrenar.core.atomic import remove_tree
+from entrenar.core.documents import parse_json
+from entrenar.core.errors import InputError
+from entrenar.merging.place import is_own_file
 
 NAME = "journal.jsonl"
+Note = list[list[float]]
+"""A tensor's numbers for the report (see `execute.py`)."""
+
+_LIMIT = 1 << 28
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One tensor; the first line has the merge's digest as its name."""
+
+    name: str
+    note: Note
+    check: str
 
 
 class Journal:
-    """The journal of a working directory, held by one process at a time.
-
-    The first line is the digest of everything that decides the result's bytes; a line that a crash cut short, and what
-    follows it, is dropped.
-
-    Raises:
-        EntrenarError: another process is merging into the same output.
-    """
+    """The journal of a working directory, whose output is locked."""
 
     def __init__(self, directory: Path) -> None:
-        self._file = (directory / NAME).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise EntrenarError(
-                f"another process is writing {directory}: wait for it or choose another output"
-            ) from None
+        path = directory / NAME
+        if os.path.lexists(path) and not (is_own_file(path) and path.stat().st_size <= _LIMIT):
+            remove_tree(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.open(path, flags, 0o644)
+        self._digest = ""
 
-    def read(self, digest: str) -> dict[str, Any]:
-        """Name → what was noted about it, of a merge with this digest; empty for any other."""
-        self._file.seek(0)
-        rows = []
-        for line in self._file.read().splitlines(keepends=True):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-            if not line.endswith("\n"):
-                rows.pop()
-        if not rows or rows[0] != {"digest": digest}:
+    def read(self, digest: str, sizes: Mapping[str, int]) -> dict[str, Note]:
+        """Name → what was noted about it, of a merge with this digest; empty for any other.
+
+        Args:
+            sizes: tensor of the merge → rows of its note.
+        """
+        self._digest = digest
+        lines = self._lines()
+        first = self._parsed(next(lines, b""))
+        if first is None or first.name != digest:
             return {}
-        return {row["name"]: row["note"] for row in rows[1:]}
+        found: dict[str, Note] = {}
+        for text in lines:
+            line = self._parsed(text)
+            if line is None or [len(row) for row in line.note] != [sizes.get(line.name)] * len(line.note):
+                break
+            found[line.name] = line.note
+        return {name: note for name, note in found.items() if len(note) == sizes[name]}
 
-    def start(self, digest: str, done: dict[str, Any]) -> None:
+    def _lines(self) -> Iterator[bytes]:
+        size = os.fstat(self._file).st_size
+        return iter(os.pread(self._file, size, 0).splitlines(keepends=True))
+
+    def _parsed(self, text: bytes) -> _Line | None:
+        if not text.endswith(b"\n"):
+            return None
+        try:
+            line = parse_json(text, "journal", _Line)
+        except InputError:
+            return None
+        return line if line.check == self._check(line.name, line.note) else None
+
+    def _check(self, name: str, note: Note) -> str:
+        text = json.dumps([self._digest, name, note])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def start(self, digest: str, done: Mapping[str, Note]) -> None:
         """Write it anew: the digest and what is done already."""
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps({"digest": digest}) + "\n")
-        self.append(done.items())
+        self._digest = digest
+        os.ftruncate(self._file, 0)
+        self.append([(digest, []), *done.items()])
 
-    def append(self, notes: Iterable[tuple[str, Any]]) -> None:
+    def append(self, notes: Iterable[tuple[str, Note]]) -> None:
         """Note tensors whose data is flushed."""
-        for name, note in notes:
-            self._file.write(json.dumps({"name": name, "note": note}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        lines = [
+            json.dumps({"name": name, "note": note, "check": self._check(name, note)}) + "\n" for name, note in notes
+        ]
+        left = memoryview("".join(lines).encode())
+        while left:
+            left = left[os.write(self._file, left) :]
+        os.fsync(self._file)
 
     def close(self) -> None:
         """Let it go."""
-        self._file.close()
+        os.close(self._file)

@@ -1,19 +1,14 @@
 """The files of a result that is being written: made at their final size, filled at their final offsets."""
 
-import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from entrenar.core.errors import EntrenarError
 from entrenar.files.safetensors import Layout, layout, shard_names, split_shards, write_index
+from entrenar.merging.place import disk_full, is_own_file
 from entrenar.merging.plan import PlannedTensor
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputFiles:
@@ -48,14 +43,14 @@ class OutputFiles:
         """Whether files of these sizes lie in the directory."""
         paths = (self.directory / name for name in self.names)
         return all(
-            path.is_file() and path.stat().st_size == one.size for path, one in zip(paths, self.layouts, strict=True)
+            is_own_file(path) and path.stat().st_size == one.size for path, one in zip(paths, self.layouts, strict=True)
         )
 
     def open(self) -> None:
         """Make the files with all of their space, or open those that are there; EntrenarError if the disk is full."""
         for name, one in zip(self.names, self.layouts, strict=True):
-            with _writing(self.directory / name):
-                file = os.open(self.directory / name, os.O_RDWR | os.O_CREAT, 0o644)
+            with disk_full(self.directory / name):
+                file = os.open(self.directory / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
                 self._files.append(file)
                 os.posix_fallocate(file, 0, one.size)
                 os.pwrite(file, one.header, 0)
@@ -65,7 +60,7 @@ class OutputFiles:
         index, offset = self._places[name]
         left = piece.view(torch.uint8).numpy().data
         offset += start * piece.element_size()
-        with _writing(self.directory / self.names[index]):
+        with disk_full(self.directory / self.names[index]):
             while left:
                 count = os.pwrite(self._files[index], left, offset)
                 left, offset = left[count:], offset + count
@@ -73,13 +68,13 @@ class OutputFiles:
     def flush(self, names: list[str]) -> None:
         """Bring what was written of these tensors to the disk."""
         for index in {self._places[name][0] for name in names}:
-            with _writing(self.directory / self.names[index]):
+            with disk_full(self.directory / self.names[index]):
                 os.fdatasync(self._files[index])
 
     def finish(self) -> None:
         """Flush and close everything, and write the index of shards."""
         for name, file in zip(self.names, self._files, strict=True):
-            with _writing(self.directory / name):
+            with disk_full(self.directory / name):
                 os.fsync(file)
         if len(self.names) > 1:
             weight_map = {name: self.names[index] for name, (index, _) in self._places.items()}
@@ -91,16 +86,3 @@ class OutputFiles:
         for file in self._files:
             os.close(file)
         self._files = []
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise EntrenarError(
-                f"no space left while writing {path}: free some space and run the same command again; it goes on where "
-                "it stopped, and nothing lies under the output's name until it is complete"
-            ) from error
-        raise EntrenarError(f"cannot write {path}: {error.strerror}") from error

@@ -9,25 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import entrenar
+from entrenar.core.atomic import output_lock, refuse_existing
 from entrenar.files.stream import MAX_THREADS
 from entrenar.merging.config import read_merge_config
 from entrenar.merging.directory import write_model_files
-from entrenar.merging.execute import Progress, execute, working, working_directory
+from entrenar.merging.execute import Progress, execute, working
 from entrenar.merging.in_memory import merge_tensors
 from entrenar.merging.output import OutputFiles
+from entrenar.merging.place import discard, export_directory, statistics_directory, working_directory
 from entrenar.merging.plan import MergePlan, PlannedTensor, make_plan
 from entrenar.merging.registry import METHODS
 from entrenar.merging.report import MergeReport, make_report
 from entrenar.merging.stack import PIECE_ELEMENTS
 from entrenar.merging.thresholds import MOST_MARGIN
-from entrenar.recipes.merge_export import (
-    REPORT_NAME,
-    check_architecture,
-    check_target,
-    export_merged,
-    finished,
-    merged_directory,
-)
+from entrenar.recipes.merge_export import REPORT_NAME, Exported, check_architecture, check_target
 from entrenar.recipes.merge_statistics import measured, measured_texts
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -86,15 +81,25 @@ class Merge:
             InputError: a config or models that are refused, or a taken output. EntrenarError: the disk is full.
         """
         output = Path(output)
-        chosen = check_target(output, to, type)
+        with output_lock(output):
+            report = self._run(config, output, to, type, seed, max_shard_bytes, progress)
+            for left in (working_directory, export_directory, statistics_directory):  # by another merge into this name
+                discard(left(output))
+        return report
+
+    def _run(
+        self, config: str | Path | dict[str, Any], output: Path, to: str, type: str | None, seed: int,
+        max_shard_bytes: int, progress: Progress,
+    ) -> MergeReport:  # fmt: skip
+        chosen = check_target(to, type)
         opened = _open(config, seed)
         if chosen is None:
+            refuse_existing(output)
             return _merge(opened, output, max_shard_bytes, progress)
+        exported = Exported(output, to, chosen, opened.metadata)
+        exported.check_names()
         check_architecture(opened.plan, to)
-        directory = merged_directory(output)
-        report = finished(directory, opened.metadata) or _merge(opened, directory, max_shard_bytes, progress)
-        export_merged(directory, output, to, chosen)
-        return report
+        return exported.make(lambda directory: _merge(opened, directory, max_shard_bytes, progress))
 
     def plan(
         self,
@@ -106,11 +111,14 @@ class Merge:
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> MergeOutlook:
         """Read headers only; everything that would be refused is refused here too."""
-        chosen = check_target(Path(output), to, type)
+        chosen = check_target(to, type)
         opened = _open(config, seed=0)
         plan = opened.plan
         if chosen is not None:
+            Exported(Path(output), to, chosen, opened.metadata).check_names()
             check_architecture(plan, to)
+        else:
+            refuse_existing(Path(output))
         files = OutputFiles(working_directory(Path(output)), plan.tensors, max_shard_bytes, opened.metadata)
         inputs = sum(tensor.input_bytes for tensor in plan.tensors)
         return MergeOutlook(

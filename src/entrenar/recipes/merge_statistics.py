@@ -5,7 +5,6 @@ again; once the merge is complete or refused they are removed.
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from entrenar.core.atomic import atomic_directory
 from entrenar.core.errors import InputError
 from entrenar.files.safetensors import SafetensorsCheckpoint, write_checkpoint
 from entrenar.merging.models import InputModel, split_label
+from entrenar.merging.place import discard, disk_full, own_directory, statistics_directory
 from entrenar.merging.plan import MergePlan
 
 if TYPE_CHECKING:
@@ -54,13 +54,20 @@ def _content(method: str, label: str, texts: set[str | None]) -> str:
 @contextmanager
 def measured(plan: MergePlan, output: Path, texts: Mapping[str, str]) -> Iterator[Mapping[str, SafetensorsCheckpoint]]:
     """The statistics of every model of the plan; kept on an error that another run can go on from."""
-    directory = output.with_name(f".{output.name}.statistics")
+    directory = statistics_directory(output)
+    if not texts:
+        yield {}
+        return
+    with disk_full(output):
+        own_directory(directory)
     try:
-        yield {label: _measure(plan, plan.models[label], directory, text) for label, text in texts.items()}
+        with disk_full(output):
+            found = {label: _measure(plan, plan.models[label], directory, text) for label, text in texts.items()}
+        yield found
     except InputError:
-        shutil.rmtree(directory, ignore_errors=True)
+        discard(directory)
         raise
-    shutil.rmtree(directory, ignore_errors=True)
+    discard(directory)
 
 
 def _measure(plan: MergePlan, model: InputModel, directory: Path, text: str) -> SafetensorsCheckpoint:
