@@ -1,5 +1,6 @@
 """GGUF: read as the gguf package reads, and refuse every file whose header does not fit it."""
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,23 @@ _BROKEN: dict[str, tuple[bytes, str]] = {
     ),
     "an unknown value type": (_build(keys=[_key(b"k", 13, bytes(4))]), "unknown value type 13"),
     "an unknown array type": (_build(keys=[_key(b"k", _ARRAY, struct.pack("<IQ", 99, 1))]), "unknown array type 99"),
-    "text that is not UTF-8": (_build(keys=[_key(b"k", _STRING, _text(b"\xff\xfe"))]), "not UTF-8"),
+    "a template that is not UTF-8": (
+        _build(keys=[_key(b"tokenizer.chat_template", _STRING, _text(b"\xff\xfe"))]), "not UTF-8",
+    ),
+    "a token that is not UTF-8": (
+        _build(keys=[_key(b"tokenizer.ggml.tokens", _ARRAY, struct.pack("<IQ", _STRING, 1) + _text(b"\xff"))]),
+        "not UTF-8",
+    ),
+    "a tensor name that is not UTF-8": (_build([_info(b"\xff")]), "not UTF-8"),
+    "two tensors in one place": (_build([_info(), _info(b"v")]), "'v' claims the offset 0, but"),
+    "tensors that overlap": (_build([_info(), _info(b"v", offset=128)], data=bytes(384)), "before it end at 256"),
+    "a gap": (_build([_info(), _info(b"v", offset=288)], data=bytes(544)), "before it end at 256"),
+    "a gap before the first": (_build([_info(offset=32)], data=bytes(288)), "before it end at 0"),
+    "tensors in another order": (_build([_info(offset=256), _info(b"v")], data=bytes(512)), "before it end at 0"),
+    "a smaller type than was written": (_build([_info(kind=1), _info(b"v", offset=256)], data=bytes(512)), "at 128"),
+    "a larger type than was written": (_build([_info(kind=0), _info(b"v", offset=128)], data=bytes(512)), "end at 256"),
+    "a smaller type of the last": (_build([_info(kind=1)]), "128 bytes follow its last tensor 'w'"),
+    "a smaller shape of the last": (_build([_info(shape=(32, 1))]), "128 bytes follow its last tensor 'w'"),
     "a key twice": (_build(keys=[_key(b"k", _U32, bytes(4))] * 2), "key 'k' appears twice"),
     "a tensor twice": (_build([_info(), _info(offset=256)], data=bytes(512)), "tensor 'w' appears twice"),
     "five dimensions": (_build([_info(shape=(2, 2, 2, 2, 2))]), "has 5 dimensions"),
@@ -184,9 +201,9 @@ _BROKEN: dict[str, tuple[bytes, str]] = {
     "2**63 by no element": (_build([_info(shape=(0, 2**63))]), "tensor 'w'"),
     "more elements than bytes": (_build([_info(shape=(32, 3))]), "past the end"),
     "2**124 elements": (_build([_info(shape=(2**62, 2**62))]), "past the end"),
-    "an offset past the end": (_build([_info(offset=32)]), "past the end"),
-    "an offset of 2**63": (_build([_info(offset=2**63)]), "past the end"),
-    "an offset that is not aligned": (_build([_info(shape=(8, 2), offset=4)]), "not aligned"),
+    "an offset past the end": (_build([_info(offset=32)]), "claims the offset 32"),
+    "an offset of 2**63": (_build([_info(offset=2**63)]), "claims the offset"),
+    "an offset that is not aligned": (_build([_info(shape=(8, 2), offset=4)]), "claims the offset 4"),
     "half a block": (_build([_info(shape=(16, 2), kind=2)]), "whole blocks of 32"),
     "an unknown tensor type": (_build([_info(kind=4)]), "unknown type 4"),
     "another unknown tensor type": (_build([_info(kind=999)]), "unknown type 999"),
@@ -275,5 +292,35 @@ def test_a_big_endian_file_is_an_input_error(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         GGUFFile(tmp_path / "absent.gguf")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a directory"):
         GGUFFile(tmp_path)
+
+
+def test_only_a_regular_file_is_opened(tmp_path: Path) -> None:
+    """A pipe would be waited for without end."""
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "device.gguf").symlink_to("/dev/zero")
+    for name, kind in (("pipe", "a named pipe"), ("device", "a device")):
+        with pytest.raises(InputError, match=kind):
+            GGUFFile(tmp_path / f"{name}.gguf")
+
+
+def test_a_description_that_is_not_utf8_harms_nobody(tmp_path: Path) -> None:
+    keys = [_key(b"general.description", _STRING, _text(b"f\xfcr")), _key(b"n\xe4me", _STRING, _text(b"x"))]
+    file = _open(tmp_path / "latin1.gguf", _build(keys=keys))
+    assert file.metadata == {"general.description": r"f\xfcr", r"n\xe4me": "x"}
+    assert file.raw_metadata["general.description"] == keys[0]
+
+
+def test_a_header_that_would_swell_in_memory_is_an_input_error(tmp_path: Path) -> None:
+    """A file of 20 MB without content, which costs nothing to make, would become 160 MB of numbers; of 10 GB, 80."""
+    keys = _key(b"k", _ARRAY, struct.pack("<IQ", 0, 20_000_000))
+    path = tmp_path / "sparse.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + keys)
+    os.truncate(path, 21_000_000)
+    with pytest.raises(InputError, match="more than 16777216 entries"):
+        GGUFFile(path)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + _key(b"k", _STRING, struct.pack("<Q", 1 << 27)))
+    os.truncate(path, 1 << 28)
+    with pytest.raises(InputError, match="has 134217728 bytes; at most 67108864 are read"):
+        GGUFFile(path)

@@ -231,19 +231,28 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 _LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+_DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize("config", [
     _llama(rope_parameters=_LLAMA3_ROPE), _hollow("mistral", sliding_window=128),
     _hollow("qwen2", use_sliding_window=False, sliding_window=5),
-], ids=["llama3 rotary", "a window as long as the context", "a window that is not used"])  # fmt: skip
+    _llama(rope_parameters=_LINEAR_ROPE), _hollow("qwen2", rope_parameters=_YARN), _llama(rope_parameters=_YARN),
+    _hollow("qwen3", head_dim=12, rope_parameters=_YARN | {"attention_factor": 1.5}),
+    _llama(rope_parameters=_YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}),
+], ids=["llama3 rotary", "a window as long as the context", "a window that is not used", "linear", "yarn",
+    "yarn of llama", "yarn's factor of scores", "yarn of deepseek"])  # fmt: skip
 def test_what_makes_no_difference_can_be_exported(config: PretrainedConfig) -> None:
     check_exportable(config)
 
 
 _REFUSED = {
     "falcon": (_hollow("falcon"), "'falcon' is not in this version: it writes llama, mistral, qwen2"),
-    "linear rotary": (_llama(rope_parameters=_LINEAR_ROPE), "rope type 'linear' .* llama it writes default, llama3"),
+    "dynamic rotary": (_llama(rope_parameters=_DYNAMIC_ROPE), "rope type 'dynamic' .* llama it writes default, llama3"),
+    "linear rotary": (_hollow("gemma2", rope_parameters=_LINEAR_ROPE), "rope type 'linear' .* gemma2 it writes default"),
+    "yarn's bounds": (_llama(rope_parameters=_YARN | {"beta_fast": 16.0}), "rope_parameters = .*'beta_fast': 16"),
+    "yarn without rounding": (_llama(rope_parameters=_YARN | {"truncate": False}), "rope_parameters = .*'truncate'"),
     "llama3 rotary": (_hollow("qwen2", rope_parameters=_LLAMA3_ROPE), "rope type 'llama3' .* qwen2 it writes default"),
     "sliding window": (_hollow("mistral", sliding_window=32), "sliding_window = 32 .* with None"),
     "sliding layers": (
@@ -273,13 +282,97 @@ def test_what_would_be_exported_wrongly_is_refused(case: str) -> None:
         check_exportable(config)
 
 
-@pytest.mark.parametrize("changes", [
-    {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, {"rope.scaling.factor": 2.0}, {"rope.scale_linear": 2.0},
-], ids=["yarn", "linear by default", "linear of old"])  # fmt: skip
-def test_frequencies_scaled_otherwise_are_an_error(changes: dict[str, Any]) -> None:
-    metadata = metadata_from_config(_CONFIGS["qwen2"]) | {f"qwen2.{key}": value for key, value in changes.items()}
-    with pytest.raises(InputError, match=r"x\.gguf scales its rotary frequencies \((yarn by 4|linear by 2).* qwen2"):
-        config_from_metadata(metadata | {"general.architecture": "qwen2"}, "x.gguf", 90, tied=True)
+def _read(name: str, changes: dict[str, Any]) -> PretrainedConfig:
+    """The config of a file of that family, with keys changed, or left out where None."""
+    architecture = family_of(_CONFIGS[name]).architecture
+    metadata = metadata_from_config(_CONFIGS[name]) | {f"{architecture}.{key}": changes[key] for key in changes}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    return config_from_metadata(metadata | {"general.architecture": architecture}, "x.gguf", 90, tied=True)
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("gemma2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}), ("phi3", {"rope.scaling.factor": 2.0}),
+    ("gemma2", {"rope.scale_linear": 2.0}), ("qwen2", {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}),
+], ids=["yarn", "linear by default", "linear of old", "longrope"])  # fmt: skip
+def test_frequencies_scaled_otherwise_are_an_error(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"x\.gguf scales its rotary frequencies \(\w+ by [24].* does not read in"):
+        _read(name, changes)
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"rope.scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 1.138629}),
+    ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64,
+      "rope.scaling.attn_factor": 0.5}, {"original_max_position_embeddings": 64, "attention_factor": 0.569315}),
+], ids=["linear by default", "linear of old", "yarn", "yarn with all its keys"])  # fmt: skip
+def test_frequencies_scaled_by_keys_are_read(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    rope = _read("qwen2", changes).to_dict()["rope_parameters"]
+    for key, value in expected.items():
+        assert rope[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6))
+
+
+_NOT_READ = {
+    "attention.causal": False, "rope.scaling.attn_factor": 2.0, "nextn_predict_layers": 1,
+    "attention.value_length": 4, "expert_count": 4, "expert_used_count": [2, 0, 0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", _NOT_READ)
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_a_key_by_which_llama_cpp_computes_something_else_is_an_error(name: str, key: str) -> None:
+    with pytest.raises(InputError, match=key.replace("value_length", "key_length")):
+        _read(name, {key: _NOT_READ[key]})
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [
+    *((name, "rope.dimension_count", 4) for name in ("llama", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")),
+    *((name, "rope.dimension_count_swa", 4) for name in ("gemma2", "gemma3_text")),
+    *((name, "attention.key_length_swa", 4) for name in ("gemma2", "gemma3_text")),
+    ("gemma2", "rope.freq_base_swa", 5000.0), ("qwen2", "attention.key_length", 12), ("phi3", "attention.key_length", 12),
+])  # fmt: skip
+def test_a_key_that_one_family_does_not_compute_with_is_an_error(name: str, key: str, value: float) -> None:
+    changes = {key: value} | ({"attention.value_length": value} if key == "attention.key_length" else {})
+    with pytest.raises(InputError, match=rf"the key \w+\.{key} is {value}, and this version computes \w+ only with"):
+        _read(name, changes)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("block_count", 2**31), ("block_count", 0), ("block_count", 513), ("block_count", 3.0), ("block_count", True),
+    ("attention.head_count", 0), ("attention.head_count", "8"), ("embedding_length", -48), ("context_length", []),
+    ("attention.layer_norm_rms_epsilon", float("nan")), ("attention.layer_norm_rms_epsilon", 0.0),
+    ("rope.freq_base", float("inf")), ("rope.freq_base", -1.0), ("rope.scaling.factor", -2.0),
+    ("rope.scaling.type", "dynamic"), ("rope.scaling.type", 1), ("rope.scaling.factor", "2"),
+    ("attention.head_count_kv", [2, 2]), ("attention.head_count_kv", [2, 1, 2]), ("feed_forward_length", []),
+    ("attention.head_count_kv", ["a", 2, 2]), ("attention.head_count_kv", [[2]] * 3),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["llama", "smollm3", "gemma3_text"])
+def test_a_value_that_nothing_can_be_computed_with_is_an_error(name: str, key: str, value: object) -> None:
+    with pytest.raises(InputError, match=rf"x\.gguf.*({key}|layers)"):
+        _read(name, {key: value})
+
+
+def test_one_number_for_every_layer_is_that_number() -> None:
+    """As OpenELM's and Llama-Nemotron's files have them; llama.cpp takes both ways."""
+    changes = {"attention.head_count": [6] * 3, "attention.head_count_kv": [2] * 3, "feed_forward_length": [80] * 3}
+    assert _read("llama", changes).to_dict() == _read("llama", {}).to_dict()
+    with pytest.raises(InputError, match=r"llama\.attention\.head_count_kv differs from layer to layer \(1 to 2\)"):
+        _read("llama", changes | {"attention.head_count_kv": [2, 1, 2]})
+
+
+def test_without_a_window_every_layer_of_gemma_3_attends_to_everything() -> None:
+    for window in (None, 0):
+        config = _read("gemma3_text", {"attention.sliding_window": window}).to_dict()
+        assert set(config["layer_types"]) == {"full_attention"}
+
+
+@pytest.mark.parametrize("index", [-1, 90, 2**32 - 1, "2", None, True])
+def test_a_padding_id_that_is_no_token_is_none(index: object) -> None:
+    metadata = metadata_from_config(_CONFIG) | {
+        "general.architecture": "llama", "tokenizer.ggml.padding_token_id": index,
+    }  # fmt: skip
+    assert config_from_metadata(metadata, "x.gguf", 90, tied=True).pad_token_id is None
 
 
 @pytest.mark.parametrize("changes", [

@@ -3,7 +3,8 @@
 The package's own GGUFReader takes seconds for a vocabulary of 49k tokens and believes what the header says; this one
 takes a fraction of a second and checks every count, length and offset against the file's size before it uses it.
 Layout: magic, version, tensor count, key count; keys (string, type, value); tensor infos (string, dimensions, type,
-offset); padding to the alignment; data.
+offset); padding to the alignment; data: the tensors in the order of their infos, each padded to the alignment. A type,
+shape or offset that lies is thus seen, because the next tensor is not where it must be; llama.cpp checks the same.
 """
 
 import math
@@ -18,6 +19,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from entrenar.core.documents import open_regular, reason
 from entrenar.core.errors import InputError
 from entrenar.files.stored_tensor import ALIGNMENT, FileVersion, StoredTensor
 from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, dequantize_gguf
@@ -25,6 +27,8 @@ from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, dequantize_gguf
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+# A header becomes Python objects of ten times its size. The largest published ones hold 2 million strings in 40 MB.
+_MAX_ENTRIES, _MAX_STRING = 1 << 24, 1 << 26
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -54,10 +58,11 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         self.raw_metadata: dict[str, bytes] = {}  # each key's whole entry as it stands: name, type, value
         for _ in range(cursor.checked_count(key_count, 13)):
-            start, key = cursor.offset, cursor.string()
+            start, key = cursor.offset, cursor.string(strict=False)
             if key in self.metadata:
                 raise cursor.error(f"key {key!r} appears twice")
-            self.metadata[key] = cursor.value(cursor.number("I"))
+            # A model depends on its tokens; a description that is not UTF-8 harms nobody.
+            self.metadata[key] = cursor.value(cursor.number("I"), strict=key.startswith("tokenizer."))
             self.raw_metadata[key] = cursor.map[start : cursor.offset]
         raw = [_read_info(cursor) for _ in range(cursor.checked_count(tensor_count, 24))]
         self.tensors = _place(cursor, raw, self.metadata.get("general.alignment", 32))
@@ -101,14 +106,13 @@ class _Cursor:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
-        try:
-            with path.open("rb") as file:
+        self.entries = 0  # keys, tensors and elements of arrays so far
+        with open_regular(path, "GGUF file") as file:
+            try:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self._version = FileVersion.of(path, file.fileno())
-        except FileNotFoundError:
-            raise InputError(f"GGUF file {path} does not exist: check the path") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"GGUF file {path} cannot be read: {error}") from None
+            except (OSError, ValueError) as error:  # ValueError: it is empty
+                raise InputError(f"GGUF file {path} cannot be read: {reason(error)}") from None
+            self._version = FileVersion.of(path, file.fileno())
         self.size = len(self.map)
 
     def close(self) -> FileVersion:
@@ -130,11 +134,14 @@ class _Cursor:
     def number(self, code: str) -> Any:
         return struct.unpack_from("<" + code, self.map, self.take(struct.calcsize("<" + code)))[0]
 
-    def string(self) -> str:
+    def string(self, strict: bool = True) -> str:
+        """A text; where not `strict`, bytes that are not UTF-8 stand as `\\xfc`."""
         size = self.number("Q")
         start = self.take(size)
+        if size > _MAX_STRING:
+            raise self.error(f"the text at byte {start} has {size} bytes; at most {_MAX_STRING} are read")
         try:
-            return self.map[start : start + size].decode("utf-8")
+            return self.map[start : start + size].decode("utf-8", "strict" if strict else "backslashreplace")
         except UnicodeDecodeError:
             raise self.error(f"the text at byte {start} is not UTF-8") from None
 
@@ -144,18 +151,21 @@ class _Cursor:
             raise self.error(
                 f"it promises {count} entries at byte {self.offset}, more than fit in its {self.size} bytes"
             )
+        self.entries += count
+        if self.entries > _MAX_ENTRIES:
+            raise self.error(f"its header has more than {_MAX_ENTRIES} entries by byte {self.offset}")
         return count
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, strict: bool) -> Any:
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind == _STRING:
-            return self.string()
+            return self.string(strict)
         if kind == _ARRAY:
-            return self._array(self.number("I"), self.number("Q"))
+            return self._array(self.number("I"), self.number("Q"), strict)
         raise self.error(f"unknown value type {kind} at byte {self.offset}")
 
-    def _array(self, kind: int, count: int) -> list[Any]:
+    def _array(self, kind: int, count: int, strict: bool) -> list[Any]:
         if kind in _SCALARS:
             code = _SCALARS[kind]
             self.checked_count(count, struct.calcsize("<" + code))
@@ -163,7 +173,7 @@ class _Cursor:
             return list(struct.unpack_from(f"<{count}{code}", self.map, start))
         if kind == _STRING:
             self.checked_count(count, 8)
-            return [self.string() for _ in range(count)]
+            return [self.string(strict) for _ in range(count)]
         raise self.error(f"unknown array type {kind} at byte {self.offset}")
 
 
@@ -187,20 +197,30 @@ def _read_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _place(cursor: _Cursor, raw: list[tuple[str, tuple[int, ...], int, int]], alignment: int) -> dict[str, TensorInfo]:
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise cursor.error(f"its alignment {alignment!r} is not a power of two")
-    data_start = -(-cursor.offset // alignment) * alignment
+    end = data_start = _aligned(cursor.offset, alignment)
     tensors: dict[str, TensorInfo] = {}
     for name, shape, kind, offset in raw:
         if name in tensors:
             raise cursor.error(f"tensor {name!r} appears twice")
-        size = _byte_size(cursor, name, shape, kind)
-        if offset % alignment or data_start + offset + size > cursor.size:
+        start, size = _aligned(end, alignment), _byte_size(cursor, name, shape, kind)
+        if data_start + offset != start:
             raise cursor.error(
-                f"tensor {name!r} claims {size} bytes at offset {offset}, past the end of the file or not aligned"
+                f"tensor {name!r} claims the offset {offset}, but those before it end at {start - data_start}"
             )
-        tensors[name] = TensorInfo(name, shape, gguf.GGMLQuantizationType(kind), data_start + offset, size)
+        end = start + size
+        if end > cursor.size:
+            raise cursor.error(f"tensor {name!r} claims {size} bytes at offset {offset}, past the end of the file")
+        tensors[name] = TensorInfo(name, shape, gguf.GGMLQuantizationType(kind), start, size)
+    if tensors and cursor.size >= end + alignment:
+        # Nothing follows the last tensor that would tell that its type or shape lies, but what it leaves.
+        raise cursor.error(f"{cursor.size - end} bytes follow its last tensor {list(tensors)[-1]!r}")
     return tensors
+
+
+def _aligned(place: int, alignment: int) -> int:
+    return -(-place // alignment) * alignment
 
 
 def _byte_size(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int) -> int:

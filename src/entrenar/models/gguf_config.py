@@ -11,13 +11,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from entrenar.core.errors import InputError
 from entrenar.models.gguf_families import Family, family_in, family_of
 from entrenar.models.gguf_rope import (
+    LLAMA3,
+    LONG,
     effective_rope,
     head_dim,
     rope_parameters,
     rope_tensors,
     rotary_dim,
+    scaling_arguments,
+    scaling_keys,
     set_rope_tensors,
 )
+from entrenar.models.gguf_values import check_computed, checked_keys
 
 # Of a config, what does not change what the model computes, or what the tensors or the vocabulary say.
 _SAID_ELSEWHERE = {
@@ -31,7 +36,7 @@ _SAID_ELSEWHERE = {
 def metadata_from_config(config: PretrainedConfig) -> dict[str, Any]:
     """The hyper-parameters of a GGUF, under their whole keys."""
     family = family_of(config)
-    keys = _shared_keys(config) | family.more_keys(config)
+    keys = _shared_keys(config) | scaling_keys(config) | family.more_keys(config)
     return {f"{family.architecture}.{key}": value for key, value in keys.items()}
 
 
@@ -49,15 +54,14 @@ def config_from_metadata(
     family = family_in(metadata, source)
     prefix = f"{family.architecture}."
     keys = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
+    keys = checked_keys(keys, family.architecture, source)
     try:
         arguments = _shared_arguments(keys, family) | family.more_arguments(keys)
     except KeyError as missing:
         raise InputError(f"{source} lacks the key {prefix}{missing.args[0]}: export it again") from None
-    _check_scaling(keys, family, source)
-    tokens = {
-        f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
+    check_computed(keys, family.architecture, LONG in (rope or {}), source)
+    _check_scaling(keys, family, rope or {}, source)
+    tokens = {f"{name}_token_id": index for name, index in special_ids(metadata, vocab_size).items()}
     config = AutoConfig.for_model(
         family.model_types[0], vocab_size=vocab_size, tie_word_embeddings=tied, **tokens, **arguments
     )
@@ -66,11 +70,27 @@ def config_from_metadata(
     return config
 
 
-def _check_scaling(keys: dict[str, Any], family: Family, source: str) -> None:
+def special_ids(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, int | None]:
+    """The ids of `bos`, `eos` and `pad` that a file names; None for one that is not among its tokens, as −1 is."""
+    named = {
+        name: metadata.get(f"tokenizer.ggml.{key}_token_id")
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+    return {name: index if type(index) is int and 0 <= index < vocab_size else None for name, index in named.items()}
+
+
+def _check_scaling(keys: dict[str, Any], family: Family, rope: Mapping[str, Tensor], source: str) -> None:
     """InputError for frequencies scaled in a way that the family is not read with."""
+    for tensor, type in ((LLAMA3, "llama3"), (LONG, "longrope")):
+        if tensor in rope and type not in family.rope_types:
+            raise InputError(f"{source} has {tensor}, which the architecture {family.architecture} does not know")
     kind = keys.get("rope.scaling.type", "linear")  # llama.cpp's default where there is a factor
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0)) or 1
-    if kind not in ("none", *family.rope_types) and (factor != 1 or kind != "linear"):
+    if kind == "none" or (factor == 1 and kind != "longrope"):
+        return
+    # The divisors of longrope and Llama 3 are tensors; llama.cpp would scale by the factor beside them.
+    twice = factor != 1 and (kind == "longrope" or LLAMA3 in rope)
+    if kind not in family.rope_types or twice:
         raise InputError(
             f"{source} scales its rotary frequencies ({kind} by {factor}), which this version does not read in the "
             f"architecture {family.architecture}: load the model's Hugging Face directory"
@@ -146,7 +166,7 @@ def _shared_arguments(keys: dict[str, Any], family: Family) -> dict[str, Any]:
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
         "max_position_embeddings": keys["context_length"],
         "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 10000.0)},
+        "rope_parameters": {"rope_theta": keys.get("rope.freq_base", 10000.0)} | scaling_arguments(keys),
     }
     own = head != evenly or hasattr(CONFIG_MAPPING[family.model_types[0]], "head_dim")
     return arguments | ({"head_dim": head} if own else {})

@@ -37,6 +37,7 @@ _GEMMA = {
     "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
 _TIED_GEMMA = {theirs: ours for theirs, ours in _GEMMA.items() if theirs != "lm_head"}  # Gemma 2 has no other there
+_BY_KEYS = ("default", "linear", "yarn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +87,16 @@ FAMILIES = {
     for row in (
         Family(
             architecture="llama", model_types=("llama", "mistral"), stems=_LLAMA, rotates_pairs=True,
-            rope_types=("default", "llama3"),
+            rope_types=("default", "llama3", "linear", "yarn"),
         ),
-        Family(architecture="qwen2", model_types=("qwen2",), stems=_LLAMA, own_head_size=False),
-        Family(architecture="qwen3", model_types=("qwen3",), stems=_LLAMA | _HEAD_NORMS),
+        Family(architecture="qwen2", model_types=("qwen2",), stems=_LLAMA, own_head_size=False, rope_types=_BY_KEYS),
+        Family(architecture="qwen3", model_types=("qwen3",), stems=_LLAMA | _HEAD_NORMS, rope_types=_BY_KEYS),
         Family(
             architecture="phi3", model_types=("phi3",), stems=_PHI3, rope_types=("default", "longrope"),
             own_head_size=False, more_keys=gguf_keys.phi3_keys, more_arguments=gguf_keys.phi3_arguments,
         ),
         Family(
-            architecture="smollm3", model_types=("smollm3",), stems=_LLAMA, rotates_pairs=True,
+            architecture="smollm3", model_types=("smollm3",), stems=_LLAMA, rotates_pairs=True, rope_types=_BY_KEYS,
             more_arguments=gguf_keys.smollm3_arguments,
         ),
         Family(

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from entrenar.models.gguf_rope import attention_factor
+from entrenar.models.gguf_rope import attention_factor, scaling_arguments
 
 Keys = Mapping[str, Any]  # without the architecture's prefix
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -42,7 +42,7 @@ def phi3_keys(config: PretrainedConfig) -> dict[str, Any]:
 
 def phi3_arguments(keys: Keys) -> dict[str, Any]:
     """See `phi3_keys`; the part of a head that is rotated."""
-    head = keys.get("attention.key_length", keys["embedding_length"] // keys["attention.head_count"])
+    head = keys["embedding_length"] // keys["attention.head_count"]
     return {
         "sliding_window": keys.get("attention.sliding_window") or None,
         "original_max_position_embeddings": keys.get("rope.scaling.original_context_length", keys["context_length"]),
@@ -65,7 +65,7 @@ def gemma2_keys(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def gemma2_arguments(keys: Keys) -> dict[str, Any]:
-    """See `gemma2_keys`; every other layer slides."""
+    """See `gemma2_keys`; every other layer slides. Without a window llama.cpp takes the published one."""
     return _gemma(keys, "gemma2", period=2) | {
         "attn_logit_softcapping": keys.get("attn_logit_softcapping", 50.0),
         "final_logit_softcapping": keys.get("final_logit_softcapping", 30.0),
@@ -75,23 +75,22 @@ def gemma2_arguments(keys: Keys) -> dict[str, Any]:
 def gemma3_keys(config: PretrainedConfig) -> dict[str, Any]:
     """The window, the local frequencies, and a linear scaling of the global ones."""
     text: Any = config
-    everywhere, local = text.rope_parameters[_FULL], text.rope_parameters[_SLIDING]
+    local = text.rope_parameters[_SLIDING]
     keys = {"attention.sliding_window": text.sliding_window, "rope.freq_base_swa": float(local["rope_theta"])}
-    if everywhere["rope_type"] == "linear":
-        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(everywhere["factor"])}
     return keys | _caps(config)
 
 
 def gemma3_arguments(keys: Keys) -> dict[str, Any]:
-    """See `gemma3_keys`; every sixth layer attends to everything."""
-    everywhere: dict[str, Any] = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base", 1e6)}
-    if keys.get("rope.scaling.type", "linear") == "linear" and keys.get("rope.scaling.factor", 1) not in (0, 1):
-        everywhere |= {"rope_type": "linear", "factor": keys["rope.scaling.factor"]}
+    """See `gemma3_keys`; every sixth layer attends to everything, and every layer where no window is said.
+
+    llama.cpp knows no cap of Gemma 3's scores.
+    """
+    everywhere = {"rope_theta": keys.get("rope.freq_base", 10000.0)} | scaling_arguments(keys)
     local = {"rope_type": "default", "rope_theta": keys.get("rope.freq_base_swa", 10000.0)}
     return _gemma(keys, "gemma3", period=6) | {
         "rope_parameters": {_SLIDING: local, _FULL: everywhere},
-        "attn_logit_softcapping": keys.get("attn_logit_softcapping"),
-        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": keys.get("final_logit_softcapping") or None,
     }
 
 
@@ -100,8 +99,10 @@ def _caps(config: PretrainedConfig) -> dict[str, float]:
     return {name: float(getattr(config, name)) for name in names if getattr(config, name)}
 
 
-def _sliding(keys: Keys, period: int) -> list[bool]:
+def _sliding(keys: Keys, architecture: str, period: int) -> list[bool]:
     """Which layers slide: all but every `period`-th, unless the file has another period, or a switch for each layer."""
+    if architecture == "gemma3" and not keys.get("attention.sliding_window"):
+        return [False] * keys["block_count"]
     pattern = keys.get("attention.sliding_window_pattern", period)
     if isinstance(pattern, list):
         return [bool(slides) for slides in pattern]
@@ -115,6 +116,6 @@ def _gemma(keys: Keys, architecture: str, period: int) -> dict[str, Any]:
     large = layers == _LAYERS_OF_27B[architecture]
     return {
         "sliding_window": keys.get("attention.sliding_window", 4096),
-        "layer_types": [_SLIDING if slides else _FULL for slides in _sliding(keys, period)],
+        "layer_types": [_SLIDING if slides else _FULL for slides in _sliding(keys, architecture, period)],
         "query_pre_attn_scalar": shared if large else keys.get("attention.key_length", shared),
     }

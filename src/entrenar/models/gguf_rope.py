@@ -1,6 +1,5 @@
-"""Rotary divisors that a GGUF holds as tensors: Llama 3's `rope_freqs`, and longrope's two of Phi-3 and Phi-4.
-
-Each is one float32 for every pair of rotated dimensions, by which that pair's frequency is divided.
+"""How a GGUF says that rotary frequencies are scaled: by keys (linear, YaRN), or by divisors that it holds as tensors:
+Llama 3's `rope_freqs`, and longrope's two of Phi-3 and Phi-4, one float32 for every pair of rotated dimensions.
 """
 
 import math
@@ -50,6 +49,8 @@ def set_rope_tensors(
     Raises:
         InputError: divisors, which no config of transformers could say; one of longrope's two without the other.
     """
+    if LLAMA3 in tensors and len(tensors) > 1:
+        raise InputError(f"{source} has rotary factors of two kinds, {' and '.join(tensors)}: export it again")
     if LLAMA3 in tensors:
         _set_llama3(config, tensors[LLAMA3], source)
     elif tensors:
@@ -65,6 +66,51 @@ def attention_factor(config: PretrainedConfig) -> float:
     return own or (math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0)
 
 
+def scaling_keys(config: PretrainedConfig) -> dict[str, Any]:
+    """What keys say of linear scaling and of YaRN (arXiv 2309.00071); nothing of any other."""
+    rope = rope_parameters(config)
+    if rope["rope_type"] not in ("linear", "yarn"):
+        return {}
+    keys = {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+    if rope["rope_type"] == "linear":
+        return keys
+    return keys | {
+        "rope.scaling.original_context_length": _original_context(config, rope),
+        # llama.cpp multiplies by YaRN's own factor of the scores without being told.
+        "rope.scaling.attn_factor": _yarn_attention(rope) / _yarn_scale(rope["factor"]),
+    }
+
+
+def scaling_arguments(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings that keys of linear scaling or YaRN say; plain ones where there are none."""
+    kind = keys.get("rope.scaling.type", "linear")  # llama.cpp's default where there is a factor
+    factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0)) or 1.0
+    attention = keys.get("rope.scaling.attn_factor", 1.0)
+    if kind == "yarn" and (factor, attention) != (1.0, 1.0):
+        return {
+            "rope_type": "yarn", "factor": factor, "attention_factor": attention * _yarn_scale(factor),
+            "original_max_position_embeddings": keys.get("rope.scaling.original_context_length", keys["context_length"]),
+        }  # fmt: skip
+    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else {"rope_type": "default"}
+
+
+def _yarn_scale(factor: float, weight: float = 1.0) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_attention(rope: Mapping[str, Any]) -> float:
+    """What YaRN multiplies cos and sin by: its own, DeepSeek's ratio of two, or 1 + ln factor / 10 (equation 22)."""
+    if rope.get("attention_factor"):
+        return rope["attention_factor"]
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return _yarn_scale(rope["factor"], rope["mscale"]) / _yarn_scale(rope["factor"], rope["mscale_all_dim"])
+    return _yarn_scale(rope["factor"])
+
+
+def _original_context(config: PretrainedConfig, rope: Mapping[str, Any]) -> int:
+    return rope.get("original_max_position_embeddings") or config.to_dict()["max_position_embeddings"]
+
+
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
     """The rotary settings; for an architecture with several, those of layers that attend to everything."""
     rope: dict[str, Any] = config.rope_parameters  # pyright: ignore[reportAttributeAccessIssue]
@@ -77,6 +123,11 @@ def effective_rope(config: PretrainedConfig) -> dict[str, Any]:
     if rope.get("rope_type") == "longrope":
         rope = {key: value for key, value in rope.items() if key != "factor"}
         rope["attention_factor"] = attention_factor(config)
+    if rope.get("rope_type") == "yarn":
+        said = {key: value for key, value in rope.items() if "mscale" not in key and value is not None}
+        rope = {"beta_fast": 32, "beta_slow": 1, "truncate": True} | said
+        rope["attention_factor"] = _yarn_attention(rope_parameters(config))
+        rope["original_max_position_embeddings"] = _original_context(config, rope)
     spoken = {key: value | {"type": None} if isinstance(value, dict) else value for key, value in rope.items()}
     return {"partial_rotary_factor": 1.0} | spoken | {"type": None}
 
