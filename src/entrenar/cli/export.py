@@ -1,11 +1,13 @@
 """`entrenar export`: fuse and write for another tool."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
 from entrenar.cli.numbers import human_bytes
+from entrenar.core.terminal import printable
 
 if TYPE_CHECKING:
     from entrenar.evaluation.fidelity import ExportStep
@@ -16,11 +18,12 @@ def export(
     output: Annotated[str, typer.Option("--output", "-o", help="New file or directory.")],
     adapter: AdapterOption = None,
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="safetensors (a Hugging Face directory), gguf (one file) or gguf-adapter (for llama.cpp's --lora)."
+            help="safetensors (a Hugging Face directory), gguf (one file) or gguf-adapter (for llama.cpp's --lora) "
+            "[default: gguf for an output that ends in .gguf, else safetensors]."
         ),
-    ] = "safetensors",
+    ] = None,
     type: Annotated[
         str | None,
         typer.Option(
@@ -34,10 +37,12 @@ def export(
         typer.Option(help="safetensors: dequantized (the model that was trained) or original [default: by type]."),
     ] = None,
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="Write a 4-bit type of a dequantized base, although little survives.")
+        bool, typer.Option("--lossy", help="Write a 4-bit type even where little of the change survives.")
     ] = False,
     text: Annotated[str | None, typer.Option(help="safetensors: rows to measure loss and KL on.")] = None,
-    ollama: Annotated[bool, typer.Option("--ollama", help="An Ollama Modelfile beside the GGUF adapter.")] = False,
+    ollama: Annotated[
+        bool, typer.Option("--ollama", help="An Ollama Modelfile (or NAME.Modelfile) beside the GGUF adapter.")
+    ] = False,
     verify: Annotated[
         bool | None,
         typer.Option(help="Run a GGUF against the live model: KL and perplexity [default: where there is an adapter]."),
@@ -51,18 +56,25 @@ def export(
     ] = None,
 ) -> None:
     """Fuse a model with its adapter and write it as a Hugging Face directory or a GGUF; or write the adapter alone."""
-    from entrenar.exporting.fidelity import fidelity_table
-    from entrenar.recipes.export import export as run
+    from pathlib import Path
 
-    wanted = verify if verify is not None else to == "gguf" and (adapter is not None or verify_on is not None)
-    path = run(
-        model, output, adapter=adapter, to=to, type=type, quantize=quantize, base=base, lossy=lossy, text=text,
-        ollama=ollama, on_verified=_show if wanted else None, verify_on=verify_on, calibrate_on=calibrate,
+    from entrenar.recipes.export_request import ExportRequest
+
+    request = ExportRequest(
+        model=model, output=Path(output), adapter=adapter, to=to, type=type, quantize=quantize, base=base, lossy=lossy,
+        text=text, ollama=ollama, verify_on=verify_on, calibrate_on=calibrate,
     )  # fmt: skip
+    wanted = verify if verify is not None else request.kind == "gguf" and bool(adapter or verify_on)
+    request = replace(request, verifies=wanted)
+    request.checked_type()  # before seconds of imports
+    from entrenar.exporting.fidelity import fidelity_table
+    from entrenar.recipes.export import run
+
+    path = run(request, on_verified=_show if wanted else None, say=lambda text: typer.echo(f"note: {printable(text)}"))
     for line in fidelity_table(path):
         typer.echo(line)
     files = [path] if path.is_file() else sorted(path.iterdir())
-    typer.echo(f"wrote {path}: {human_bytes(sum(file.stat().st_size for file in files))}")
+    typer.echo(f"wrote {printable(str(path))}: {human_bytes(sum(file.stat().st_size for file in files))}")
 
 
 def _show(steps: "list[ExportStep]") -> None:

@@ -1,33 +1,17 @@
-"""Entry point: registers the verbs and turns errors into one sentence and an exit code (0 done, 1 failed, 2 bad input).
+"""Entry point: turns every ending into one sentence and an exit code (0 done, 1 failed, 2 bad input).
 
-Nothing here or in the verbs' files imports torch before a verb runs, so that `--help` is instant.
+It imports next to nothing itself, so that Ctrl-C is answered while everything else is still being imported.
 """
 
 import os
 import sys
 from typing import NoReturn
 
-import typer
-
-from entrenar.cli import check, evaluate, export, generate, init, inspect, merge, train
 from entrenar.core.errors import EntrenarError
+from entrenar.core.terminal import plain_streams, printable
 
-app = typer.Typer(
-    name="entrenar",
-    help="Fine-tune a language model with 4-bit QLoRA on one machine, fuse it and ship it.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-app.command("init")(init.init)
-app.command("check")(check.check)
-app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
-app.command("generate")(generate.generate)
-app.command("export")(export.export)
-app.command("merge")(merge.merge)
-app.command("inspect")(inspect.inspect)
+# What PyTorch and the system say, in exceptions of their own, when there is no memory left.
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
 
 
 def main() -> NoReturn:
@@ -36,15 +20,61 @@ def main() -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        plain_streams()
+        code = _run()
+    except KeyboardInterrupt:
+        code = _tell("stopped by Ctrl-C")
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        from entrenar.cli.app import run
+
+        code = run(sys.argv[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has read enough
+        _drop_output()
+        return 1
     except EntrenarError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)  # noqa: T201 - the command's own output
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("error: stopped by Ctrl-C", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
-    sys.exit(0)
+            _tell(line)
+        return error.exit_code
+    except MemoryError:
+        return _tell(_out_of_memory())
+    except RecursionError:
+        return _tell("something nests too deep to be read: check the files that were named")
+    except OSError as error:
+        _drop_output()  # the error may be the output's own, which would come again at exit
+        return _tell(_sentence(error))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        return _tell(_out_of_memory())
+    return code
+
+
+def _tell(text: str) -> int:
+    """Print one error line; the exit code of what failed."""
+    if sys.stderr is not None:
+        print(f"error: {printable(text)}", file=sys.stderr)  # noqa: T201 - the command's own output
+    return 1
+
+
+def _sentence(error: OSError) -> str:
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    where = f" ({' and '.join(names)})" if names else ""
+    return f"the system refused: {error.strerror or error}{where}; nothing half-written was left under a final name"
+
+
+def _out_of_memory() -> str:
+    return "out of memory: close other programs, or choose a smaller model, batch or max_length"
+
+
+def _drop_output() -> None:
+    """Let nothing more be written to standard output."""
+    if sys.stdout is not None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

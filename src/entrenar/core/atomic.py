@@ -95,7 +95,8 @@ def _temporary(path: Path, *, directory: bool) -> Iterator[Path]:
     with disk_errors(path, _NO_PLACE):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        # The suffix stays, so that a file is known for what it is before it has its final name.
+        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}{'' if directory else path.suffix}")
         if directory:
             temporary.mkdir()
             descriptor = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -55,11 +55,21 @@ def load_config(kind: type[ConfigType], path: Path, overrides: Mapping[str, Any]
     Raises InputError that lists every problem with file, line, key, what is allowed and, for a misspelt key, the
     nearest known one.
     """
+    values, lines = _overridden(path, overrides)
+    return validate(kind, values, str(path), lines)
+
+
+def load_values(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The same values as they stand there, unchecked; InputError for a file that is no YAML mapping."""
+    return _overridden(path, overrides)[0]
+
+
+def _overridden(path: Path, overrides: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     values, lines = _read_yaml(path)
     for dotted, value in (overrides or {}).items():
         _set(values, dotted, value)
         lines[tuple(dotted.split("."))] = _OVERRIDE
-    return validate(kind, values, str(path), lines)
+    return values, lines
 
 
 def validate(kind: type[ConfigType], values: Any, source: str, lines: Mapping[KeyPath, int]) -> ConfigType:

@@ -14,6 +14,8 @@ from entrenar.lora.attach import adapted_layers
 from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.lora.low_rank import AdapterLayer
 
+_LARGEST_LOSS = 700.0  # nats a token; e to more is no float
+
 
 @dataclass(frozen=True)
 class ExportStep:
@@ -34,7 +36,7 @@ def fidelity(step: str, live: Tensor, found: Tensor, ids: Tensor) -> ExportStep:
     """Compare log-probabilities (T − 1, V) with the live model's, on ids (T,)."""
     kl = F.kl_div(found, live, reduction="none", log_target=True).sum(-1).mean().item()
     loss = F.nll_loss(found, ids[1:]).item()
-    return ExportStep(step, kl, math.exp(loss))
+    return ExportStep(step, kl, math.exp(loss) if loss < _LARGEST_LOSS else math.inf)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Write a fused model of a family of gguf_families.py as GGUF, in any type of gguf_types.py, tensor by tensor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import atomic_file, refuse_existing
-from entrenar.core.errors import InputError
+from entrenar.core.errors import InputError, listing
 from entrenar.exporting.fuse import fused_tensors
 from entrenar.exporting.gguf_types import FILE_TYPES, Model, type_of
 from entrenar.exporting.gguf_vocabulary import vocabulary
+from entrenar.exporting.vocabulary_probe import Say, check_same_ids
 from entrenar.files.gguf_writer import GGUFTensor, Value, write_gguf_file
-from entrenar.files.lazy_tensor import LazyTensor, Packed
+from entrenar.files.lazy_tensor import LazyTensor, Packed, as_float
 from entrenar.models.gguf_config import check_exportable, metadata_from_config
 from entrenar.models.gguf_families import Family, family_of
 from entrenar.models.gguf_rope import rope_tensors
@@ -24,7 +25,13 @@ from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES, quantize_gguf
 from entrenar.ops.linear_gguf import FLOAT_TYPES
 
 Metadata = dict[str, Value | bytes]
-_HEAD = "lm_head.weight"
+_HEAD, _TEMPLATE = "lm_head.weight", "tokenizer.chat_template"
+
+
+def _ignored(_: str) -> None:
+    """Takes what nobody asked to hear."""
+
+
 # What keys begin with that are about a file, and not about the model in it.
 _OF_ONE_FILE = ("general.file_type", "general.quantization_version", "general.alignment", "split.", "quantize.imatrix.")
 
@@ -34,10 +41,12 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
     write_gguf(fused_tensors(model), model.config, metadata(model.config, tokenizer), path, type)
 
 
-def metadata(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Metadata:
-    """The keys of a GGUF for a model and its tokenizer; InputError for a tokenizer that is not written."""
+def metadata(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = (), say: Say = _ignored
+) -> Metadata:
+    """The keys of a GGUF for a model and its tokenizer; see `vocabulary_metadata`."""
     check_exportable(config)
-    return _model_keys(config) | vocabulary_metadata(tokenizer, cast(Any, config).vocab_size)
+    return _model_keys(config) | vocabulary_metadata(tokenizer, cast(Any, config).vocab_size, ends, say)
 
 
 def copied_metadata(raw: Mapping[str, bytes]) -> Metadata:
@@ -52,6 +61,7 @@ def write_gguf(
     path: Path,
     type: str,
     importance: Mapping[str, Tensor] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `path`, which must not exist, tensor by tensor; norms and biases stay float32.
 
@@ -60,9 +70,10 @@ def write_gguf(
         type: one of gguf_types.py's, llama.cpp's mixtures; see there for what falls back to another.
         importance: transformers' name of a weight → (columns,) float32, how much an error in each column counts; K
             types use it.
+        check: called with the finished file before it gets its name; what it raises leaves nothing behind.
 
     Raises:
-        InputError: a model that this version does not write as GGUF.
+        InputError: a model that this version does not write as GGUF, or a number that the type does not hold.
     """
     refuse_existing(path)
     check_exportable(config)
@@ -83,6 +94,8 @@ def write_gguf(
                 for tensor, kind in typed
             ],
         )
+        if check is not None:
+            check(temporary)
 
 
 def _of_columns(importance: Mapping[str, Tensor], family: Family, tied: bool) -> dict[str, Tensor]:
@@ -120,17 +133,39 @@ def _model_keys(config: PretrainedConfig) -> Metadata:
     }
 
 
-def vocabulary_metadata(tokenizer: PreTrainedTokenizerBase, rows: int) -> Metadata:
-    """The keys of a tokenizer for a model with `rows` embeddings; InputError as `vocabulary`."""
-    words = vocabulary(tokenizer, rows)
+def vocabulary_metadata(
+    tokenizer: PreTrainedTokenizerBase, rows: int, ends: Sequence[int] = (), say: Say = _ignored
+) -> Metadata:
+    """The keys of a tokenizer for a model with `rows` embeddings, which llama.cpp makes the same tokens by.
+
+    Args:
+        ends: see `vocabulary`. say: gets a sentence for what differs in rare texts, or is not there.
+
+    Raises:
+        InputError: as `vocabulary` and `check_same_ids`.
+    """
+    words = vocabulary(tokenizer, rows, ends)
     keys: dict[str, Value | None] = {
         "model": words.model, "pre": words.pre, "tokens": words.tokens, "token_type": words.types,
         "merges": words.merges, "scores": words.scores, "add_bos_token": words.adds_bos,
-        "add_space_prefix": words.adds_space_prefix,
+        "add_eos_token": words.adds_eos or None, "add_space_prefix": words.adds_space_prefix,
         **{f"{name}_token_id": index for name, index in words.special_ids.items()},
     }  # fmt: skip
-    found: Metadata = {f"tokenizer.ggml.{name}": value for name, value in keys.items() if value is not None}
-    return found | ({"tokenizer.chat_template": words.chat_template} if words.chat_template else {})
+    found: Metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
+    found |= _template_keys(words.chat_templates)
+    check_same_ids(tokenizer, found, say)
+    if words.unmarked_ends:
+        say(f"a GGUF has keys for three ends of an answer; {listing(words.unmarked_ends)} must be known by its text")
+    return found
+
+
+def _template_keys(templates: Mapping[str, str]) -> Metadata:
+    """As gguf-py's `add_chat_template` writes them."""
+    others = {name: template for name, template in templates.items() if name != "default"}
+    keys: Metadata = {f"{_TEMPLATE}.{name}": template for name, template in others.items()}
+    if others:
+        keys[f"{_TEMPLATE}s"] = list(others)
+    return keys | ({_TEMPLATE: templates["default"]} if "default" in templates else {})
 
 
 def _encode(tensor: LazyTensor, type: str, importance: Tensor | None) -> Tensor:
@@ -139,7 +174,7 @@ def _encode(tensor: LazyTensor, type: str, importance: Tensor | None) -> Tensor:
         return tensor.packed.make()
     values = tensor.make()
     if type in FLOAT_TYPES:
-        return values.to(FLOAT_TYPES[type]).contiguous().view(torch.uint8)
+        return as_float(tensor.name, values, FLOAT_TYPES[type]).contiguous().view(torch.uint8)
     if not all(end.isfinite() for end in values.aminmax()):
         raise InputError(f"{tensor.name} holds a NaN or an infinity, which {type} cannot hold: check the model")
     return quantize_gguf(values, type, importance if type in IMPORTANCE_TYPES else None)

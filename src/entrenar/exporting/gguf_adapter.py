@@ -4,6 +4,7 @@
 the file and each tensor's own rank, so that a layer whose scale is another has the quotient in its B.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from entrenar.lora.low_rank import AdapterLayer
 from entrenar.models.gguf_config import check_exportable
 from entrenar.models.gguf_families import Family, family_of
 from entrenar.models.load import build_on_meta
-from entrenar.models.match import is_tied
+from entrenar.models.match import is_tied, match_tensors
 from entrenar.models.source import ModelSource
 
 _INSTEAD = "fuse it into the model instead (--to gguf)"
@@ -37,8 +38,9 @@ def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
     """
     refuse_existing(path)
     check_exportable(source.config)
-    _refuse_more(read_adapter(Path(adapter)), adapter)
-    model = _hollow(source)
+    read = read_adapter(Path(adapter))
+    _refuse_more(read, adapter)
+    model = _hollow(source, read.tensors.base)
     load_adapter(model, adapter)
     layers = dict(adapted_layers(model))
     family = family_of(source.config)
@@ -64,15 +66,29 @@ def _bytes(factor: Tensor) -> Tensor:
 
 
 def modelfile(base: str, adapter: Path) -> str:
-    """An Ollama Modelfile that runs `adapter`, a file beside it, over the model `base`."""
-    return f"FROM {Path(base).resolve()}\nADAPTER ./{adapter.name}\n"
+    """An Ollama Modelfile that runs `adapter`, a file beside it, over the model `base`; lines of a name are refused."""
+    places = str(Path(base).resolve()), f"./{adapter.name}"
+    for place in places:
+        if not place.isprintable():
+            raise InputError(f"a Modelfile has no place for a name with control characters, {place!r}: rename it")
+    return f"FROM {places[0]}\nADAPTER {places[1]}\n"
 
 
-def _hollow(source: ModelSource) -> PreTrainedModel:
-    """The model with linear layers that adapters attach to, and without weights: one zero stands for each matrix."""
+def _hollow(source: ModelSource, base: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The model with linear layers that adapters attach to, and without weights: one zero stands for each matrix.
+
+    But those of which the adapter brings the base's own, as peft writes them beside an adapted head or embedding, are
+    read, in the dtype of the adapter's: whether they are this model's is checked.
+    """
     model = build_on_meta(source, torch.float32)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
+    stored = match_tensors(model, source) if base else {}
+    embedding = next((name for name, p in model.named_parameters() if p is model.get_input_embeddings().weight), "")
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if weight in base:
+            values = stored[weight if weight in stored else embedding].read().to(base[weight].dtype)
+            module.weight = nn.Parameter(values, requires_grad=False)
+        elif isinstance(module, nn.Linear):
             module.weight = nn.Parameter(torch.zeros(()).expand(module.weight.shape), requires_grad=False)
     return model
 

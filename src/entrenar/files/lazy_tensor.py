@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entrenar.core.errors import InputError
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -38,3 +40,26 @@ class LazyTensor:
     def bytes_as(self, dtype: torch.dtype) -> int:
         """Bytes in a file whose tensors are `dtype` where they do not say."""
         return self.numel * (self.dtype or dtype).itemsize
+
+
+def as_float(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` as `dtype`, float32, float16 or bfloat16; `name` of the tensor for the message.
+
+    Raises:
+        InputError: a NaN, an infinity, or a number too large for `dtype`, which would become an infinity.
+    """
+    written = values.to(dtype)
+    if _is_finite(written):
+        return written
+    kind = str(dtype).removeprefix("torch.")
+    if not _is_finite(values):
+        raise InputError(f"{name} holds a NaN or an infinity, which no model is made of: check the model")
+    largest, most = values.abs().max().item(), torch.finfo(dtype).max
+    raise InputError(
+        f"{name} holds {largest:.6g}, and the largest number of {kind} is {most:.6g}, so an infinity would be written: "
+        "choose bf16 or f32"
+    )
+
+
+def _is_finite(values: Tensor) -> bool:
+    return not values.numel() or all(bool(end.isfinite()) for end in values.aminmax())

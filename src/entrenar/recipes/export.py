@@ -3,27 +3,26 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
-from entrenar.core.atomic import refuse_existing, write_text
-from entrenar.core.errors import InputError
+from entrenar.core.atomic import output_lock, write_text
 from entrenar.evaluation.fidelity import ExportStep
 from entrenar.exporting.fuse import fused_tensors, source_tensors
 from entrenar.exporting.gguf import Metadata, copied_metadata, metadata, write_gguf
 from entrenar.exporting.gguf_adapter import export_gguf_adapter, modelfile
-from entrenar.exporting.gguf_types import FILE_TYPES
-from entrenar.exporting.safetensors_output import TYPES
 from entrenar.files.peft import largest_token
 from entrenar.models.load import KEEP, UNQUANTIZED
 from entrenar.models.source import ModelSource, open_source, with_tokenizer_of
-from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES
 from entrenar.recipes.calibrate import calibrate
+from entrenar.recipes.export_request import ExportRequest, chosen_type
 from entrenar.recipes.export_safetensors import export_safetensors
 from entrenar.recipes.open_model import open_model
-from entrenar.recipes.verify import verify
+from entrenar.recipes.verify import held_out, verify
+
+__all__ = ["chosen_type", "export", "run"]
 
 OnVerified = Callable[[list[ExportStep]], None]
-_TYPES = {"safetensors": TYPES, "gguf": tuple(FILE_TYPES), "gguf-adapter": ("f32",)}
+Say = Callable[[str], None]
 
 
 def export(
@@ -31,7 +30,7 @@ def export(
     output: str | Path,
     *,
     adapter: str | None = None,
-    to: str = "safetensors",
+    to: str | None = None,
     type: str | None = None,
     quantize: str | None = None,
     base: str | None = None,
@@ -41,96 +40,93 @@ def export(
     on_verified: OnVerified | None = None,
     verify_on: str | Path | None = None,
     calibrate_on: str | Path | None = None,
+    say: Say | None = None,
 ) -> Path:
     """Write `model`, fused with `adapter`, as a new file or directory; or the adapter alone.
 
+    The output has its name once it is whole, measured and verified; until then nothing is there.
+
     Args:
         to: "safetensors" (a Hugging Face directory), "gguf" (one file) or "gguf-adapter" (the adapter alone, for
-            llama.cpp's --lora over the same model). type: of the weights; the first listed in the error for a wrong
-            one is the default. quantize: see `open_model`. ollama: write an Ollama Modelfile beside a GGUF adapter.
+            llama.cpp's --lora over the same model); None: gguf for an output that ends in .gguf, else safetensors.
+            type: of the weights, in capitals or not; the first listed in the error for a wrong one is the default.
+            quantize: see `open_model`. ollama: write an Ollama Modelfile beside a GGUF adapter.
         base, lossy, text: of "safetensors", see `export_safetensors`.
         on_verified: for "gguf": run the result against the live model and call this with KL and perplexity of every
             step. verify_on: a file of held-out text for it, in place of a page of prose.
         calibrate_on: for "gguf": a file of text like what the model will see; an error in a column of a weight then
             counts as much as what that column is multiplied by there (llama.cpp's importance matrix).
+        say: gets a sentence for what the written file does otherwise than the model it is made of, in rare cases.
 
     Raises:
         InputError: an unknown kind or type, a taken output, or a model or adapter that cannot be written so.
     """
-    output, type = Path(output), chosen_type(to, type)
-    refuse_existing(output)
-    if to != "safetensors" and (base or lossy or text):
-        raise InputError(f"base, lossy and text are for safetensors, not for {to}: leave them out")
-    if to != "gguf" and (on_verified is not None or verify_on is not None or calibrate_on is not None):
-        raise InputError(f"what is calibrated and verified is a GGUF's model, not {to}: leave it out")
-    if calibrate_on is not None and FILE_TYPES[type].most not in IMPORTANCE_TYPES:
-        raise InputError(f"nothing in {type} is calibrated: only mixtures of {', '.join(IMPORTANCE_TYPES)} are")
-    if ollama and to != "gguf-adapter":
-        raise InputError(f"an Ollama Modelfile goes with a GGUF adapter, not with {to}: choose --to gguf-adapter")
-    if to == "gguf-adapter":
-        _adapter_alone(model, adapter, output, ollama)
-    elif to == "gguf":
-        live = _gguf(model, adapter, output, type, quantize, calibrate_on, loads=on_verified is not None)
-        if live is not None and on_verified is not None:
-            on_verified(verify(*live, output, verify_on))
-    else:
-        export_safetensors(
-            model, output, adapter=adapter, type=type, quantize=quantize, base=base, lossy=lossy, text=text
-        )
-    return output
+    request = ExportRequest(
+        model=model, output=Path(output), adapter=adapter, to=to, type=type, quantize=quantize, base=base, lossy=lossy,
+        text=text, ollama=ollama, verifies=on_verified is not None, verify_on=verify_on, calibrate_on=calibrate_on,
+    )  # fmt: skip
+    return run(request, on_verified=on_verified, say=say)
 
 
-def chosen_type(to: str, type: str | None) -> str:
-    """The type of an export, the kind's first one if none is named; InputError for a kind or type that is not there."""
-    if to not in _TYPES:
-        raise InputError(f"cannot export to {to!r}: choose {' or '.join(_TYPES)}")
-    type = type or _TYPES[to][0]
-    if type not in _TYPES[to]:
-        raise InputError(f"{to} has no type {type!r} here: choose {', '.join(_TYPES[to])}")
-    return type
+def run(request: ExportRequest, *, on_verified: OnVerified | None = None, say: Say | None = None) -> Path:
+    """The same for arguments that are held together; see `export`."""
+    type, say = request.checked_type(), say or _ignored
+    with output_lock(request.output):
+        if request.kind == "gguf-adapter":
+            _adapter_alone(request, say)
+        elif request.kind == "gguf":
+            _gguf(request, type, on_verified, say)
+        else:
+            export_safetensors(
+                request.model, request.output, adapter=request.adapter, type=type, quantize=request.quantize,
+                base=request.base, lossy=request.lossy, text=request.text,
+            )  # fmt: skip
+    return request.output
 
 
-def _gguf(
-    model: str,
-    adapter: str | None,
-    output: Path,
-    type: str,
-    quantize: str | None,
-    calibrate_on: str | Path | None,
-    *,
-    loads: bool,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """Write it; the live model and its tokenizer, if there is an adapter or text, or `loads` asks for them."""
-    if adapter is None and calibrate_on is None and not loads:
-        source = open_source(model, with_tokenizer=False)
+def _ignored(_: str) -> None:
+    """Takes what nobody asked to hear."""
+
+
+def _gguf(request: ExportRequest, type: str, on_verified: OnVerified | None, say: Say) -> None:
+    """Write it; without adapter, text and verification the model is not loaded."""
+    quantize, adapter = request.quantize, request.adapter
+    source = open_source(request.model, with_tokenizer=False)
+    if adapter is None and request.calibrate_on is None and on_verified is None:
         tensors = source_tensors(source, None if quantize in (None, UNQUANTIZED, KEEP) else quantize)
-        write_gguf(tensors, source.config, _keys(source, source.config), output, type)
-        return None
-    loaded, tokenizer = open_model(model, adapter, quantize, dtype="float32")
-    source = open_source(model, with_tokenizer=False)
+        write_gguf(tensors, source.config, _keys(source, source.config, say), request.output, type)
+        return
+    loaded, tokenizer = open_model(request.model, adapter, quantize, dtype="float32")
     if adapter is not None:
         source = with_tokenizer_of(source, Path(adapter), largest_token(Path(adapter)))
-    keys = _keys(source, loaded.config)
-    found = calibrate(loaded, tokenizer, calibrate_on) if calibrate_on is not None else None
+    keys = _keys(source, loaded.config, say)
+    check: Callable[[Path], None] | None = None
+    if on_verified is not None:
+        held_out(tokenizer, request.verify_on)  # a text that does not serve is told before any work
+        check = lambda written: on_verified(verify(loaded, tokenizer, written, request.verify_on))  # noqa: E731
+    found = calibrate(loaded, tokenizer, request.calibrate_on) if request.calibrate_on is not None else None
     if found is not None:
         keys |= found.keys
-    write_gguf(fused_tensors(loaded), loaded.config, keys, output, type, found and found.importance)
-    return loaded, tokenizer
+    importance = found.importance if found is not None else None
+    write_gguf(fused_tensors(loaded), loaded.config, keys, request.output, type, importance, check)
 
 
-def _keys(source: ModelSource, config: PretrainedConfig) -> Metadata:
+def _keys(source: ModelSource, config: PretrainedConfig, say: Say) -> Metadata:
     """A GGUF's own keys, or those that say what a Hugging Face directory says, and where it is from."""
     copied = copied_metadata(source.blocks.raw_metadata) if source.blocks else {}
     if copied and config.vocab_size == source.config.vocab_size:
         return copied
-    return {**copied, **metadata(config, source.tokenizer), **source.provenance}
+    ends = getattr(source.generation, "eos_token_id", None)
+    made = metadata(
+        config, source.tokenizer, ends if isinstance(ends, list) else [ends] if ends is not None else [], say
+    )
+    return {**copied, **made, **source.provenance}
 
 
-def _adapter_alone(model: str, adapter: str | None, output: Path, ollama: bool) -> None:
-    if adapter is None:
-        raise InputError("--to gguf-adapter writes an adapter, and none is given: name its directory with --adapter")
-    if ollama:
-        refuse_existing(output.with_name("Modelfile"))
-    export_gguf_adapter(open_source(model, with_tokenizer=False), adapter, output)
-    if ollama:
-        write_text(output.with_name("Modelfile"), modelfile(model, output))
+def _adapter_alone(request: ExportRequest, say: Say) -> None:
+    assert request.adapter is not None
+    content = modelfile(request.model, request.output) if request.ollama else ""
+    export_gguf_adapter(open_source(request.model, with_tokenizer=False), request.adapter, request.output)
+    if request.ollama:
+        write_text(request.modelfile, content)
+        say(f"wrote {request.modelfile}: ollama create {request.output.stem} -f {request.modelfile}")

@@ -1,22 +1,22 @@
 """Export as a Hugging Face directory: open files and adapter, fuse tensor by tensor, measure on text."""
 
-import json
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from entrenar.core.atomic import write_text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from entrenar.core.errors import InputError
-from entrenar.data.dataset import load_dataset
+from entrenar.data.dataset import Dataset, load_dataset
 from entrenar.evaluation.perplexity import kl_divergence, perplexity
-from entrenar.exporting.fidelity import REPORT_NAME, Fidelity
+from entrenar.exporting.fidelity import Fidelity
 from entrenar.exporting.safetensors_output import FOUR_BIT, export_streamed
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.peft import BaseFormat, largest_token, read_adapter
 from entrenar.models.load import KEEP, UNQUANTIZED, load
 from entrenar.models.source import open_source, with_tokenizer_of
+from entrenar.recipes.export_request import BASES
 from entrenar.recipes.open_model import open_model
-
-BASES = ("dequantized", "original")
 
 
 def export_safetensors(
@@ -49,11 +49,11 @@ def export_safetensors(
     if adapter is not None:
         source = with_tokenizer_of(source, Path(adapter), largest_token(Path(adapter)))
     streamed = StreamedModel(source, read, held if chosen == "dequantized" else None)
-    report = export_streamed(source, streamed, output, type, chosen, lossy=lossy)
+    on_text = None
     if text is not None:
-        report = replace(report, text=_on_text(model, output, adapter, quantize, text))
-        write_text(output / REPORT_NAME, json.dumps(report.to_json(), indent=1) + "\n")
-    return report
+        dataset = _rows(text, source.tokenizer)
+        on_text = partial(_measured, dataset, source.tokenizer, lambda: open_model(model, adapter, quantize)[0])
+    return export_streamed(source, streamed, output, type, chosen, lossy=lossy, on_text=on_text)
 
 
 def _held(adapter: str | None, quantize: str | None) -> BaseFormat | None:
@@ -65,15 +65,21 @@ def _held(adapter: str | None, quantize: str | None) -> BaseFormat | None:
     return None if held is None or held.format in (UNQUANTIZED, KEEP) else held
 
 
-def _on_text(model: str, output: Path, adapter: str | None, quantize: str | None, text: str) -> dict[str, float]:
-    """Loss and perplexity of the live and the written model, and KL(live ‖ written), in nats per token."""
-    live, tokenizer = open_model(model, adapter, quantize)
-    written, _ = load(str(output))
+def _rows(text: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The rows to measure on, read before any work."""
     dataset = load_dataset(Path(text), tokenizer, 2048)
     if not len(dataset):
         raise InputError(f"{text} leaves no row to measure on: check its rows")
+    return dataset
+
+
+def _measured(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, open_live: Callable[[], PreTrainedModel], written: Path
+) -> dict[str, float]:
+    """Loss and perplexity of the live and the written model, and KL(live ‖ written), in nats per token."""
+    live, (made, _) = open_live(), load(str(written))
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
-    losses = {name: perplexity(each, dataset, 4, pad) for name, each in (("live", live), ("written", written))}
+    losses = {name: perplexity(each, dataset, 4, pad) for name, each in (("live", live), ("written", made))}
     found = {f"{name}_loss": measured.loss for name, measured in losses.items()}
     found |= {f"{name}_perplexity": measured.perplexity for name, measured in losses.items()}
-    return found | {"kl": kl_divergence(written, live, dataset, 4, pad), "tokens": losses["live"].tokens}
+    return found | {"kl": kl_divergence(made, live, dataset, 4, pad), "tokens": losses["live"].tokens}

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entrenar.core.errors import EntrenarError
 from entrenar.evaluation.fidelity import ExportStep, fidelity, fused, log_probabilities
 from entrenar.models.load import KEEP, load
 from entrenar.recipes.text import read_text, token_ids
@@ -25,22 +27,33 @@ tractor would be driven off to scattered applause, and by noon the same boat wou
 of eggs and a letter to the council, signed by everyone, asking once more about the bridge."""
 
 
-def verify(
-    live: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gguf: Path, text: str | Path | None = None
-) -> list[ExportStep]:
-    """The steps from `live`, in float32 and with its adapter, to the file `gguf`.
-
-    Args:
-        text: a file of held-out text, of which the first tokens are used; None: a page of prose.
+def held_out(tokenizer: PreTrainedTokenizerBase, text: str | Path | None = None) -> Tensor:
+    """The ids to verify on, (T,) int64: the first of a file of held-out text, or of a page of prose.
 
     Raises:
         InputError: the text cannot be read, or is too short to measure on.
     """
     content = TEXT if text is None else read_text(text, _PURPOSE)
-    ids = token_ids(tokenizer, content, str(text), _PURPOSE, MAX_TOKENS)
+    return token_ids(tokenizer, content, str(text), _PURPOSE, MAX_TOKENS)
+
+
+def verify(
+    live: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, gguf: Path, text: str | Path | None = None
+) -> list[ExportStep]:
+    """The steps from `live`, in float32 and with its adapter, to the file `gguf`, on `held_out`'s ids.
+
+    Raises:
+        InputError: see `held_out`. EntrenarError: the file answers with numbers that are not finite.
+    """
+    ids = held_out(tokenizer, text)
     reference = log_probabilities(live, ids)
     steps = [fidelity("live", reference, reference, ids)]
     with fused(live):
         steps.append(fidelity("fused", reference, log_probabilities(live, ids), ids))
     written, _ = load(str(gguf), KEEP, dtype="float32")
-    return [*steps, fidelity("quantized", reference, log_probabilities(written, ids), ids)]
+    found = log_probabilities(written, ids)
+    if reference.isfinite().all() and not found.isfinite().all():
+        raise EntrenarError(
+            "the written GGUF answers with a NaN or an infinity, so it was removed: choose another type"
+        )
+    return [*steps, fidelity("quantized", reference, found, ids)]
