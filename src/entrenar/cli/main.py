@@ -29,6 +29,8 @@ app.command("export")(export.export)
 app.command("merge")(merge.merge)
 app.command("inspect")(inspect.inspect)
 
+_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
+
 
 def main() -> NoReturn:
     """Run the command line and exit."""
@@ -45,6 +47,11 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
+        print("error: stopped by Ctrl-C", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code != _INTERRUPTED:
+            raise
         print("error: stopped by Ctrl-C", file=sys.stderr)  # noqa: T201
         sys.exit(1)
     sys.exit(0)
