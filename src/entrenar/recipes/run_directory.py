@@ -44,6 +44,11 @@ class RunDirectory:
         return self.path / ADAPTER_NAME
 
     @property
+    def checkpoints(self) -> Path:
+        """What the run goes on from, and its best."""
+        return self.path / "checkpoints"
+
+    @property
     def metrics(self) -> Path:
         """The log."""
         return self.path / METRICS_NAME
@@ -111,7 +116,7 @@ def open_run_directory(config: RunConfig) -> RunDirectory:
         )
     if os.path.lexists(directory.adapter) and not directory.adapter.is_dir():
         raise InputError(f"{directory.adapter} is no directory: remove it, the run's adapter goes there")
-    checkpoint = latest_checkpoint(path / "checkpoints", with_best=bool(config.eval.patience))
+    checkpoint = latest_checkpoint(directory.checkpoints, with_best=bool(config.eval.patience))
     return replace(directory, checkpoint=checkpoint, is_finished=directory.adapter.is_dir())
 
 
@@ -167,7 +172,7 @@ def _system_errors(path: Path) -> Iterator[None]:
 
 def sweep(directory: RunDirectory) -> None:
     """Remove what killed processes left of the run's files under temporary names."""
-    for folder in (directory.path, directory.path / "checkpoints"):
+    for folder in (directory.path, directory.checkpoints):
         for left in folder.glob(".*.tmp-*"):
             if _TEMPORARY.fullmatch(left.name):
                 remove_tree(left)

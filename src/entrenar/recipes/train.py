@@ -34,7 +34,7 @@ from entrenar.recipes.identity import base_identity
 from entrenar.recipes.memory import load_adapted, open_for, plan_memory
 from entrenar.recipes.run_directory import RunDirectory, locked, open_run_directory, sweep
 from entrenar.recipes.train_result import TrainResult, finite, result_of_finished, write_result
-from entrenar.training.checkpoint import drop_unneeded_best, load_checkpoint
+from entrenar.training.checkpoint import BEST, drop_older, load_checkpoint
 from entrenar.training.loop import OnStep, Trainer
 from entrenar.training.loss_scale import first_scale
 from entrenar.training.memory_plan import MemoryPlan
@@ -67,17 +67,18 @@ def train(
     started = time.monotonic()
     with locked(settings):
         directory = open_run_directory(settings)
+        sweep(directory)
         if directory.is_finished:
             say(f"{directory.path} is a finished run of this config; nothing to do")
+            drop_older(directory.checkpoints, BEST, keep=1)
             return result_of_finished(directory, say)
-        sweep(directory)
         with peak_memory(resolve_device(settings.model.device)) as memory:
             ran = _run(directory, started, on_step, say)
         result = _result(directory, ran, memory.peak)
         # The order matters: with the adapter's rename the run is finished, and everything else must be there then.
         write_result(directory, result)
         save_adapter(ran.model, directory.adapter, tokenizer=ran.tokenizer)
-        drop_unneeded_best(directory.path / "checkpoints", ran.state.best_step, finished=True)
+        drop_older(directory.checkpoints, BEST, keep=1)
         for sentence in afterthoughts(read_metrics(directory.metrics)):
             say(sentence)
     return result

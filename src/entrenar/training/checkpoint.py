@@ -8,7 +8,9 @@ filled under a temporary name, then renamed. `manifest.json` holds a SHA-256 of 
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import secrets
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
@@ -35,8 +37,8 @@ def save_checkpoint(
 ) -> None:
     """Write `directory/name`; one of that name, left by a run that was killed and is now repeated, is replaced."""
     target = directory / name
-    with disk_errors(target):
-        remove_tree(target)
+    if os.path.lexists(target):
+        _drop(target)
     with atomic_directory(target) as temporary:
         write_tensors(temporary / WEIGHTS_NAME, adapter_tensors(model))
         save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
@@ -48,21 +50,29 @@ def save_checkpoint(
 def drop_older(directory: Path, prefix: str, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints called `<prefix>-N`."""
     for old in _by_step(directory, prefix)[keep:]:
-        remove_tree(old)
+        _drop(old)
 
 
-def drop_unneeded_best(directory: Path, best_step: int, *, finished: bool = False) -> None:
-    """Remove every `best-N` but that of `best_step` and, until the run has finished, those that a run resumed from one
-    of the `step-N` would put back."""
+def drop_unneeded_best(directory: Path, best_step: int) -> None:
+    """Remove every `best-N` but that of `best_step` and those that a run resumed from one of the `step-N` would put
+    back."""
     needed = {best_step}
-    for path in [] if finished else _by_step(directory, STEP):
+    for path in _by_step(directory, STEP):
         try:
             needed.add(read_state(path).best_step)
         except InputError:  # nobody will resume from it
             continue
     for path in _by_step(directory, BEST):
         if int(path.name.removeprefix(f"{BEST}-")) not in needed:
-            remove_tree(path)
+            _drop(path)
+
+
+def _drop(path: Path) -> None:
+    """Remove a checkpoint, under a temporary name: what is half removed when the process is killed is swept later."""
+    gone = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    with disk_errors(path):
+        path.rename(gone)
+        remove_tree(gone)
 
 
 def latest_checkpoint(directory: Path, *, with_best: bool = False) -> Path | None:
