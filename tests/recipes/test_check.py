@@ -53,9 +53,11 @@ def test_padding_is_counted_as_training_will_make_it(
     """Against the tensors of the whole run."""
     shapes: list[tuple[int, ...]] = []
 
-    def noted(model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[nn.Parameter]) -> float:
+    def noted(
+        model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[nn.Parameter], loss_scale: float
+    ) -> float:
         shapes.extend(tuple(batch.ids.shape) for batch in batches)
-        return accumulate(model, batches, parameters)
+        return accumulate(model, batches, parameters, loss_scale)
 
     config = make_config(**{"data.packing": packing, "data.max_length": 120})
     use = check(config).use

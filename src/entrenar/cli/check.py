@@ -22,6 +22,7 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(to_yaml(report.config), markup=False)
     _print_sizes(console, report)
+    _print_doubts(console, report)
     _print_data(console, report)
     _print_samples(console, report)
 
@@ -41,6 +42,11 @@ def _print_sizes(console: "Console", report: "CheckReport") -> None:
     console.print(
         f"  {report.total_steps} steps" + (f", resuming {report.resumes_from}" if report.resumes_from else "")
     )
+
+
+def _print_doubts(console: "Console", report: "CheckReport") -> None:
+    for sentence in report.doubts:
+        console.print(f"  note: {sentence}", markup=False)
 
 
 def _print_data(console: "Console", report: "CheckReport") -> None:

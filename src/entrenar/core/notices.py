@@ -6,10 +6,12 @@ It goes to the log, which the command line shows on standard error (as logging d
 import logging
 from functools import cache
 
+from entrenar.core.terminal import printable
+
 _LOG = logging.getLogger("entrenar")
 
 
 @cache
 def say_once(text: str) -> None:
     """Say a sentence, the first time in this process; control characters of names from files are shown, not obeyed."""
-    _LOG.warning("%s", "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+    _LOG.warning("%s", printable(text))

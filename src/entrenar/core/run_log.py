@@ -1,27 +1,35 @@
-"""`metrics.jsonl`: one JSON object a line, appended and flushed as it happens."""
+"""`metrics.jsonl`: one JSON object a line, on its way to the disk as it happens."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from entrenar.core.atomic import write_text
-from entrenar.core.errors import EntrenarError
+from entrenar.core.atomic import disk_errors, write_text
+from entrenar.core.documents import JsonObject, parse_json, read_bytes
+from entrenar.core.errors import EntrenarError, InputError
+
+_MOST_BYTES = 4 * 2**30
 
 
 class MetricsLog:
-    """Append-only log of one run; opening it at `after_step` drops the lines of later steps, so a resumed run's
-    log reads like that of a run that was never stopped."""
+    """Append-only log of one run; opening it at `after_step` and `after_batch` drops the lines of later steps and of
+    later batches that were skipped, so a resumed run's log reads like that of a run that was never stopped."""
 
-    def __init__(self, path: Path, after_step: int = 0) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= after_step] if path.exists() else []
+    def __init__(self, path: Path, after_step: int = 0, after_batch: int = 0) -> None:
+        rows = read_metrics(path) if os.path.lexists(path) else []
+        kept = [row for row in rows if row["step"] <= after_step and row.get("batch", 0) <= after_batch]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        with disk_errors(path):
+            # Without a buffer: what could not be written would be tried once more when the file is closed.
+            self._file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; it must have a `step`."""
+        left = (json.dumps(row) + "\n").encode()
         try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            while left:
+                left = left[self._file.write(left) :]
         except OSError as error:
             raise EntrenarError(
                 f"cannot write {self._file.name}: {error.strerror}; make room, and the same command goes on from the "
@@ -34,11 +42,18 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every complete row of a log; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Every complete row of a log; it ends before a line that is none, such as one that a crash cut short.
+
+    Raises:
+        InputError: there is no such file, or it is no file.
+    """
+    rows: list[dict[str, Any]] = []
+    for line in read_bytes(path, "metrics file", _MOST_BYTES).split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line, str(path), JsonObject)
+        except InputError:
             break
+        if type(row.get("step")) is not int or type(row.get("batch", 0)) is not int:
+            break
+        rows.append(row)
     return rows

@@ -120,8 +120,12 @@ class StoredTensor:
 
     def first_bytes(self, count: int) -> bytes:
         """Its first `count` bytes in the file, or as many as it has."""
-        raw = torch.empty(min(count, self.size), dtype=torch.uint8)
-        self._fill(0, raw)
+        return self.bytes_at(0, min(count, self.size))
+
+    def bytes_at(self, offset: int, count: int) -> bytes:
+        """`count` of its bytes in the file, from its `offset`-th."""
+        raw = torch.empty(count, dtype=torch.uint8)
+        self._fill(offset, raw)
         return raw.numpy().tobytes()
 
     def bytes_of(self, elements: int) -> int:

@@ -16,9 +16,10 @@ from entrenar.data.encode import Example
 from entrenar.data.packing import computed_tokens, layout
 from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.recipes.config import RunConfig
+from entrenar.recipes.doubts import doubts
 from entrenar.recipes.memory import load_adapted, open_for, plan_memory
 from entrenar.recipes.run_directory import open_run_directory
-from entrenar.recipes.train import make_plan, prepare_data
+from entrenar.recipes.train import make_plan, prepare_data, refuse_foreign_tokens, with_date
 from entrenar.training.memory_plan import MemoryPlan
 from entrenar.training.state import Plan
 
@@ -55,6 +56,7 @@ class CheckReport:
     use: TokenUse
     samples: list[list[Piece]]
     resumes_from: str | None
+    doubts: list[str]
 
 
 def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, samples: int = 3) -> CheckReport:
@@ -63,11 +65,13 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     Raises:
         InputError: everything that `train` would refuse before its first step.
     """
-    config = load_config(RunConfig, Path(config_path), overrides)
-    directory = open_run_directory(config)
-    source = open_for(config)
+    directory = open_run_directory(load_config(RunConfig, Path(config_path), overrides))
+    source = open_for(directory.config)
+    directory = with_date(directory, source.tokenizer)
+    config = directory.config
     data = prepare_data(config, source.tokenizer)
     model, libraries = load_adapted(config, source)
+    refuse_foreign_tokens(data, model, config)
     plan = make_plan(config, data)
     memory = plan_memory(config.training, model, data, plan, libraries=libraries)
     trained = [parameter for _, parameter in trained_parameters(model)]
@@ -83,6 +87,7 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
         use=_token_use(replace(plan, micro_batch=memory.micro_batch), lengths),
         samples=[_pieces(example, source.tokenizer) for example in data.train.examples[:samples]],
         resumes_from=str(directory.checkpoint) if directory.checkpoint else None,
+        doubts=doubts(config, plan, data, memory.held.adapter),
     )
 
 

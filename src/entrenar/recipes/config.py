@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
+from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -10,9 +12,15 @@ from entrenar.core.config import Section
 from entrenar.lora.spec import LoraSpec
 from entrenar.models.compute import DEVICES
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+_MOST = 2**31 - 1  # of anything that is counted
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as numpy and transformers bound theirs
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[Finite, Field(ge=0)]
+AboveZero = Annotated[Finite, Field(gt=0)]
+_LEAST_EPS = 1e-37  # below, float32 rounds it to nothing or nearly, and an update divides 0 by 0
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -21,11 +29,28 @@ def _read_memory(value: Any) -> Any:
     """`6GB`, `1.5 GiB` or a plain number → bytes."""
     if value in ("auto", "min"):
         return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", value.strip().lower()) if isinstance(value, str) else None
-    count = round(float(match[1]) * _UNITS.get(match[2], 0)) if match else value
-    if type(count) is not int or count < 1:
+    match = (
+        re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) *([a-z]*)", value.strip().lower())
+        if isinstance(value, str)
+        else None
+    )
+    count = round(Decimal(match[1]) * _UNITS.get(match[2], 0)) if match else value
+    if type(count) is not int or not 1 <= count < 2**63:
         raise ValueError("allowed are auto, min, or bytes such as 6000000000 or 6GB")
     return count
+
+
+def _read_date(value: Any) -> Any:
+    """YAML reads a bare 2026-11-30 as a date."""
+    if type(value) is date:
+        return value.isoformat()
+    try:
+        valid = value is None or date.fromisoformat(value).isoformat() == value
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError("a date is written 2026-11-30")
+    return value
 
 
 def _read_device(value: Any) -> Any:
@@ -36,6 +61,7 @@ def _read_device(value: Any) -> Any:
 
 Memory = Annotated[Literal["auto", "min"] | int, BeforeValidator(_read_memory)]
 Device = Annotated[str, BeforeValidator(_read_device)]
+Date = Annotated[str | None, BeforeValidator(_read_date)]
 
 
 class ModelSection(Section):
@@ -87,7 +113,9 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Which rows, and what becomes of them; `packing` lays several into one of up to `max_length`, kept apart."""
+    """Which rows, and what becomes of them; `packing` lays several into one of up to `max_length`, kept apart. `date`:
+    what a chat template that writes the day's date writes; null: the day of the run's first start, which it keeps.
+    """
 
     train: str
     validation: str | None = None
@@ -95,6 +123,7 @@ class DataSection(Section):
     max_length: Positive = 1024
     too_long: Literal["error", "truncate", "drop"] = "error"
     packing: bool = True
+    date: Date = None
 
     @model_validator(mode="after")
     def _one_validation_source(self) -> Self:
@@ -107,14 +136,14 @@ class LoraSection(Section):
     """The adapter; see lora/spec.py."""
 
     rank: Positive = 16
-    alpha: Annotated[float, Field(ge=0)] = 32.0
+    alpha: NotNegative = 32.0
     dropout: Fraction = 0.0
     targets: str | list[str] = "all-linear"
     rslora: bool = False
     dora: bool = False
     init: str = "default"
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
-    alpha_pattern: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    alpha_pattern: dict[str, NotNegative] = Field(default_factory=dict)
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] = Field(default_factory=list)
     new_tokens: list[str] = Field(default_factory=list)
@@ -125,17 +154,19 @@ class LoraSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW and its schedule; `lora_plus_ratio`: learning rate of B as a multiple of `lr` (LoRA+)."""
+    """AdamW and its schedule; `lora_plus_ratio`: learning rate of B as a multiple of `lr` (LoRA+), and then
+    `lora_plus_embedding_lr` is that of both factors of adapted embeddings, peft's `loraplus_lr_embedding`."""
 
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    lr: AboveZero = 2e-4
+    lora_plus_ratio: AboveZero = 1.0
+    lora_plus_embedding_lr: AboveZero = 1e-6
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Count = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    eps: Annotated[Finite, Field(ge=_LEAST_EPS)] = 1e-8
+    max_grad_norm: NotNegative = 1.0
 
 
 class TrainingSection(Section):
@@ -144,7 +175,8 @@ class TrainingSection(Section):
     `batch_size` is global and counts rows of the data; `micro_batch` counts what is laid before the model at a time,
     rows of up to `data.max_length` tokens: memory grows with their product. `memory` is what the process may hold of
     its own, in bytes or as `6GB`: auto takes what the machine has free, min as little as goes. To stay within it,
-    decoder layers compute again what they do not keep, and `micro_batch`, if auto, is smaller.
+    decoder layers compute again what they do not keep, and `micro_batch`, if auto, is smaller. `max_steps` is the
+    number of updates, whatever `epochs` says.
     """
 
     epochs: Positive = 3
@@ -152,7 +184,7 @@ class TrainingSection(Section):
     batch_size: Positive = 16
     micro_batch: Literal["auto"] | Positive = "auto"
     memory: Memory = "auto"
-    seed: Count = 0
+    seed: Seed = 0
 
 
 class EvalSection(Section):

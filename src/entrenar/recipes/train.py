@@ -1,5 +1,6 @@
 """Fine-tune: config → data → model → loop → adapter."""
 
+import datetime
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -8,52 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import write_text
 from entrenar.core.config import load_config
+from entrenar.core.errors import InputError
+from entrenar.core.run_log import read_metrics
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.adapter_io import save_adapter
-from entrenar.lora.attach import trained_parameters
+from entrenar.lora.attach import adapted_layers, trained_parameters
+from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.models.activations import set_keep
 from entrenar.models.compute import resolve_device
 from entrenar.models.device_memory import peak_memory
+from entrenar.models.head import vocabulary_size
 from entrenar.models.isolation import isolates_documents
 from entrenar.models.source import ModelSource
 from entrenar.optim.adamw import make_adamw
 from entrenar.optim.groups import lora_plus_groups
 from entrenar.recipes.config import RunConfig
+from entrenar.recipes.doubts import afterthoughts, doubts
+from entrenar.recipes.identity import base_identity
 from entrenar.recipes.memory import load_adapted, open_for, plan_memory
-from entrenar.recipes.run_directory import RunDirectory, open_run_directory
-from entrenar.training.checkpoint import load_checkpoint
+from entrenar.recipes.run_directory import RunDirectory, locked, open_run_directory, sweep
+from entrenar.recipes.train_result import TrainResult, finite, result_of_finished, write_result
+from entrenar.training.checkpoint import BEST, drop_older, load_checkpoint
 from entrenar.training.loop import OnStep, Trainer
+from entrenar.training.loss_scale import first_scale
 from entrenar.training.memory_plan import MemoryPlan
 from entrenar.training.state import Plan, State
 
-RESULT_NAME = "result.json"
 Say = Callable[[str], None]
 
 
 def _ignore(_: object) -> None:
     """Without a listener, reports go nowhere; they are in metrics.jsonl all the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a finished run left; losses in nats per target token, memory: peak bytes where it ran
-    (models/device_memory.py), as measured and as planned."""
-
-    run_dir: str
-    adapter: str
-    steps: int
-    tokens: int
-    train_loss: float | None
-    eval_loss: float | None
-    seconds: float
-    peak_memory_bytes: int
-    planned_memory_bytes: int
-    resumed_from_step: int
 
 
 def train(
@@ -73,76 +64,122 @@ def train(
         InputError: a mistake in config, data or model. StoppedError: a signal came; a checkpoint was written.
     """
     settings = config if isinstance(config, RunConfig) else load_config(RunConfig, Path(config), overrides)
-    directory = open_run_directory(settings)
-    if directory.is_finished:
-        say(f"{directory.path} is a finished run of this config; nothing to do")
-        return TrainResult(**json.loads((directory.path / RESULT_NAME).read_text(encoding="utf-8")))
     started = time.monotonic()
-    with peak_memory(resolve_device(settings.model.device)) as memory:
-        ran = _run(settings, directory, on_step, say)
-    state = ran.state
-    result = TrainResult(
-        run_dir=str(directory.path),
-        adapter=str(directory.adapter),
-        steps=state.step,
-        tokens=state.tokens,
-        train_loss=state.train_loss,
-        eval_loss=state.best_loss if settings.eval.patience else state.eval_loss,
-        seconds=time.monotonic() - started,
-        peak_memory_bytes=memory.peak,
-        planned_memory_bytes=ran.memory.total,
-        resumed_from_step=ran.resumed,
-    )
-    write_text(directory.path / RESULT_NAME, json.dumps(asdict(result), indent=2) + "\n")
+    with locked(settings):
+        directory = open_run_directory(settings)
+        sweep(directory)
+        if directory.is_finished:
+            say(f"{directory.path} is a finished run of this config; nothing to do")
+            drop_older(directory.checkpoints, BEST, keep=1)
+            return result_of_finished(directory, say)
+        with peak_memory(resolve_device(settings.model.device)) as memory:
+            ran = _run(directory, started, on_step, say)
+        result = _result(directory, ran, memory.peak)
+        # The order matters: with the adapter's rename the run is finished, and everything else must be there then.
+        write_result(directory, result)
+        save_adapter(ran.model, directory.adapter, tokenizer=ran.tokenizer)
+        drop_older(directory.checkpoints, BEST, keep=1)
+        for sentence in afterthoughts(read_metrics(directory.metrics)):
+            say(sentence)
     return result
 
 
 @dataclass(frozen=True)
 class _Ran:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
     state: State
     resumed: int
     memory: MemoryPlan
 
 
-def _run(config: RunConfig, directory: RunDirectory, on_step: OnStep, say: Say) -> _Ran:
-    source = open_for(config)
-    data = prepare_data(config, source.tokenizer)
-    say(describe(data, config.data.train))
-    model, libraries = load_adapted(config, source)
+def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> _Ran:
+    asked = directory.config
+    source = open_for(asked)
+    directory = with_date(directory, source.tokenizer)
+    if directory.config.data.date:
+        say(f"a date that the chat template writes is {directory.config.data.date}, for the whole run")
+    data = prepare_data(directory.config, source.tokenizer)
+    say(describe(data, asked.data.train))
+    model, libraries = load_adapted(directory.config, source)
+    refuse_foreign_tokens(data, model, directory.config)
     where = "machine"
     if model.device.type == "cuda":
         where = "GPU"
         say(f"computing on {torch.cuda.get_device_name(model.device)}")
-    if config.model.dtype == "auto" and model.dtype is torch.float32:
+    if asked.model.dtype == "auto" and model.dtype is torch.float32:
         say(f"computing in float32: this {where} has no native bfloat16")
+    directory = directory.fixing("model", dtype=str(model.dtype).removeprefix("torch."))
+    config = directory.config
     plan = make_plan(config, data)
     if plan.pack_to and not isolates_documents(model):
         say(f"no packing: {type(model).__name__} mixes documents that share a row, so each gets a row of its own")
         plan = replace(plan, pack_to=0)
-    options = config.optimizer
-    groups = lora_plus_groups(trained_parameters(model), options.lora_plus_ratio)
-    optimizer = make_adamw(groups, options.lr, (options.beta1, options.beta2), options.eps, options.weight_decay)
-    state = State(data.fingerprint)
+    optimizer = make_optimizer(config, model)
+    base = base_identity(source)
+    state = State(data.fingerprint, base, loss_scale=first_scale(model.dtype))
     if directory.checkpoint:
-        state = load_checkpoint(directory.checkpoint, model, optimizer, data.fingerprint)
+        state = load_checkpoint(directory.checkpoint, model, optimizer, data.fingerprint, base)
         say(f"resuming from step {state.step}")
     resumed = state.step
+    state.sessions += 1
     memory = plan_memory(config.training, model, data, plan, libraries=libraries, chosen=state.micro_batch)
     say(memory.sentence())
+    for sentence in doubts(config, plan, data, memory.held.adapter):
+        say(sentence)
     set_keep(model, memory.keep)
     state.micro_batch = memory.micro_batch
     plan = replace(plan, micro_batch=memory.micro_batch)
-    directory.start(config)
+    directory.start()
     _write_rejected(directory, data)
-    Trainer(model, optimizer, data, plan, state, directory.path, pad_id(source), on_step).run()
-    save_adapter(model, directory.adapter, tokenizer=source.tokenizer if config.lora.new_tokens else None)
-    return _Ran(state, resumed, memory)
+    Trainer(model, optimizer, data, plan, state, directory.path, pad_id(source), on_step, started).run()
+    return _Ran(model, source.tokenizer if config.lora.new_tokens else None, state, resumed, memory)
+
+
+def _result(directory: RunDirectory, ran: _Ran, peak: int) -> TrainResult:
+    state = ran.state
+    return TrainResult(
+        run_dir=str(directory.path),
+        adapter=str(directory.adapter),
+        steps=state.step,
+        tokens=state.tokens,
+        train_loss=state.train_loss,
+        eval_loss=finite(state.best_loss if directory.config.eval.patience else state.eval_loss),
+        seconds=state.seconds,
+        sessions=state.sessions,
+        peak_memory_bytes=peak,
+        planned_memory_bytes=ran.memory.total,
+        resumed_from_step=ran.resumed,
+    )
+
+
+def make_optimizer(config: RunConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
+    """AdamW over all that is trained, in LoRA+'s groups."""
+    options = config.optimizer
+    embedding = {
+        f"{name}.{factor}"
+        for name, layer in adapted_layers(model)
+        if isinstance(layer, EmbeddingLoRALayer)
+        for factor in ("lora_a", "lora_b")
+    }
+    groups = lora_plus_groups(
+        trained_parameters(model), options.lora_plus_ratio, embedding, options.lora_plus_embedding_lr / options.lr
+    )
+    return make_adamw(groups, options.lr, (options.beta1, options.beta2), options.eps, options.weight_decay)
+
+
+def with_date(directory: RunDirectory, tokenizer: PreTrainedTokenizerBase) -> RunDirectory:
+    """A chat template that writes the day's date gets one that stays the run's: that of its first start, unless the
+    config names one."""
+    if directory.config.data.date is not None or "strftime_now" not in str(tokenizer.chat_template):
+        return directory
+    return directory.fixing("data", date=datetime.date.today().isoformat())
 
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """The data of a config, encoded."""
+    """The data of a config, encoded; InputError where a share to hold out leaves no row to validate on."""
     section = config.data
-    return prepare(
+    data = prepare(
         tokenizer,
         Path(section.train),
         Path(section.validation) if section.validation else None,
@@ -151,14 +188,32 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepa
         too_long=section.too_long,
         seed=config.training.seed,
     )
+    if section.validation_fraction and data.validation is None:
+        raise InputError(
+            f"data.validation_fraction {section.validation_fraction:g} of the {len(data.train)} rows of "
+            f"{section.train} holds out none: raise it, name a file in data.validation, or set it to 0"
+        )
+    return data
+
+
+def refuse_foreign_tokens(data: PreparedData, model: PreTrainedModel, config: RunConfig) -> None:
+    """InputError when a row has a token that the model has no embedding for."""
+    size = vocabulary_size(model)
+    named = ((data.train, config.data.train), (data.validation, config.data.validation or config.data.train))
+    for dataset, path in named:
+        for example in dataset.examples if dataset else ():
+            if max(example.ids) >= size:
+                raise InputError(
+                    f"{path}:{example.line}: the tokenizer makes token {max(example.ids)} of this row, and the model "
+                    f"has {size} tokens: the tokenizer in {config.model.path} is not this model's"
+                )
 
 
 def make_plan(config: RunConfig, data: PreparedData) -> Plan:
     """Turn epochs into steps; a `micro_batch` that is auto is the whole batch until a memory plan says less."""
     training, per_epoch = config.training, batches_per_epoch(len(data.train), config.training.batch_size)
-    total = min(training.epochs * per_epoch, training.max_steps or training.epochs * per_epoch)
     return Plan(
-        total_steps=total,
+        total_steps=training.max_steps or training.epochs * per_epoch,
         batch_size=training.batch_size,
         micro_batch=training.batch_size
         if training.micro_batch == "auto"
@@ -190,9 +245,9 @@ def describe(data: PreparedData, path: str) -> str:
 
 
 def pad_id(source: ModelSource) -> int:
-    """Any token id: padding is masked everywhere."""
-    own = source.tokenizer.pad_token_id
-    return own if isinstance(own, int) else 0
+    """A token id that the model has: which, does not matter, since padding is masked everywhere."""
+    own, size = source.tokenizer.pad_token_id, source.config.get_text_config().vocab_size
+    return own if isinstance(own, int) and 0 <= own < size else 0
 
 
 def _write_rejected(directory: RunDirectory, data: PreparedData) -> None:

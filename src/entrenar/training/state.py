@@ -29,15 +29,27 @@ class Plan:
     keep_checkpoints: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one update was made with: mean loss in nats per target token, gradient norm before clipping, and rate."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+
+
 @dataclass
 class State:
     """Counters of a run; with the adapter and the optimiser they are all that a resumed run needs.
 
-    `micro_batch`: rows at a time, which decide the order of sums. `step`: updates made. `batch`: batches consumed, more
-    than `step` when batches were skipped for a non-finite loss.
+    `fingerprint` is of the data, `base` of the weights below the adapter. `micro_batch`: rows at a time, which decide
+    the order of sums. `step`: updates made. `batch`: batches consumed, more than `step` when batches were skipped for a
+    non-finite loss. `loss_scale`, `steps_at_scale`: see training/loss_scale.py. `seconds` of all `sessions`. `pending`:
+    the newest update, if a stop broke off the evaluation after it, so that nothing is logged of it yet.
     """
 
     fingerprint: str
+    base: str = ""
     micro_batch: int = 0
     step: int = 0
     batch: int = 0
@@ -48,6 +60,11 @@ class State:
     evaluations_since_best: int = 0
     train_loss: float | None = None
     eval_loss: float | None = None
+    loss_scale: float = 1.0
+    steps_at_scale: int = 0
+    seconds: float = 0.0
+    sessions: int = 0
+    pending: Update | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
