@@ -110,6 +110,6 @@ def test_an_adapter_for_another_base_names_what_does_not_fit(
     tiny_model_dir: Path, tmp_path: Path, smollm2: Path
 ) -> None:
     trained(tiny_model_dir, tmp_path / "adapter", "none")
-    with pytest.raises(InputError, match=r"layers\.0\..*, where the model needs"):
+    with pytest.raises(InputError, match=r"has no factors for 196 layers .*for another model"):
         export(str(smollm2), tmp_path / "out", adapter=str(tmp_path / "adapter"))
     assert not (tmp_path / "out").exists()

@@ -125,7 +125,7 @@ def test_an_existing_directory_is_refused_and_untouched(tmp_path: Path) -> None:
         f"{PREFIX}{LAYER}.base_layer.bias",
         f"{PREFIX}{LAYER}.lora_B.bias",
         f"{PREFIX}{LAYER}.lora_A.weight.absmax",
-        f"{PREFIX}lm_head.weight",
+        f"{PREFIX}model.norm.weight",
         f"{PREFIX}lora_A.weight",
     ],
 )
@@ -154,14 +154,31 @@ def test_an_adapter_without_tensors_is_an_error(tmp_path: Path) -> None:
         ("use_bdlora", {"target_modules_bd_a": ["q"]}),
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "corda"),
-        ("bias", "some"),
-        ("rank_pattern", [4]),
-        ("modules_to_save", "lm_head"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
     message = refusal(directory(tmp_path, **{key: value}))
     assert f"{key} = {value!r}" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bias", "some"),
+        ("rank_pattern", [4]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": "4"}),
+        ("modules_to_save", "lm_head"),
+        ("target_modules", [3]),
+        ("lora_dropout", 1.5),
+        ("layers_to_transform", [-1]),
+        ("trainable_token_indices", {"embed_tokens": [2.5]}),
+        ("use_rslora", "yes"),
+        ("base_model_name_or_path", {"a": 1}),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_key(tmp_path: Path, key: str, value: Any) -> None:
+    assert f"'{key}" in refusal(directory(tmp_path, **{key: value}))
 
 
 def test_an_unknown_field_is_named(tmp_path: Path) -> None:
@@ -219,7 +236,7 @@ def test_a_config_that_lacks_a_key_names_it(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize("rank", [0, -1, 2.5, "8", None])
 def test_a_rank_that_is_no_rank_is_shown(tmp_path: Path, rank: Any) -> None:
-    assert f"r = {rank!r}" in refusal(directory(tmp_path, r=rank))
+    assert f"'r' is {rank!r} but" in refusal(directory(tmp_path, r=rank))
 
 
 @pytest.mark.parametrize(("key", "value"), [("lora_alpha", "big"), ("lora_alpha", None), ("lora_dropout", "none")])

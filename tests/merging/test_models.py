@@ -19,7 +19,7 @@ Q = "model.layers.1.self_attn.q_proj"
 def adapter(rows: int = HIDDEN, **changes: Any) -> PeftAdapter:
     a, b = torch.randn(2, HIDDEN), torch.randn(rows, 2)
     return PeftAdapter(
-        rank=2, alpha=6.0, dropout=0.0, targets=["q_proj"], base_model=None, base_format=None,
+        rank=2, alpha=6.0, dropout=0.0, targets=[Q], base_model=None, base_format=None,
         tensors=AdapterTensors({Q: {"lora_A.weight": a, "lora_B.weight": b}}), **changes,
     )  # fmt: skip
 

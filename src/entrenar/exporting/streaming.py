@@ -6,7 +6,7 @@ back), or the weights as the files have them (`original`).
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, PeftAdapter
-from entrenar.lora.attach import adapt, adaptable_names
+from entrenar.lora.attach import adapt, adaptable_names, expected_layers
 from entrenar.lora.experts import expert_factors
+from entrenar.lora.grown import new_rows
 from entrenar.lora.initial import start_again
 from entrenar.lora.low_rank import AdapterLayer
+from entrenar.lora.matching import check_complete, named_by
+from entrenar.lora.saved import check_saved
 from entrenar.lora.spec import spec_of
-from entrenar.lora.token_rows import ROWS, extended
+from entrenar.lora.token_rows import ROWS, extended, shared_rows
 from entrenar.models.experts import ExpertWeight, expert_weights
 from entrenar.models.load import build_on_meta, linear_weights
 from entrenar.models.match import match_tensors
@@ -56,9 +59,11 @@ class StreamedModel:
         self._experts = expert_weights(self.meta, set(source.weights.names()))
         self.linear = linear_weights(self.meta, head) | self._experts.keys()
         self._spec = spec_of(adapter) if adapter else None
-        self._rows = self._token_rows(head)
+        self._pair = _weights_of(self.meta, (self.meta.get_input_embeddings(), head))
+        self._tied = len(self._pair) == 2 and bool(self.meta.config.get_text_config().tie_word_embeddings)
+        self._rows, self._grown = self._token_rows(), self._new_rows()
         self._check()
-        self._add_untied(head)
+        self._add_untied()
 
     def names(self) -> Iterator[str]:
         """Every tensor, in the order of the files."""
@@ -69,13 +74,16 @@ class StreamedModel:
         if name in self._packed_names:
             return self._packed_names[name][1]
         shape = self._stored[name].shape
-        return (self.vocabulary, *shape[1:]) if name in self._rows else shape
+        return (self.vocabulary, *shape[1:]) if name in self._pair else shape
 
     @property
     def vocabulary(self) -> int:
         """Rows of embedding and head, those of an adapter's new tokens included."""
-        new = [1 + max(tokens) for tokens, _ in self._rows.values()]
-        return max(self.meta.config.get_text_config().vocab_size, *new, 0)
+        return max(self._rows_before, self._adapter.needs_rows if self._adapter else 0)
+
+    @property
+    def _rows_before(self) -> int:
+        return int(self.meta.config.get_text_config().vocab_size)
 
     @property
     def is_untied(self) -> bool:
@@ -98,11 +106,12 @@ class StreamedModel:
             return Fused(adapter.tensors.saved[name].float(), None)
         packed = self._packed.quantized(name) if self._packed and name in self._packed_names else None
         weight = self._stored[name].read() if packed is None else packed.dequantize()
+        if name in self._pair:
+            weight = self._with_new_rows(name, weight)
         held = packed or (_quantized(weight, self._base) if self._base and name in self.linear else None)
         if name in self._rows:
             tokens, rows = self._rows[name]
-            whole = extended(weight.float(), self.vocabulary)
-            return Fused(whole.index_copy(0, torch.tensor(tokens), rows.float()), None)
+            return Fused(weight.float().index_copy(0, torch.tensor(tokens), rows.float()), None)
         if layer is None:
             return Fused(weight if held is None else held.dequantize(), None)
         if name in self._experts:
@@ -156,43 +165,87 @@ class StreamedModel:
         return layer if leaf == "weight" and self._adapter and layer in self._adapter.tensors.layers else None
 
     def _check(self) -> None:
-        if self._adapter is None:
+        """InputError unless the adapter is for this model, and whole."""
+        if self._adapter is None or self._spec is None:
             return
         layers, known = self._adapter.tensors.layers, set(adaptable_names(self.meta))
-        known |= {expert.projection for expert in self._experts.values()}
-        unknown = [name for name in layers if name not in known]
-        parameters = {name: p.shape for name, p in self.meta.named_parameters(remove_duplicate=False)}
+        projections = {expert.projection for expert in self._experts.values()}
+        unknown = [name for name in layers if name not in known | projections]
+        parameters = {name: tuple(p.shape) for name, p in self.meta.named_parameters(remove_duplicate=False)}
+        parameters |= {name: (self.vocabulary, *parameters[name][1:]) for name in self._pair}
         saved = self._adapter.tensors.saved
         rows = {f"{name.removesuffix('weight')}{ROWS}" for name in self._rows}
-        unknown += [name for name, tensor in saved.items() if parameters.get(name) != tensor.shape and name not in rows]
+        unknown += [n for n, tensor in saved.items() if parameters.get(n) != tuple(tensor.shape) and n not in rows]
         if unknown:
             raise InputError(f"the adapter is for layers this model does not have: {listing(unknown, 3)}")
+        expected = {*expected_layers(self.meta, self._spec)} - projections
+        experts = named_by(sorted(projections), self._adapter.target_parameters)
+        check_complete(list(layers), [*expected, *experts], "the adapter")
+        check_saved(self.meta, self._adapter.modules_to_save, saved)
 
-    def _token_rows(self, head: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
+    def _token_rows(self) -> dict[str, tuple[list[int], Tensor]]:
         """Weights of which the adapter has rows of its own → the tokens, and their rows."""
-        if self._adapter is None:
+        if self._adapter is None or not self._adapter.token_indices:
             return {}
-        names = {id(module): name for name, module in self.meta.named_modules()}
-        parts = [names.get(id(self.meta.get_input_embeddings()), ""), names[id(head)]]
+        names = [name.removesuffix(".weight") for name in self._pair]
+        chosen, shares = shared_rows(
+            names, self._adapter.token_indices, tied=self._tied, keeps_ties=self._adapter.keeps_ties
+        )
         found: dict[str, tuple[list[int], Tensor]] = {}
-        for suffix, tokens in self._adapter.token_indices.items():
-            part = next((part for part in parts if part == suffix or part.endswith(f".{suffix}")), None)
-            rows = self._adapter.tensors.saved.get(f"{part}.{ROWS}")
-            if part is None or rows is None or len(rows) != len(tokens):
-                raise InputError(f"the adapter has no rows for {len(tokens)} tokens of {suffix}: save it again")
-            tied = parts if part == parts[0] and self.meta.config.get_text_config().tie_word_embeddings else [part]
-            found |= {f"{one}.weight": (tokens, rows) for one in tied}
+        for name, tokens in chosen.items():
+            rows = self._adapter.tensors.saved.get(f"{name}.{ROWS}")
+            if rows is None or len(rows) != len(tokens):
+                raise InputError(f"the adapter has no rows for {len(tokens)} tokens of {name}: save it again")
+            found |= {f"{one}.weight": (tokens, rows) for one in (names if shares else [name])}
+        twice = [name for name in found if name in self._adapter.tensors.saved or self._layer(name)]
+        if twice:
+            raise InputError(f"{listing(twice)} is adapted or trained whole, and has rows trained apart: not read")
         return found
 
-    def _add_untied(self, head: nn.Module) -> None:
-        """Where only one of a tied pair is adapted, the head gets a tensor of its own."""
-        names = {id(module): name for name, module in self.meta.named_modules()}
-        embedding, output = names.get(id(self.meta.get_input_embeddings())), names[id(head)]
-        tied = self.meta.config.get_text_config().tie_word_embeddings
-        touched = self._adapter.tensors.layers.keys() if self._adapter else set()
-        self._untied = bool(tied and touched & {embedding, output})
+    def _new_rows(self) -> dict[str, Tensor]:
+        """Weights of a vocabulary that has grown → the rows that the base had there, where the adapter says so."""
+        if self._adapter is None or self._adapter.needs_rows <= self._rows_before:
+            return {}
+        return new_rows(self._pair, self._adapter, self._rows_before, "the adapter", tied=self._tied)
+
+    def _with_new_rows(self, name: str, weight: Tensor) -> Tensor:
+        """The weight with the rows of new tokens; the adapter's own word for the old ones must be the same."""
+        given = self._adapter.tensors.base.get(name) if self._adapter else None
+        if given is not None and not _agree(weight, given[: len(weight)]):
+            raise InputError(f"the adapter was trained on another base: its {name} is not this model's")
+        if self.vocabulary <= len(weight):
+            return weight
+        weight = extended(weight, self.vocabulary)
+        if name in self._grown:
+            weight[self._rows_before :] = self._grown[name].to(weight.dtype)
+        return weight
+
+    def _add_untied(self) -> None:
+        """Where the two of a tied pair are no longer one, the head gets a tensor of its own."""
+        self._untied = self._tied and self._adapter is not None and not self._stays_tied(self._adapter)
         if self._untied:
-            self._stored.setdefault(f"{output}.weight", self._stored[f"{embedding}.weight"])
+            embedding, output = self._pair
+            self._stored.setdefault(output, self._stored[embedding])
+
+    def _stays_tied(self, adapter: PeftAdapter) -> bool:
+        embedding, output = self._pair
+        if self._layer(embedding) or self._layer(output) or (output in self._rows) is not (embedding in self._rows):
+            return False
+        if output in self._rows and self._rows[output][1] is not self._rows[embedding][1]:
+            return False
+        saved = adapter.tensors.saved
+        return adapter.keeps_ties or not saved.keys() & {embedding, output}
+
+
+def _weights_of(model: nn.Module, parts: Sequence[nn.Module | None]) -> list[str]:
+    """The names of the weights of these modules, in their order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [f"{names[id(part)]}.weight" for part in parts if part is not None]
+
+
+def _agree(own: Tensor, given: Tensor) -> bool:
+    """Whether two weights are the same, as far as the narrower dtype of the two holds them."""
+    return own.shape == given.shape and torch.equal(own.float(), given.to(own.dtype).float())
 
 
 def _quantized(weight: Tensor, base: BaseFormat) -> QuantizedTensor:

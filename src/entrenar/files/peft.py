@@ -1,66 +1,40 @@
-"""PEFT adapter directory: `adapter_config.json` and `adapter_model.safetensors`, read strictly.
+"""PEFT adapter directory: `adapter_config.json` (peft_config.py) and `adapter_model.safetensors` (peft_tensors.py).
 
-Keys are `base_model.model.<layer path>.lora_A.weight` (rank, d_in) and `.lora_B.weight` (d_out, rank); DoRA adds
-`.lora_magnitude_vector` (d_out,); an embedding has `.lora_embedding_A` (rank, vocabulary) and `.lora_embedding_B`; a
-parameter that is trained whole stands under its own name. peft loads a wrong prefix as an adapter without effect and
-only warns; here every key must be understood, and every field of the config.
+Both are read strictly: every field must be understood, and every key.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from entrenar.core.atomic import atomic_directory
+from entrenar.core.documents import parse_json
 from entrenar.core.errors import InputError, listing
-from entrenar.files.lazy_tensor import LazyTensor
-from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata, write_file
+from entrenar.files.peft_config import CONFIG_NAME, AdapterConfig, read_config
+from entrenar.files.peft_tensors import (
+    PLAIN_ENDS,
+    AdapterTensors,
+    LayerTensors,
+    embedding_rows,
+    file_shapes,
+    read_tensors,
+    write_tensors,
+)
+from entrenar.files.safetensors import read_metadata
 
-CONFIG_NAME = "adapter_config.json"
+__all__ = ["CONFIG_NAME", "PLAIN_ENDS", "AdapterTensors", "LayerTensors", "read_tensors", "write_tensors"]
 WEIGHTS_NAME = "adapter_model.safetensors"
 # What an initialisation took out of the base's weights (lora/initial.py), under the same keys; peft has no use for it.
 TAKEN_NAME = "entrenar_taken.safetensors"
 _BASE_KEY = "entrenar.base_format"
-_PREFIX = "base_model.model."
-# The ends of a layer's keys; the sets in which they belong together.
-_SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_embedding_A", ".lora_embedding_B")
-PLAIN_ENDS = {"lora_A.weight", "lora_B.weight"}
-_TOGETHER = (PLAIN_ENDS, {*PLAIN_ENDS, "lora_magnitude_vector"}, {"lora_embedding_A", "lora_embedding_B"})
-_BASE_BIAS, _BASE_WEIGHT = ".base_layer.bias", ".base_layer.weight"
 # Parameters that are adapted as such (peft's target_parameters), in the order in which peft wraps their module: the
 # first is innermost. Here each counts as a layer of its own.
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
-_ROWS = ".token_adapter.trainable_tokens_delta"  # of chosen tokens, see lora/token_rows.py
 _EXPERTS, _WRAPPED = "experts", ".base_layer"
-
-# What an adapter may be beyond what this version reads, and the value that says it is not.
-_PLAIN_ONLY: dict[str, Any] = {
-    "lora_bias": False, "layer_replication": None, "megatron_config": None,
-    "use_qalora": False, "alora_invocation_tokens": None, "arrow_config": None,
-    "velora_config": None, "monteclora_config": None, "use_bdlora": None, "kasa_config": None,
-}  # fmt: skip
-# Fields that are read, and those that say how the adapter was made or chosen, which its tensors say too.
-_READ = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "base_model_name_or_path", "use_rslora",
-    "use_dora", "bias", "rank_pattern", "alpha_pattern", "modules_to_save", "init_lora_weights", "fan_in_fan_out",
-    "ensure_weight_tying", "target_parameters", "trainable_token_indices",
-}  # fmt: skip
-_PASSED_OVER = {
-    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "runtime_config", "enable_lora",
-}  # fmt: skip
-# Initialisations that change the base weights as well, so that the adapter alone means nothing on the original base.
-_CHANGES_BASE = ("olora", "corda", "lora_ga", "mica")
 _STARTS = ("pissa", "loftq")
-_BIASES = ("none", "all", "lora_only")
-
-# Layer path → end of its key → tensor.
-LayerTensors = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,35 +50,12 @@ class BaseFormat:
     search: bool = False
 
 
-@dataclass(frozen=True)
-class AdapterTensors:
-    """The tensors of an adapter.
-
-    Attributes:
-        layers: of the adapted layers.
-        saved: parameter path → what is trained whole: modules_to_save and biases.
-        base: parameter path → weights of the base that peft writes beside an adapted embedding; never written here.
-    """
-
-    layers: LayerTensors = field(default_factory=dict)
-    saved: dict[str, Tensor] = field(default_factory=dict)
-    base: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer path → (A (rank, d_in), B (d_out, rank)) of every linear layer."""
-        return {
-            name: (parts["lora_A.weight"], parts["lora_B.weight"])
-            for name, parts in self.layers.items()
-            if parts.keys() >= PLAIN_ENDS
-        }
-
-
 @dataclass(frozen=True, kw_only=True)
 class PeftAdapter:
     """A LoRA adapter as it stands on disk; the fields are those of peft's config, see lora/spec.py.
 
-    `token_indices`: end of a module's name → tokens whose rows were trained. `target_parameters`: 3-D parameters of
+    `token_indices`: end of a module's name → tokens whose rows were trained; "": the model's embedding. `exclude`,
+    `layers`, `layers_pattern`: what narrows the targets, see lora/matching.py. `target_parameters`: 3-D parameters of
     experts, by whole names or their ends; in `tensors` they are layers. `taken`: what the initialisation took out of
     the base, layer path → its factors; only of `pissa` and `loftq`.
     """
@@ -124,6 +75,9 @@ class PeftAdapter:
     modules_to_save: list[str] = field(default_factory=list)
     keeps_ties: bool = False
     fan_in_fan_out: bool = False
+    exclude: list[str] | str = field(default_factory=list)
+    layers: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     target_parameters: list[str] = field(default_factory=list)
     token_indices: dict[str, list[int]] = field(default_factory=dict)
     tensors: AdapterTensors = field(repr=False)
@@ -146,6 +100,12 @@ class PeftAdapter:
             self.dora or self.tensors.saved or self.starts_with_change or self.target_parameters
         )
 
+    @property
+    def needs_rows(self) -> int:
+        """How many rows an embedding or head needs at least for what the adapter has of it."""
+        whole = {name: tensor.shape for name, tensor in (self.tensors.saved | self.tensors.base).items()}
+        return max(1 + _largest(self.token_indices), embedding_rows(whole))
+
 
 def write_adapter(directory: Path, adapter: PeftAdapter, beside: Callable[[Path], object] = lambda _: None) -> None:
     """Write a new adapter directory, atomically; it must not exist. `beside` writes what else is to lie there."""
@@ -157,7 +117,8 @@ def write_adapter(directory: Path, adapter: PeftAdapter, beside: Callable[[Path]
         "rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern,
         "modules_to_save": adapter.modules_to_save or None, "ensure_weight_tying": adapter.keeps_ties,
         "inference_mode": True, "target_parameters": adapter.target_parameters or None,
-        "trainable_token_indices": adapter.token_indices or None,
+        "trainable_token_indices": _for_file(adapter.token_indices), "exclude_modules": adapter.exclude or None,
+        "layers_to_transform": adapter.layers, "layers_pattern": adapter.layers_pattern,
     }  # fmt: skip
     tensors = replace(adapter.tensors, layers=_wrapped(adapter.tensors.layers, adapter.target_parameters))
     with atomic_directory(directory) as temporary:
@@ -204,35 +165,29 @@ def _unwrapped(layers: LayerTensors, parameters: Sequence[str], source: Path) ->
     return named
 
 
-def write_tensors(file: Path, tensors: AdapterTensors, metadata: dict[str, str] | None = None) -> None:
-    """Write an adapter's tensors under PEFT's keys, as float32."""
-    named = {f"{layer}.{end}": tensor for layer, parts in tensors.layers.items() for end, tensor in parts.items()}
-    named |= {_file_name(name, tensors.layers): tensor for name, tensor in tensors.saved.items()}
-    lazy = [LazyTensor(f"{_PREFIX}{name}", tuple(tensor.shape), tensor.clone) for name, tensor in named.items()]
-    write_file(file, lazy, torch.float32, metadata)
-
-
-def _file_name(parameter: str, layers: Mapping[str, object]) -> str:
-    """A bias of an adapted layer belongs to peft's `base_layer`."""
-    owner, _, leaf = parameter.rpartition(".")
-    return f"{owner}{_BASE_BIAS}" if leaf == "bias" and owner in layers else parameter
-
-
 def read_base_format(directory: Path) -> BaseFormat | None:
     """How the base was held when this adapter was trained, or None when its file does not say (peft's never does)."""
     note = read_metadata(_weights_file(directory)).get(_BASE_KEY)
     try:
-        return BaseFormat(**json.loads(note)) if note else None
-    except (ValueError, TypeError):
+        return parse_json(note, _BASE_KEY, BaseFormat) if note else None
+    except InputError as error:
         raise InputError(
-            f"{directory / WEIGHTS_NAME} has broken metadata {_BASE_KEY}: save the adapter again"
+            f"{directory / WEIGHTS_NAME} has broken metadata {error.args[0]}: save the adapter again"
         ) from None
 
 
 def largest_token(directory: Path) -> int:
-    """The largest token that an adapter has a row for; −1 if it has none, as most."""
-    indices = _token_indices(_read_config(directory / CONFIG_NAME).get("trainable_token_indices"))
-    return max((max(tokens) for tokens in indices.values()), default=-1)
+    """The largest token that an adapter has a row of its own for; −1 if it has none, as most."""
+    return _largest(_token_indices(read_config(directory / CONFIG_NAME)))
+
+
+def whole_rows(directory: Path) -> int:
+    """The most rows that an embedding or a head in an adapter's file has; 0: there is none."""
+    return embedding_rows(file_shapes(_weights_file(directory)))
+
+
+def _largest(indices: Mapping[str, Sequence[int]]) -> int:
+    return max((token for tokens in indices.values() for token in tokens), default=-1)
 
 
 def read_adapter(directory: Path) -> PeftAdapter:
@@ -242,41 +197,49 @@ def read_adapter(directory: Path) -> PeftAdapter:
         InputError: a file missing or broken, a kind of adapter that is not read, or a field or key that is not
             understood.
     """
-    config = _read_config(directory / CONFIG_NAME)
-    saved = list(config.get("modules_to_save") or [])
-    keeps_ties = bool(config.get("ensure_weight_tying"))  # then what is tied to a saved module is there too
-    file, parameters = _weights_file(directory), list(config.get("target_parameters") or [])
-    tensors = read_tensors(file, None if keeps_ties else saved, config.get("bias") or "none")
+    config, file = read_config(directory / CONFIG_NAME), _weights_file(directory)
+    saved, keeps_ties = config.modules_to_save or [], bool(config.ensure_weight_tying)
+    bias, parameters = config.bias or "none", config.target_parameters or []
+    # What is tied to a saved module is there too.
+    tensors = read_tensors(file, None if keeps_ties else saved, bias)
     tensors = replace(tensors, layers=_unwrapped(tensors.layers, parameters, file))
-    _check_kinds(directory, tensors, dora=bool(config.get("use_dora")))
-    init = config.get("init_lora_weights", True)
+    _check_kinds(directory, tensors, dora=bool(config.use_dora))
+    init = True if config.init_lora_weights is None else config.init_lora_weights
     return PeftAdapter(
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout", 0.0)),
-        targets=config["target_modules"],
-        base_model=config.get("base_model_name_or_path"),
+        rank=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout or 0.0,
+        targets=[] if config.target_modules is None else config.target_modules,
+        base_model=config.base_model_name_or_path,
         base_format=read_base_format(directory),
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
+        rslora=bool(config.use_rslora),
+        dora=bool(config.use_dora),
         init=init,
-        bias=config.get("bias") or "none",
-        rank_pattern=dict(config.get("rank_pattern") or {}),
-        alpha_pattern=dict(config.get("alpha_pattern") or {}),
+        bias=bias,
+        rank_pattern=config.rank_pattern or {},
+        alpha_pattern=config.alpha_pattern or {},
         modules_to_save=saved,
         keeps_ties=keeps_ties,
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        fan_in_fan_out=bool(config.fan_in_fan_out),
+        exclude=config.exclude_modules or [],
+        layers=config.layers_to_transform,
+        layers_pattern=config.layers_pattern or None,
         target_parameters=parameters,
-        token_indices=_token_indices(config.get("trainable_token_indices")),
+        token_indices=_token_indices(config),
         tensors=tensors,
         taken=_read_taken(directory, init),
     )
 
 
-def _token_indices(given: Any) -> dict[str, list[int]]:
-    """peft takes a list for the embedding alone."""
-    named = given if isinstance(given, dict) else {"embed_tokens": given}
-    return {name: list(tokens) for name, tokens in named.items() if tokens}
+def _token_indices(config: AdapterConfig) -> dict[str, list[int]]:
+    """A list is for the model's embedding, whatever that is called."""
+    given = config.trainable_token_indices
+    named = given if isinstance(given, dict) else {"": given or []}
+    return {name: tokens for name, tokens in named.items() if tokens}
+
+
+def _for_file(indices: Mapping[str, list[int]]) -> dict[str, list[int]] | list[int] | None:
+    return indices.get("") or dict(indices) or None
 
 
 def _read_taken(directory: Path, init: bool | str) -> LayerTensors:
@@ -289,48 +252,6 @@ def _read_taken(directory: Path, init: bool | str) -> LayerTensors:
             "says how: save it from peft as plain LoRA over a base that was saved with it"
         )
     return {}
-
-
-def read_tensors(file: Path, modules_to_save: list[str] | None = None, bias: str = "all") -> AdapterTensors:
-    """The tensors of a safetensors file with PEFT's keys; strict.
-
-    Args:
-        modules_to_save: suffixes of modules whose parameters may be there too; None: any.
-        bias: `all` and `lora_only` allow biases.
-    """
-    checkpoint = SafetensorsCheckpoint(file)
-    found, strange = AdapterTensors(), []
-    for key in checkpoint.names():
-        name = key.removeprefix(_PREFIX)
-        end = next((end for end in _SUFFIXES if name.endswith(end)), None)
-        if name == key or (end is not None and len(name) == len(end)):
-            strange.append(key)
-        elif end is not None:
-            found.layers.setdefault(name.removesuffix(end), {})[end.removeprefix(".")] = checkpoint.read(key)
-        elif name.endswith(_ROWS):
-            found.saved[name] = checkpoint.read(key)
-        elif name.endswith(_BASE_WEIGHT):
-            found.base[f"{name.removesuffix(_BASE_WEIGHT)}.weight"] = checkpoint.read(key)
-        elif bias != "none" and name.rpartition(".")[2] == "bias":
-            found.saved[name.replace(_BASE_BIAS, ".bias")] = checkpoint.read(key)
-        elif modules_to_save is None or any(f".{module}." in f".{name}" for module in modules_to_save):
-            found.saved[name] = checkpoint.read(key)
-        else:
-            strange.append(key)
-    _check_keys(file, found, strange)
-    return found
-
-
-def _check_keys(file: Path, found: AdapterTensors, strange: list[str]) -> None:
-    if strange:
-        raise InputError(
-            f"{file} has keys that are not {_PREFIX}<layer>.lora_A|B.weight or another part of an adapter that its "
-            f"config names: {listing(sorted(strange), 3)}"
-        )
-    halves = [layer for layer, parts in found.layers.items() if parts.keys() not in _TOGETHER]
-    if halves or not (found.layers or found.saved):
-        what = f"only one of lora_A and lora_B for {listing(halves, 3)}" if halves else "no tensors"
-        raise InputError(f"{file} has {what}: save the adapter again")
 
 
 def _check_kinds(directory: Path, tensors: AdapterTensors, *, dora: bool) -> None:
@@ -348,44 +269,3 @@ def _weights_file(directory: Path) -> Path:
     if not file.is_file():
         raise InputError(f"{file} does not exist: point to a PEFT adapter directory ({CONFIG_NAME}, {WEIGHTS_NAME})")
     return file
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise InputError(f"{file} does not exist: point to a PEFT adapter directory ({CONFIG_NAME}, {WEIGHTS_NAME})")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        missing = [key for key in ("peft_type", "r", "lora_alpha", "target_modules") if key not in config]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file} is not a JSON object: {error}") from None
-    if missing:
-        raise InputError(f"{file} lacks {listing(missing)}: it is not a LoRA adapter of PEFT")
-    if config["peft_type"] != "LORA":
-        raise InputError(f"{file} is a {config['peft_type']} adapter: only LORA is read")
-    if not isinstance(config["r"], int) or config["r"] < 1:
-        raise InputError(f"{file} has r = {config['r']!r}: the rank is a whole number from 1")
-    unknown = sorted(config.keys() - _READ - _PASSED_OVER - _PLAIN_ONLY.keys())
-    if unknown:
-        raise InputError(f"{file} has {listing(unknown)}, which this version does not know: what it means is not clear")
-    for key, plain in _PLAIN_ONLY.items():
-        if config.get(key, plain) not in (plain, None, False, {}, []):
-            raise InputError(f"{file} has {key} = {config[key]!r}, which this version does not read")
-    if (config.get("bias") or "none") not in _BIASES:
-        raise InputError(f"{file} has bias = {config['bias']!r}: it is one of {', '.join(_BIASES)}")
-    for key, kind in (
-        ("rank_pattern", dict),
-        ("alpha_pattern", dict),
-        ("modules_to_save", list),
-        ("target_parameters", list),
-    ):
-        if not isinstance(config.get(key) or kind(), kind):
-            raise InputError(f"{file} has {key} = {config[key]!r}: it must be a {kind.__name__}")
-    for key in ("lora_alpha", "lora_dropout"):
-        if not isinstance(config.get(key, 0.0), int | float) or isinstance(config.get(key), bool):
-            raise InputError(f"{file} has {key} = {config[key]!r}: it must be a number")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
-        raise InputError(
-            f"{file} has init_lora_weights = {init!r}, which changed the base as well: convert it to plain LoRA"
-        )
-    return config

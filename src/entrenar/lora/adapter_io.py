@@ -13,6 +13,8 @@ from entrenar.files.peft import BaseFormat, LayerTensors, PeftAdapter, read_adap
 from entrenar.lora.attach import (
     adaptable_names,
     adapted_layers,
+    expected_layers,
+    kept_embedding,
     make_layers,
     match_targets,
     refuse_adapted,
@@ -20,13 +22,17 @@ from entrenar.lora.attach import (
 )
 from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.lora.experts import ExpertLoRALayer
+from entrenar.lora.grown import make_room
 from entrenar.lora.initial import Original, Starter, start_again
 from entrenar.lora.low_rank import AdapterLayer
+from entrenar.lora.matching import check_complete, named_by
 from entrenar.lora.plain import as_plain
 from entrenar.lora.saved import saved_modules
-from entrenar.lora.spec import spec_of
+from entrenar.lora.spec import LoraSpec, spec_of
 from entrenar.lora.tensors import adapter_tensors, set_tensors
-from entrenar.lora.token_rows import ROWS, TokenRows, resize_vocabulary
+from entrenar.lora.token_rows import ROWS, TokenRows
+from entrenar.quant.embedding import QuantizedEmbedding
+from entrenar.quant.experts import ExpertProjection
 from entrenar.quant.registry import KEPT_FORMATS
 
 
@@ -67,14 +73,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, original: Original 
     """
     refuse_adapted(model)
     adapter = read_adapter(Path(directory))
-    make_room(model, adapter)
+    make_room(model, adapter, str(directory))
     replace_modules(model, layers_of(model, adapter, str(directory), start_again(adapter, original)))
-
-
-def make_room(model: nn.Module, adapter: PeftAdapter) -> None:
-    """Give the model rows for the tokens that the adapter has rows for."""
-    if adapter.token_indices:
-        resize_vocabulary(model, 1 + max(max(tokens) for tokens in adapter.token_indices.values()))
 
 
 def adapter_of(model: nn.Module) -> PeftAdapter:
@@ -111,15 +111,31 @@ def adapter_of(model: nn.Module) -> PeftAdapter:
 
 def layers_of(model: nn.Module, adapter: PeftAdapter, source: str, start: Starter) -> dict[str, nn.Module]:
     """Module path → what takes its place, filled with the adapter's tensors; the model stays as it is."""
-    names, known = list(adapter.tensors.layers), set(adaptable_names(model))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise InputError(f"the adapter {source} is for layers this model does not have: {listing(unknown, 3)}")
+    spec = spec_of(adapter)
+    _check_names(model, adapter, spec, source)
     _check_base(model, adapter.tensors.base, source)
-    replaced = make_layers(model, spec_of(adapter), names, start)
+    replaced = make_layers(model, spec, list(adapter.tensors.layers), start)
     _check_shapes(replaced, adapter, source)
     set_tensors(replaced, adapter.tensors, source)
     return replaced
+
+
+def _check_names(model: nn.Module, adapter: PeftAdapter, spec: LoraSpec, source: str) -> None:
+    """InputError unless the adapter has factors for exactly the layers that its config names, and these are here."""
+    names, modules = list(adapter.tensors.layers), dict(model.named_modules(remove_duplicate=False))
+    known = set(adaptable_names(model))
+    for name in names:
+        if name not in known and isinstance(modules.get(name), QuantizedEmbedding):
+            raise kept_embedding(name)
+        if name not in known and name in modules:
+            kind = type(modules[name]).__name__
+            raise InputError(f"the adapter {source} is for {name}, a {kind}, over which no adapter is laid here")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"the adapter {source} is for layers this model does not have: {listing(unknown, 3)}")
+    experts = [name for name in known if isinstance(modules[name], ExpertProjection)]
+    expected = [*expected_layers(model, spec), *named_by(experts, adapter.target_parameters)]
+    check_complete(names, expected, f"the adapter {source}")
 
 
 def _check_shapes(replaced: Mapping[str, nn.Module], adapter: PeftAdapter, source: str) -> None:

@@ -1,7 +1,7 @@
 """Attach adapters to a model: replace the chosen layers by adapted ones and freeze all else."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -11,16 +11,25 @@ from entrenar.lora.dora import DoRALayer
 from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.lora.experts import ExpertLoRALayer
 from entrenar.lora.initial import Original, Starter, fresh_start
-from entrenar.lora.kinds import kind_of
+from entrenar.lora.kinds import incompatible, kind_of
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer
+from entrenar.lora.matching import (
+    ALL_LINEAR,
+    Targets,
+    allowed,
+    has_suffix,
+    is_all_linear,
+    named_by,
+    saved_whole,
+    unused,
+)
 from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.lora.saved import trainable_copies
-from entrenar.lora.spec import LoraSpec
-from entrenar.lora.token_rows import rows_for, token_rows
+from entrenar.lora.spec import LoraSpec, config_layers
+from entrenar.lora.token_rows import embedding_and_head, is_tied, rows_for, token_rows
 from entrenar.quant.embedding import QuantizedEmbedding
-
-ALL_LINEAR = "all-linear"
+from entrenar.quant.experts import ExpertProjection
 
 
 def attach_lora(
@@ -28,7 +37,7 @@ def attach_lora(
     rank: int = 16,
     alpha: float = 32.0,
     dropout: float = 0.0,
-    targets: str | Sequence[str] = ALL_LINEAR,
+    targets: Targets = ALL_LINEAR,
     *,
     rslora: bool = False,
     dora: bool = False,
@@ -37,15 +46,18 @@ def attach_lora(
     alpha_pattern: Mapping[str, float] | None = None,
     bias: str = "none",
     modules_to_save: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     token_indices: Sequence[int] = (),
     original: Original | None = None,
 ) -> list[str]:
     """Replace the target layers of `model` in place by adapted ones; every other parameter is frozen.
 
     Args:
-        targets: "all-linear" (every linear layer but the output head), a list of name suffixes (`q_proj`,
+        targets: "all-linear" (every linear layer but the output head, and but those whose weight Mamba's kernels use
+            outside the layer), a list of name suffixes (`q_proj`,
             `mlp.down_proj`), or another string: a regular expression that must match the whole name, as in peft.
             Embeddings can be named too, and the experts of a mixture (`gate_up_proj`, `down_proj` of `experts`).
+        exclude: layers that are left out of the targets, named as these are.
         token_indices: tokens whose rows in embedding and output head are trained, and no others: new ones, for which
             `resize_vocabulary` has made rows.
         rslora, dora, rank_pattern, alpha_pattern, bias, modules_to_save: see `LoraSpec`.
@@ -62,7 +74,7 @@ def attach_lora(
     spec = LoraSpec(
         rank=rank, alpha=alpha, dropout=dropout, targets=targets, rslora=rslora, dora=dora, init=init,
         rank_pattern=rank_pattern or {}, alpha_pattern=alpha_pattern or {}, bias=bias, modules_to_save=modules_to_save,
-        token_indices=rows_for(model, token_indices) if token_indices else {},
+        exclude=exclude, token_indices=rows_for(model, token_indices) if token_indices else {},
     )  # fmt: skip
     return attach(model, spec, original)
 
@@ -70,10 +82,10 @@ def attach_lora(
 def attach(model: nn.Module, spec: LoraSpec, original: Original | None = None) -> list[str]:
     """`attach_lora` for a spec."""
     refuse_adapted(model)
-    names = match_targets(model, spec.targets)
-    unused = spec.unused_patterns(names)
-    if unused:
-        raise InputError(f"the rank or alpha pattern {listing(unused)!r} matches no adapted layer")
+    names = match_targets(model, spec.targets, exclude=spec.exclude, saved=spec.modules_to_save)
+    idle = spec.unused_patterns(names)
+    if idle:
+        raise InputError(f"the rank or alpha pattern {listing(idle)!r} matches no adapted layer")
     replace_modules(model, make_layers(model, spec, names, fresh_start(spec.init, original)))
     return names
 
@@ -83,8 +95,8 @@ def make_layers(model: nn.Module, spec: LoraSpec, names: Sequence[str], start: S
     layers: dict[str, nn.Module] = {
         name: adapt(name, model.get_submodule(name), spec, start).train(model.training) for name in names
     }
-    layers |= trainable_copies(model, spec.modules_to_save, names)
-    layers |= token_rows(model, spec.token_indices, list(layers))
+    layers |= trainable_copies(model, spec.modules_to_save, names, keeps_ties=spec.keeps_ties)
+    layers |= token_rows(model, spec.token_indices, list(layers), keeps_ties=spec.keeps_ties)
     return layers | (copies_with_trained_bias(model, list(layers)) if spec.bias == "all" else {})
 
 
@@ -118,37 +130,80 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def match_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Full names of the linear layers that `targets` selects; see `attach_lora`."""
+def match_targets(model: nn.Module, targets: Targets, *, exclude: Targets = (), saved: Sequence[str] = ()) -> list[str]:
+    """Full names of the layers that `targets` selects, without excluded ones and what is trained whole (`saved`).
+
+    Raises:
+        InputError: see `attach_lora`.
+    """
     adaptable = adaptable_names(model)
-    if targets == ALL_LINEAR:
+    if is_all_linear(targets):
         head = getattr(model, "get_output_embeddings", lambda: None)()
         layers = {name: model.get_submodule(name) for name in adaptable}
-        return [name for name, layer in layers.items() if layer is not head and _is_linear(layer)]
-    if isinstance(targets, str):
-        chosen = _by_regex(adaptable, targets)
-        missing = [] if chosen else [targets]
+        left = [n for n, layer in layers.items() if layer is not head and _is_linear(layer) and not _breaks(model, n)]
+        chosen, missing = allowed(left, exclude, saved), []
     else:
-        chosen = [name for name in adaptable if any(_has_suffix(name, target) for target in targets)]
-        missing = [target for target in targets if not any(_has_suffix(name, target) for name in adaptable)]
-    if missing or not chosen:
-        _refuse_kept_embeddings(model, missing)
-        known = sorted({name.rpartition(".")[2] for name in adaptable})
-        raise InputError(
-            f"LoRA target {listing(missing)!r} matches no linear layer, embedding or experts: the model has "
-            f"{listing(known, 20)}"
-        )
+        named = named_by(adaptable, targets)
+        chosen = allowed(named, exclude, saved)
+        words = [targets] if isinstance(targets, str) else targets
+        missing = unused(named, words, has_suffix) if not isinstance(targets, str) else []
+        if missing or not named:
+            raise _unmatched(model, adaptable, missing or words)
+        _refuse_breaking(model, chosen)
+    if not chosen:
+        raise InputError("every LoRA target is excluded or trained whole (modules_to_save): there is nothing to adapt")
     return chosen
 
 
-def _refuse_kept_embeddings(model: nn.Module, targets: Sequence[str]) -> None:
-    kept = [name for name, module in model.named_modules() if isinstance(module, QuantizedEmbedding)]
-    for name in kept:
-        if any(_has_suffix(name, target) for target in targets):
-            raise InputError(
-                f"{name} is held in its file's own blocks, over which an embedding is not adapted: load the model with "
-                "quantize: nf4, which leaves the embedding in floats, or leave it out of the targets"
-            )
+def _unmatched(model: nn.Module, adaptable: list[str], targets: Sequence[str]) -> InputError:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedEmbedding) and any(has_suffix(name, target) for target in targets):
+            return kept_embedding(name)
+    known = sorted({name.rpartition(".")[2] for name in adaptable})
+    return InputError(
+        f"LoRA target {listing(list(targets))!r} matches no linear layer, embedding or experts: the model has "
+        f"{listing(known, 20)}"
+    )
+
+
+def kept_embedding(name: str) -> InputError:
+    """Why an embedding in its file's own blocks has no adapter."""
+    return InputError(
+        f"{name} is held in its file's own blocks, over which an embedding is not adapted: load the model with "
+        "quantize: nf4, which leaves the embedding in floats, or leave it out of the targets"
+    )
+
+
+def expected_layers(model: nn.Module, spec: LoraSpec) -> list[str]:
+    """What an adapter's own config says it adapts in this model, by peft's rules; experts are named apart."""
+    targets = spec.targets
+    if is_all_linear(targets):
+        return match_targets(model, targets, exclude=spec.exclude, saved=spec.modules_to_save)
+    named = [n for n in adaptable_names(model) if not isinstance(model.get_submodule(n), ExpertProjection)]
+    chosen = config_layers(named, spec)
+    return [*chosen, *_tied_to(model, chosen, spec)] if spec.keeps_ties else chosen
+
+
+def _tied_to(model: Any, chosen: Sequence[str], spec: LoraSpec) -> list[str]:
+    """The embedding or head whose pair is adapted where the two are to stay tied; both have factors in the file."""
+    parts = embedding_and_head(model) if hasattr(model, "get_input_embeddings") else (None, None)
+    names = [name for name, module in model.named_modules() if module in parts]
+    if None in parts or not is_tied(*parts) or saved_whole(names, spec.modules_to_save):
+        return []
+    return [name for name in names if name not in chosen] if set(names) & set(chosen) else []
+
+
+def _breaks(model: nn.Module, name: str) -> bool:
+    return name.rpartition(".")[2] in incompatible(model)
+
+
+def _refuse_breaking(model: nn.Module, names: Sequence[str]) -> None:
+    """InputError for layers whose weight the architecture's own kernels use outside them: an adapter is not seen."""
+    if broken := [name for name in names if _breaks(model, name)]:
+        raise InputError(
+            f"{listing(broken, 3)} of a {getattr(model.config, 'model_type', 'Mamba')} model cannot be adapted: its "
+            "weight is used outside the layer, where an adapter does not reach; leave it out of the targets"
+        )
 
 
 def adaptable_names(model: nn.Module) -> list[str]:
@@ -164,18 +219,6 @@ def adaptable_names(model: nn.Module) -> list[str]:
 def _is_linear(layer: nn.Module) -> bool:
     kind = kind_of(layer)
     return not isinstance(layer, EmbeddingLoRALayer | ExpertLoRALayer) if kind is None else kind.is_linear
-
-
-def _by_regex(names: list[str], pattern: str) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"LoRA target {pattern!r} is not a regular expression: {error}") from None
-    return [name for name in names if compiled.fullmatch(name)]
-
-
-def _has_suffix(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def adapt(name: str, module: nn.Module, spec: LoraSpec, start: Starter) -> AdapterLayer:

@@ -40,6 +40,16 @@ class DoRALayer(AdapterLayer):
         self.lora_magnitude = nn.Parameter(self.row_norms())
 
     @property
+    def weight(self) -> Tensor:
+        """The weight for code outside the layer, see `outside` in lora/low_rank.py."""
+        return self.plain.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (d_out,)."""
+        return self.plain.bias
+
+    @property
     def runs_alone(self) -> bool:
         """Always: it is more than its member."""
         return True

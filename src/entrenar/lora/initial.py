@@ -122,6 +122,8 @@ def fresh_start(init: str, original: Original | None) -> Starter:
         if not layer.scale:
             raise InputError("alpha is 0, so that no factors can take a part of the weight: choose an alpha above 0")
         weight = _weight_before(name, layer, original)
+        if layer.rank > min(weight.shape):
+            raise InputError(f"rank {layer.rank} is above that of its weight: {init} takes 1 to {min(weight.shape)}")
         (a, b), taken = row.start(weight, layer.rank, layer.rounded, row.count)
         root = math.sqrt(layer.scale)
         layer.lora_a.copy_(a / root)

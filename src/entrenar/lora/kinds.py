@@ -34,6 +34,20 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((kind for kind in KINDS if isinstance(module, kind.module)), None)
 
 
+# Layers whose weight the architecture takes out of them, so that an adapter over one is not seen: what peft 0.21.2
+# refuses, and the time step's projection, whose bias is added apart.
+_MIXER = {"out_proj", "conv1d"}
+_OUTSIDE = {
+    "mamba": _MIXER | {"dt_proj"}, "falcon_mamba": _MIXER | {"dt_proj"}, "jamba": {"dt_proj"}, "mamba2": _MIXER,
+    "falcon_h1": _MIXER, "nemotron_h": _MIXER,
+}  # fmt: skip
+
+
+def incompatible(model: nn.Module) -> set[str]:
+    """Last words of the paths of layers that cannot be adapted in this architecture."""
+    return _OUTSIDE.get(getattr(getattr(model, "config", None), "model_type", ""), set())
+
+
 def _quantized(module: QuantizedLinear, spec: LayerSpec) -> QLoRALayer:
     weight = module.quantized_weight
     return QLoRALayer(weight, spec.rank, spec.alpha, spec.dropout, module.bias, rslora=spec.rslora)

@@ -3,7 +3,15 @@
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
-from entrenar.lora.low_rank import AdapterLayer, MemoryStats, adapted_forward, delta, init_factors, memory_stats
+from entrenar.lora.low_rank import (
+    AdapterLayer,
+    MemoryStats,
+    adapted_forward,
+    delta,
+    init_factors,
+    memory_stats,
+    outside,
+)
 from entrenar.ops.adapted_linear import Member
 from entrenar.ops.linear_weight import DenseWeight
 
@@ -13,7 +21,8 @@ class LoRALayer(AdapterLayer):
 
     Args:
         base_weight: (d_out, d_in), any float dtype; held as it is, not copied.
-        rank: 1 … min(d_out, d_in). alpha: numerator of the scale. dropout: on the adapter's input, while training.
+        rank: 1 or more; above min(d_out, d_in) it is more than is needed.
+        alpha: numerator of the scale. dropout: on the adapter's input, while training.
         bias: (d_out,), frozen. rslora: scale = alpha / √rank.
 
     Raises:
@@ -42,6 +51,11 @@ class LoRALayer(AdapterLayer):
     def is_merged(self) -> bool:
         """Whether scale·B·A is at present added into `base_weight`."""
         return self._unmerged is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight for code outside the layer, see `outside`."""
+        return outside(self, self.base_weight.dtype, self.base_weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., d_in) → (..., d_out), computed in the dtype of x; a merged layer runs its base alone."""

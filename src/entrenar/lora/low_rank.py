@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError
 from entrenar.lora.spec import LayerSpec
 from entrenar.ops.adapted_linear import Member, adapted_linears, low_rank
+from entrenar.quant.held_weight import held_weight
 from entrenar.quant.linear import in_compute_dtype
 
 
@@ -53,6 +55,16 @@ class AdapterLayer(nn.Module):
     taken: tuple[Tensor, Tensor] | None = None
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+
+    @property
+    def in_features(self) -> int:
+        """d_in under the name that nn.Linear has for it."""
+        return self.d_in
+
+    @property
+    def out_features(self) -> int:
+        """d_out under the name that nn.Linear has for it."""
+        return self.d_out
 
     @property
     def is_dropping(self) -> bool:
@@ -97,14 +109,14 @@ def init_factors(
     """Give `layer` its fresh factors over a base of `shape` (d_out, d_in).
 
     Raises:
-        InputError: the base is not 2-D, rank < 1 or above the smaller side, or dropout outside [0, 1).
+        InputError: the base is not 2-D, rank < 1, or dropout outside [0, 1).
     """
     if len(shape) != 2:
         raise InputError(
             f"LoRA needs a base weight with 2 dimensions (d_out, d_in); this one has {len(shape)}: {shape}"
         )
-    if not 1 <= rank <= min(shape):
-        raise InputError(f"rank {rank} does not fit a base of shape {shape}: choose 1 to {min(shape)}")
+    if rank < 1:  # above the smaller side it is more than is needed, and as peft has it (a gate of one row)
+        raise InputError(f"rank {rank} is none for a base of shape {shape}: choose 1 or more")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout {dropout} is not a probability: choose 0 or more, below 1")
     layer.d_out, layer.d_in = shape
@@ -113,6 +125,18 @@ def init_factors(
     layer.lora_a = nn.Parameter(torch.empty(rank, layer.d_in, dtype=torch.float32, device=device))
     layer.lora_b = nn.Parameter(torch.zeros(layer.d_out, rank, dtype=torch.float32, device=device))
     draw(layer.lora_a, partial(nn.init.kaiming_uniform_, a=math.sqrt(5)))
+
+
+def outside(layer: AdapterLayer, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An adapted layer's weight for code outside the layer: shape, dtype and device; computing with it is refused."""
+
+    def refuse() -> NoReturn:
+        raise InputError(
+            f"this architecture computes with the weight of a layer ({layer.d_out} × {layer.d_in}) outside the layer, "
+            "where its adapter is not seen: leave such layers out (lora: exclude)"
+        )
+
+    return held_weight((layer.d_out, layer.d_in), dtype, device, refuse)
 
 
 @torch.no_grad()

@@ -6,7 +6,15 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.lora.lora_layer import LoRALayer
-from entrenar.lora.low_rank import AdapterLayer, MemoryStats, adapted_forward, delta, init_factors, memory_stats
+from entrenar.lora.low_rank import (
+    AdapterLayer,
+    MemoryStats,
+    adapted_forward,
+    delta,
+    init_factors,
+    memory_stats,
+    outside,
+)
 from entrenar.ops.adapted_linear import Member
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import QuantizedTensor, quantize, requantize
@@ -72,6 +80,16 @@ class QLoRALayer(AdapterLayer):
     def is_merged(self) -> bool:
         """Always False: a quantized base is never changed in place."""
         return False
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight for code outside the layer, see `outside`."""
+        return outside(self, self.base_weight_quantized.dtype, self.base_weight_quantized.device)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (d_out,)."""
+        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., d_in) → (..., d_out), computed in the dtype of x."""

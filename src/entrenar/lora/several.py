@@ -13,9 +13,10 @@ from torch import nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import PeftAdapter, read_adapter, write_adapter
-from entrenar.lora.adapter_io import layers_of, make_room
+from entrenar.lora.adapter_io import layers_of
 from entrenar.lora.attach import refuse_adapted, replace_modules
 from entrenar.lora.combine import combine
+from entrenar.lora.grown import make_room
 from entrenar.lora.initial import Original, start_again
 
 
@@ -50,7 +51,7 @@ class Adapters:
             raise InputError(f"there is an adapter {name!r} already: choose another name")
         active = self.active
         self.off()
-        make_room(self._model, adapter)
+        make_room(self._model, adapter, name)
         modules = layers_of(self._model, adapter, name, start_again(adapter, original))
         trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
         self._sets[name] = _Set(adapter, modules, trained)

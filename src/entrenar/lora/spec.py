@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from entrenar.core.errors import InputError
 from entrenar.files.peft import PeftAdapter
+from entrenar.files.peft_tensors import EMBEDDING_ENDS
+from entrenar.lora.matching import allowed, in_layers, named_by
 
 _Number = TypeVar("_Number", int, float)
 BIASES = ("none", "all", "lora_only")
@@ -40,7 +42,10 @@ class LoraSpec:
         rank_pattern, alpha_pattern: name → number; the name is a regular expression for a layer's whole name or for its
             end after a dot, the first that matches counts (as in peft).
         bias: train no bias, those of the adapted layers (`lora_only`), or every one (`all`).
-        modules_to_save: suffixes of modules that are trained whole beside the adapter (embeddings, lm_head, a norm).
+        modules_to_save: ends of the paths of modules that are trained whole beside the adapter (embeddings, lm_head, a
+            norm).
+        exclude, layers, layers_pattern: what narrows the targets, see lora/matching.py.
+        keeps_ties: weights that were tied and are trained whole stay one (peft's `ensure_weight_tying`).
         token_indices: end of a module's name → tokens whose rows in it are trained (lora/token_rows.py).
     """
 
@@ -55,6 +60,10 @@ class LoraSpec:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
     modules_to_save: Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
+    layers: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    keeps_ties: bool = True
     token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,12 +89,38 @@ class LoraSpec:
 
 
 def spec_of(adapter: PeftAdapter) -> LoraSpec:
-    """The spec of an adapter on disk; how it started is in the past."""
-    return LoraSpec(
+    """The spec of an adapter on disk; how it started is in the past.
+
+    Raises:
+        InputError: factors of another rank than the config says, whose scale would then be another too.
+    """
+    spec = LoraSpec(
         rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.targets, rslora=adapter.rslora,
         dora=adapter.dora, bias=adapter.bias, rank_pattern=adapter.rank_pattern, alpha_pattern=adapter.alpha_pattern,
-        modules_to_save=adapter.modules_to_save, token_indices=adapter.token_indices,
+        modules_to_save=adapter.modules_to_save, token_indices=adapter.token_indices, exclude=adapter.exclude,
+        layers=adapter.layers, layers_pattern=adapter.layers_pattern, keeps_ties=adapter.keeps_ties,
     )  # fmt: skip
+    _check_ranks(adapter, spec)
+    return spec
+
+
+def _check_ranks(adapter: PeftAdapter, spec: LoraSpec) -> None:
+    for name, parts in adapter.tensors.layers.items():
+        kind = "lora_embedding_A" in parts
+        a, b = (parts[end] for end in (EMBEDDING_ENDS if kind else ("lora_A.weight", "lora_B.weight")))
+        rank = spec.for_layer(name).rank
+        is_experts = adapter.target_parameters and name.split(".")[-2:-1] == ["experts"]  # one pair for each of them
+        if a.shape[0] != b.shape[1] or (a.shape[0] % rank if is_experts else a.shape[0] != rank):
+            raise InputError(
+                f"the adapter has A and B of shapes {tuple(a.shape)} and {tuple(b.shape)} at {name}, and its config "
+                f"gives that layer the rank {rank}: they do not belong together"
+            )
+
+
+def config_layers(names: Sequence[str], spec: LoraSpec) -> list[str]:
+    """Of the paths of layers those that a config with a list or an expression names."""
+    chosen = allowed(named_by(names, spec.targets), spec.exclude, spec.modules_to_save)
+    return chosen if isinstance(spec.targets, str) else in_layers(chosen, spec.layers, spec.layers_pattern)
 
 
 def _by_pattern(patterns: Mapping[str, _Number], name: str, default: _Number) -> _Number:

@@ -67,11 +67,18 @@ def _whole(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _copy(targets: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], source: str, what: str) -> None:
-    if targets.keys() != values.keys():
-        odd = sorted(targets.keys() ^ values.keys())
+    """Copy values into their parameters; a tied one may stand under each of its names, or one of them."""
+    given = {id(targets[name]) for name in values if name in targets}
+    odd = sorted({name for name in targets if name not in values and id(targets[name]) not in given}
+                 | (values.keys() - targets.keys()))  # fmt: skip
+    if odd:
         raise InputError(f"{source} and the model do not {what}: {listing(odd, 3)} only in one of them")
-    for name, target in targets.items():
-        if target.shape != values[name].shape:
-            shapes = f"shape {tuple(values[name].shape)} at {name}, the model {tuple(target.shape)}"
-            raise InputError(f"{source} has {shapes}")
-        target.copy_(values[name])
+    first: dict[int, str] = {}
+    for name, value in values.items():
+        target = targets[name]
+        if target.shape != value.shape:
+            raise InputError(f"{source} has shape {tuple(value.shape)} at {name}, the model {tuple(target.shape)}")
+        other = first.setdefault(id(target), name)
+        if other != name and not torch.equal(values[other], value):
+            raise InputError(f"{source} has other values for {name} than for {other}, which are tied: save it again")
+        target.copy_(value)

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
+from entrenar.lora.matching import has_suffix
 
 ROWS = "token_adapter.trainable_tokens_delta"  # peft's name; they are whole rows
 Indices = Mapping[str, Sequence[int]]
-"""End of a module's name (`embed_tokens`, `lm_head`) → the tokens whose rows are trained."""
+"""End of a module's name (`embed_tokens`, `lm_head`; "": the embedding) → the tokens whose rows are trained."""
 
 
 class TokenRows(nn.Module):
@@ -68,41 +69,75 @@ class TokenRows(nn.Module):
 
 def rows_for(model: nn.Module, indices: Sequence[int]) -> dict[str, list[int]]:
     """`Indices` for embedding and head of a model; for the embedding alone if the head is tied to it."""
-    embedding, head = _embedding_and_head(model)
+    embedding, head = embedding_and_head(model)
     names = [_name_of(model, embedding)]
-    if head is not None and not _is_tied(embedding, head):
+    if head is not None and not is_tied(embedding, head):
         names.append(_name_of(model, head))
     return {name.rpartition(".")[2]: list(indices) for name in names}
 
 
-def token_rows(model: nn.Module, indices: Indices, taken: Sequence[str]) -> dict[str, nn.Module]:
-    """Path → what takes the place of the modules that `indices` name, and of a head that is tied to one of them.
+def token_rows(
+    model: nn.Module, indices: Indices, taken: Sequence[str], *, keeps_ties: bool = True
+) -> dict[str, nn.Module]:
+    """Path → what takes the place of the modules that `indices` name, and of a head that shares rows with one.
+
+    Args:
+        taken: modules that are adapted or trained whole.
+        keeps_ties: as in `shared_rows`.
 
     Raises:
-        InputError: a name that is neither the embedding nor the head, a token that has no row, a module in `taken`
-            (adapted or trained whole), or one held in its file's own blocks.
+        InputError: a name that is neither the embedding nor the head, a token that has no row, a module that is taken,
+            or one held in its file's own blocks.
     """
     if not indices:
         return {}
-    embedding, head = _embedding_and_head(model)
-    parts = {_name_of(model, part): part for part in (embedding, head) if part is not None}
-    made: dict[str, nn.Module] = {}
-    for suffix, tokens in indices.items():
-        name = next((name for name in parts if name == suffix or name.endswith(f".{suffix}")), None)
-        if name is None:
-            raise InputError(f"rows of {suffix} cannot be trained: tokens have rows in {listing(list(parts))}")
+    embedding, head = embedding_and_head(model)
+    names = [_name_of(model, part) for part in (embedding, head) if part is not None]
+    tied = head is not None and is_tied(embedding, head)
+    chosen, shares = shared_rows(names, indices, tied=tied, keeps_ties=keeps_ties)
+    parts: dict[str, Any] = dict(zip(names, (embedding, head), strict=False))
+    for name in (*chosen, *(names[1:] if shares else ())):
         if name in taken:
             raise InputError(f"{name} is adapted or trained whole, so its rows are not trained apart: choose one")
         _check_plain(name, parts[name])
+    for name, tokens in chosen.items():
         outside = [token for token in tokens if not 0 <= token < len(cast(Tensor, parts[name].weight))]
         if outside or len(set(tokens)) < len(tokens):
             raise InputError(f"{name} has no row of its own for each of the tokens {listing([*map(str, tokens)], 5)}")
-        if name not in made:
-            made[name] = TokenRows(parts[name], tokens)
-        if head is not None and parts[name] is embedding and _is_tied(embedding, head):
-            rows = cast(TokenRows, made[name]).rows
-            made[_name_of(model, head)] = TokenRows(head, tokens, rows)
-    return made
+    made = {name: TokenRows(parts[name], tokens) for name, tokens in chosen.items()}
+    if shares:
+        made[names[1]] = TokenRows(parts[names[1]], chosen[names[0]], made[names[0]].rows)
+    return {**made}
+
+
+def shared_rows(
+    names: Sequence[str], indices: Indices, *, tied: bool, keeps_ties: bool = True
+) -> tuple[dict[str, list[int]], bool]:
+    """Which of embedding and head has rows for which tokens, and whether the head shares the embedding's.
+
+    As in peft: the head of a tied pair does, unless it is named with other tokens. Then both have their own.
+
+    Args:
+        names: paths of the embedding and, if there is one, of the head. tied: whether the two are one weight.
+        keeps_ties: peft's `ensure_weight_tying`, by which other tokens for the head are refused.
+
+    Raises:
+        InputError: a name that is neither, or other tokens for a tied head that is to stay tied.
+    """
+    chosen: dict[str, list[int]] = {}
+    for suffix, tokens in indices.items():
+        name = next((name for name in names if not suffix or has_suffix(name, suffix)), None)
+        if name is None:
+            raise InputError(f"rows of {suffix} cannot be trained: tokens have rows in {listing(list(names))}")
+        if chosen.setdefault(name, list(tokens)) != list(tokens):
+            raise InputError(f"rows of {name} are named twice, with different tokens: name them once")
+    if not tied or names[0] not in chosen:
+        return chosen, False
+    if chosen.get(names[1], chosen[names[0]]) != chosen[names[0]]:
+        if keeps_ties:
+            raise InputError(f"{names[1]} is tied to {names[0]} and named with other tokens: name the same for both")
+        return chosen, False
+    return {names[0]: chosen[names[0]]}, True
 
 
 def resize_vocabulary(model: nn.Module, rows: int) -> None:
@@ -111,10 +146,10 @@ def resize_vocabulary(model: nn.Module, rows: int) -> None:
     Raises:
         InputError: the embedding is held in its file's own blocks.
     """
-    embedding, head = _embedding_and_head(model)
+    embedding, head = embedding_and_head(model)
     if rows <= embedding.num_embeddings:
         return
-    was_tied = head is not None and _is_tied(embedding, head)
+    was_tied = head is not None and is_tied(embedding, head)
     for part in (embedding, head):
         if part is None or (part is head and was_tied):
             continue
@@ -146,13 +181,15 @@ def _check_plain(name: str, part: nn.Module) -> None:
         )
 
 
-def _embedding_and_head(model: Any) -> tuple[Any, Any]:
+def embedding_and_head(model: Any) -> tuple[Any, Any]:
+    """The modules of a model of transformers, without rows of their own around them; None for a head that is not."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     own = [part.base if isinstance(part, TokenRows) else part for part in (embedding, head)]
     return own[0], own[1]
 
 
-def _is_tied(embedding: Any, head: Any) -> bool:
+def is_tied(embedding: Any, head: Any) -> bool:
+    """Whether the two hold one weight."""
     return getattr(embedding, "weight", None) is not None and embedding.weight is getattr(head, "weight", None)
 
 

@@ -20,7 +20,8 @@ from entrenar.files.bitsandbytes import BitsandbytesWeights, PackedWeight, is_bi
 from entrenar.files.peft import PeftAdapter, read_adapter
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
-from entrenar.lora.spec import spec_of
+from entrenar.lora.matching import check_complete, is_all_linear
+from entrenar.lora.spec import config_layers, spec_of
 from entrenar.merging.stack import Scratch, Source
 
 _LAYER = re.compile(r"(?P<before>(^|.*\.)(layers|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
@@ -237,8 +238,19 @@ def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
             "over: export the model with it (--to safetensors) and merge the result"
         )
     spec, tensors = spec_of(adapter), dict(model.tensors)
+    grown = [n for n, own in adapter.tensors.base.items() if n in tensors and own.shape != tensors[n].shape]
+    if grown:
+        raise InputError(
+            f"the adapter {where} brings another {listing(grown)} than the model's, as of a vocabulary that has grown: "
+            "export the model with the adapter (--to safetensors) and merge the result"
+        )
     for layer, (a, b) in adapter.factors.items():
         name = f"{layer}.weight"
+        if model.is_tied and split_layer(name) is None:
+            raise InputError(
+                f"the adapter {where} is for {layer}, and head and embedding of the model are tied, as a merge keeps "
+                "them: export the model with the adapter (--to safetensors), which unties them, and merge the result"
+            )
         if name not in tensors:
             raise InputError(f"the adapter {where} is for {layer}, which {model.label} does not have")
         weight = tensors[name]
@@ -249,6 +261,9 @@ def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
             )
         source = AdaptedSource(weight.source, a.shape[1], a.float(), b.float() * spec.for_layer(layer).scale)
         tensors[name] = InputTensor(weight.shape, weight.dtype, source, weight.bytes)
+    if not is_all_linear(spec.targets):
+        layers = [name.removesuffix(".weight") for name, own in tensors.items() if len(own.shape) == 2]
+        check_complete(list(adapter.factors), config_layers(layers, spec), f"the adapter {where}")
     digest = hashlib.blake2b(model.fingerprint.encode(), digest_size=16)
     for layer, (a, b) in sorted(adapter.factors.items()):
         digest.update(

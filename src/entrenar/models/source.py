@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from entrenar.core.errors import InputError
 from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
+from entrenar.files.peft import whole_rows
 from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.models.directory import open_checkpoint, read_tokenizer, with_prefix
@@ -80,9 +81,14 @@ def open_source(path: str, *, with_tokenizer: bool = True) -> ModelSource:
 def with_tokenizer_of(source: ModelSource, directory: Path, largest: int) -> ModelSource:
     """The source with the tokenizer that lies beside an adapter with rows for tokens up to `largest` (−1: with none).
 
+    An embedding in the adapter's file that is larger than the model's has rows for new tokens too.
+
     Raises:
         InputError: no tokenizer lies there, and the source's own does not have those tokens.
     """
+    rows = whole_rows(directory)
+    if rows > source.config.get_text_config().vocab_size:
+        largest = max(largest, rows - 1)
     if largest < 0:
         return source
     if (directory / "tokenizer_config.json").is_file():

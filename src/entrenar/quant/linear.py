@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError
 from entrenar.ops.adapted_linear import Member, adapted_linears
 from entrenar.ops.linear_weight import DenseWeight, LinearWeight
+from entrenar.quant.held_weight import held_weight
 from entrenar.quant.registry import held_format
 from entrenar.quant.tensor import QuantizedTensor
 
@@ -50,6 +51,12 @@ class QuantizedLinear(nn.Module):
         """The weight as it is held; its parts are the layer's own parameters."""
         parts = {name: self.get_parameter(f"weight_{name}").data for name in self._part_names}
         return QuantizedTensor(*self._layout, parts, self._searched)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight for code outside the layer, dequantized whenever something computes with it."""
+        held = self.quantized_weight
+        return held_weight(held.shape, held.dtype, held.device, self.fused_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., d_in) → (..., d_out)."""

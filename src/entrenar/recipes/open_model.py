@@ -33,8 +33,9 @@ def open_model(
             dtype=dtype,
         )
     if adapter:
+        before = loaded.config.get_text_config().vocab_size
         load_adapter(loaded, adapter, original=original_weights(model))
         largest = largest_token(Path(adapter))
-        if largest >= 0:
+        if largest >= 0 or loaded.config.get_text_config().vocab_size > before:
             tokenizer = with_tokenizer_of(open_source(model, with_tokenizer=False), Path(adapter), largest).tokenizer
     return loaded, tokenizer

@@ -1,0 +1,120 @@
+"""`adapter_config.json` of PEFT: every field that is read has a checked type, every other one must say nothing.
+
+A field that this version does not know is passed over where its value says that it is not used (null, false, empty):
+each release of peft writes its new fields at such values. One that says something is refused by name.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from entrenar.core.documents import JsonObject, parse_json, read_bytes
+from entrenar.core.errors import InputError, listing
+
+CONFIG_NAME = "adapter_config.json"
+BIASES = ("none", "all", "lora_only")
+_MOST = 2**31 - 1
+
+Rank = Annotated[int, Field(ge=1, le=_MOST)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[int, Field(ge=0, le=_MOST)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The fields that are read, under peft's names; null is what peft takes it for: the default."""
+
+    r: Rank
+    lora_alpha: Number
+    target_modules: str | list[str] | None
+    lora_dropout: Share | None = None
+    base_model_name_or_path: str | None = None
+    fan_in_fan_out: bool | None = None
+    bias: Literal["none", "all", "lora_only"] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    init_lora_weights: bool | str | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Number] | None = None
+    modules_to_save: list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: Place | list[Place] | None = None
+    layers_pattern: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[Place] | dict[str, list[Place]] | None = None
+    ensure_weight_tying: bool | None = None
+
+
+# Fields that say how the adapter was made, chosen or run, which its tensors say too.
+_PASSED_OVER = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
+    "enable_lora",
+}  # fmt: skip
+# What an adapter may be beyond what this version reads.
+_NOT_READ = {
+    "lora_bias", "layer_replication", "megatron_config", "use_qalora", "alora_invocation_tokens", "arrow_config",
+    "velora_config", "monteclora_config", "use_bdlora", "kasa_config",
+}  # fmt: skip
+# Initialisations that change the base weights as well, so that the adapter alone means nothing on the original base.
+_CHANGES_BASE = ("olora", "corda", "lora_ga", "mica")
+_WANTED = ("peft_type", "r", "lora_alpha", "target_modules")
+
+
+def read_config(file: Path) -> AdapterConfig:
+    """The config of a LoRA adapter.
+
+    Raises:
+        InputError: no such file, not a LoRA adapter, a value of another type than its key has, or a field that says
+            something which this version does not read or know.
+    """
+    if not file.exists():
+        raise InputError(f"{file} does not exist: point to a PEFT adapter directory (with {CONFIG_NAME})")
+    text, source = read_bytes(file, "adapter config").removeprefix(b"\xef\xbb\xbf"), f"adapter config {file}"
+    values = parse_json(text, source, JsonObject)
+    missing = [key for key in _WANTED if key not in values]
+    if missing:
+        raise InputError(f"{file} lacks {listing(missing)}: it is not a LoRA adapter of PEFT")
+    if values["peft_type"] != "LORA":
+        raise InputError(f"{file} is a {str(values['peft_type'])[:40]} adapter: only LORA is read")
+    _check_fields(file, values)
+    config = parse_json(text, source, AdapterConfig)
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
+        raise InputError(
+            f"{file} has init_lora_weights = {init!r}, which changed the base as well: convert it to plain LoRA"
+        )
+    if config.target_modules is None and not config.target_parameters:
+        raise InputError(f"{file} has target_modules = null and no target_parameters: it names nothing that it adapts")
+    return config
+
+
+def _check_fields(file: Path, values: JsonObject) -> None:
+    """InputError for a field that says something which is not read, or that is not known."""
+    used = [key for key, value in values.items() if not _says_nothing(value)]
+    known = {field.name for field in fields(AdapterConfig)}
+    for key in used:
+        if key in _NOT_READ:
+            raise InputError(f"{file} has {key} = {_shown(values[key])}, which this version does not read")
+    unknown = sorted(set(used) - known - _PASSED_OVER)
+    if unknown:
+        raise InputError(
+            f"{file} has {listing([_shown(key) for key in unknown], 5)}, which this version does not know: what it "
+            "means is not clear"
+        )
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a field's value is that of a field which is not used: null, false, or empty all the way down."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if parts is not None:
+        return all(part is None or part is False or part in ("", [], {}) for part in parts)
+    return value is None or value is False or value == ""
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) and value.isidentifier() else repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"

@@ -1,0 +1,64 @@
+"""Adapters of a model whose vocabulary had grown: its embedding and head have rows that the base lacks.
+
+They stand in the adapter's file whole (`modules_to_save`), as the base's own weights beside it (peft's
+`save_embedding_layers`), or as rows of single tokens. Room is made for them before the adapter is laid over.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from entrenar.core.errors import InputError, listing
+from entrenar.files.peft import PeftAdapter
+from entrenar.lora.token_rows import embedding_and_head, is_tied, resize_vocabulary
+
+
+def make_room(model: nn.Module, adapter: PeftAdapter, source: str) -> None:
+    """Give the model rows for the tokens that the adapter has rows for; `source` names it in errors.
+
+    Raises:
+        InputError: the adapter has new rows for the embedding alone or for the head alone.
+    """
+    if not adapter.needs_rows or not hasattr(model, "get_input_embeddings"):
+        return
+    embedding, head = embedding_and_head(model)
+    if adapter.needs_rows <= embedding.num_embeddings:
+        return
+    names = [f"{name}.weight" for part in (embedding, head) for name, module in model.named_modules() if module is part]
+    tied, before = head is not None and is_tied(embedding, head), embedding.num_embeddings
+    found = new_rows(names, adapter, before, source, tied=tied)
+    resize_vocabulary(model, adapter.needs_rows)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, rows in found.items():
+            parameters[name][before:] = rows.to(parameters[name])
+
+
+def new_rows(names: Sequence[str], adapter: PeftAdapter, before: int, source: str, *, tied: bool) -> dict[str, Tensor]:
+    """Weight → its rows from `before` on as the base had them under the adapter, where the file says so.
+
+    Args:
+        names: the weights of the embedding and of the head.
+
+    Raises:
+        InputError: see `make_room`.
+    """
+    base = {
+        name: adapter.tensors.base[name][before:] for name in names if _has_grown(adapter.tensors.base, name, before)
+    }
+    whole = {name for name in names if _has_grown(adapter.tensors.saved, name, before)}
+    if tied:
+        base = {name: rows for rows in list(base.values())[:1] for name in names}
+        whole = set(names) if whole and adapter.keeps_ties else whole
+    lacking = [name for name in names if name not in base and name not in whole]
+    if lacking and (base or whole):
+        raise InputError(
+            f"{source} has an embedding or a head of {adapter.needs_rows} rows where the model has {before}, and no "
+            f"rows for {listing(lacking)}: save it with both (peft: save_embedding_layers=True)"
+        )
+    return base
+
+
+def _has_grown(tensors: Mapping[str, Tensor], name: str, before: int) -> bool:
+    return name in tensors and tensors[name].dim() == 2 and len(tensors[name]) > before
