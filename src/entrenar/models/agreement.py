@@ -1,6 +1,10 @@
-"""Whether a replacement agrees with what it replaces: trial inputs, a recorded trial run, and a comparison."""
+"""Whether a replacement agrees with what it replaces: hypotheses told apart, a recorded trial run, a comparison.
 
-from collections.abc import Callable
+What a module computes is told in float32 or float64, element by element (`told_apart`): the roundings of bfloat16 are
+wide enough to hide the difference between two hypotheses. `agree` only confirms, in the run's dtype, what was told so.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +16,25 @@ Forward = Callable[..., Any]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 TRIAL_TOKENS = 4  # enough for rotations and masks to matter
 Trial = tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]
+_ROUNDINGS = 1e-5  # of each element: some of float32, in which many classes compute whatever they are given
+_APART = 30  # times that, two hypotheses must differ somewhere
+
+
+def told_apart(expected: Tensor, hypotheses: Sequence[Tensor], floor: float = 1e-30) -> int | None:
+    """Which of the hypotheses an outcome is, every element of it; None if it is none, or if two are too close to tell.
+
+    Args:
+        expected: what the class's own forward gave, float32 or float64. hypotheses: the same shape, float64.
+        floor: what an element may differ by in any case.
+    """
+    if any(each.shape != expected.shape for each in hypotheses):
+        return None
+    outcome = expected.double()
+    bound = _ROUNDINGS * outcome.abs() + floor
+    agreeing = [index for index, each in enumerate(hypotheses) if ((each - outcome).abs() <= bound).all()]
+    pairs = ((a, b) for index, a in enumerate(hypotheses) for b in hypotheses[:index])
+    apart = all(((a - b).abs() > _APART * bound).any() for a, b in pairs)
+    return agreeing[0] if apart and len(agreeing) == 1 else None
 
 
 @torch.no_grad()

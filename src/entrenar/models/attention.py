@@ -20,18 +20,20 @@ from entrenar.ops.attention import causal_attention
 
 NAME = "entrenar"
 _STARTS = "_entrenar_starts"  # attribute of a mask that has been read
-Observer = Callable[[nn.Module, dict[str, Any]], None]
-_observers: list[Observer] = []
+Attend = Callable[..., tuple[Tensor, Any]]
+_standing_in: list[Attend] = []
+# What a call may ask for and still be the kernel's: a scale; what the mask says already; what is for others to know.
+_KNOWN = {"dropout", "scaling", "is_causal", "position_ids", "use_cache", "sliding_window"}
 
 
 @contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Tell `observer` the module and the options of every call meanwhile."""
-    _observers.append(observer)
+def intercepted(stand_in: Attend) -> Iterator[None]:
+    """Let `stand_in` attend meanwhile; it is called as transformers calls `attention_forward`."""
+    _standing_in.append(stand_in)
     try:
         yield
     finally:
-        _observers.remove(observer)
+        _standing_in.remove(stand_in)
 
 
 def attention_forward(
@@ -44,10 +46,11 @@ def attention_forward(
     Returns:
         (B, T, H, D), and None for the weights.
     """
-    for observer in _observers:
-        observer(module, options)
+    if _standing_in:
+        return _standing_in[-1](module, query, key, value, attention_mask, **options)
     starts = None
-    plain = query.device.type == "cpu" and not options.get("dropout") and options.get("position_bias") is None
+    asked = {name for name, value in options.items() if value is not None}
+    plain = query.device.type == "cpu" and not options.get("dropout") and asked <= _KNOWN
     plain = plain and query.shape[2] == key.shape[2]
     if plain and attention_mask is not None:
         starts = first_keys(attention_mask)

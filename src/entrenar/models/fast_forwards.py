@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from entrenar.models import attention
 from entrenar.models.agreement import Forward, agree, recorded, sample
 from entrenar.models.fast_layers import use_fast_layers
+from entrenar.models.probes import projects_its_input, rotate_both, rotates_halves
 from entrenar.models.projected import Projected, rotating_by
-from entrenar.models.recognised import activation_kind
+from entrenar.models.recognised import gated_mlp_kind, norm_kind
 from entrenar.ops.gated_activation import gated_activation
 from entrenar.ops.recompute import with_recipe
 from entrenar.ops.rms_norm import rms_norm
-from entrenar.ops.rotary import rotary
 from entrenar.quant.linear import grouped_linears
 
 _LOG = logging.getLogger(__name__)
@@ -34,29 +34,27 @@ def use_fast_forwards(model: PreTrainedModel) -> Counter[str]:
     """Give the model's modules faster forwards where they agree; how many of each kind got one."""
     counts = Counter[str]()
     for module in model.modules():
-        for kind, candidates, samples in _isolated(module):
-            if _install(module, candidates, samples):
-                counts[kind] += 1
+        for kind, candidate, samples in _told(module):
+            counts[kind] += _install(module, candidate, samples)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        counts["heads"] += _install(head, [head_forward], [sample(head.in_features, head.weight)])
+        counts["heads"] += _install(head, head_forward, [sample(head.in_features, head.weight)])
     counts["attention"] = _use_fast_attention(model)
     counts["layers"] = use_fast_layers(model)
     _LOG.info("faster forwards: %s", ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     return counts
 
 
-def _isolated(module: nn.Module) -> Iterable[tuple[str, list[Forward], list[Tensor]]]:
-    """Kind, candidates and trial inputs of a module that can be tried by itself."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if isinstance(weight, Tensor) and weight.dim() == 1 and isinstance(eps, float) and not any(module.children()):
-        x = sample(len(weight), weight)
-        # The second is so small that eps decides.
-        yield "norms", [partial(norm_forward, eps=eps, offset=offset) for offset in (0.0, 1.0)], [x, x * 1e-3]
-    kind = activation_kind(getattr(module, "act_fn", None))
+def _told(module: nn.Module) -> Iterable[tuple[str, Forward, list[Tensor]]]:
+    """Kind and forward of a module whose class and numbers say what it computes, and inputs to confirm it with."""
+    norm = norm_kind(module)
+    if norm is not None:
+        weight = cast(Any, module).weight
+        yield "norms", partial(norm_forward, eps=norm[0], offset=norm[1]), [sample(len(weight), weight)]
     features = getattr(getattr(module, "gate_proj", None), "in_features", None)
-    if kind is not None and isinstance(features, int) and hasattr(module, "up_proj") and hasattr(module, "down_proj"):
-        yield "gated MLPs", [partial(gated_mlp_forward, kind=kind)], [sample(features, _computed_like(module))]
+    kind = gated_mlp_kind(module) if isinstance(features, int) else None
+    if kind is not None and isinstance(features, int):
+        yield "gated MLPs", partial(gated_mlp_forward, kind=kind), [sample(features, _computed_like(module))]
 
 
 def norm_forward(self: Any, hidden_states: Tensor, *, eps: float, offset: float) -> Tensor:
@@ -105,15 +103,20 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _install_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
-    original = type(module).forward
-    rotated = rotating_by(original, _rotate_both)
-    for forward in (rotated, original) if rotated else (original,):
-        candidate = partial(_grouped_attention_forward, forward=forward)
-        with torch.no_grad():
-            if agree(candidate(module, *args, **kwargs), output):
-                module.forward = MethodType(candidate, module)
-                return True
-    return False
+    original, rotation = type(module).forward, kwargs.get("position_embeddings")
+    if not projects_its_input(module, args, kwargs):
+        return False
+    ours = isinstance(rotation, tuple) and rotates_halves(module, rotation[0].shape[-1])
+    forward = (rotating_by(original, rotate_both) if ours else None) or original
+    candidate = partial(_grouped_attention_forward, forward=forward)
+    with torch.no_grad():
+        try:
+            agrees = agree(candidate(module, *args, **kwargs), output)
+        except Exception:  # it is not called as those known here are
+            return False
+    if agrees:
+        module.forward = MethodType(candidate, module)
+    return agrees
 
 
 def _grouped_attention_forward(
@@ -124,25 +127,16 @@ def _grouped_attention_forward(
     return forward(Projected(self, q, k, v), hidden_states, *args, **kwargs)
 
 
-def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q (B, H, T, D) and k (B, G, T, D) rotated; views of (B, T, heads, D)."""
-    rotated_q, rotated_k = (rotary(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k))
-    return rotated_q, rotated_k
-
-
-def _install(module: nn.Module, candidates: list[Forward], samples: list[Tensor]) -> bool:
-    """Give the module the first candidate that agrees with its class's forward on every sample."""
+def _install(module: nn.Module, candidate: Forward, samples: list[Tensor]) -> bool:
+    """Give the module the candidate if it agrees with its class's forward on every sample, in the run's dtype."""
     with torch.no_grad():
         try:
-            expected = [type(module).forward(module, sample) for sample in samples]
-        except Exception:  # it takes more than one tensor: not the module it looked like
+            agrees = all(agree(candidate(module, each), type(module).forward(module, each)) for each in samples)
+        except Exception:  # one of them takes something else: not the module it looked like
             return False
-        for candidate in candidates:
-            found = [candidate(module, sample) for sample in samples]
-            if all(agree(one, other) for one, other in zip(found, expected, strict=True)):
-                module.forward = MethodType(candidate, module)
-                return True
-    return False
+    if agrees:
+        module.forward = MethodType(candidate, module)
+    return agrees
 
 
 def _computed_like(module: nn.Module) -> Tensor:

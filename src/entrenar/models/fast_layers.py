@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from entrenar.models import attention
 from entrenar.models.agreement import TRIAL_TOKENS, Forward, agree, recorded
-from entrenar.models.projected import Projected, module_of, rotating_by
+from entrenar.models.probes import attention_structure, is_residual_layer, rotates_halves
+from entrenar.models.projected import Projected, rotating_by
 from entrenar.models.recognised import activation_of, norm_of
 from entrenar.ops import composed_blocks, residual_blocks
 from entrenar.ops.adapted_native import Member
@@ -30,8 +31,6 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _KEEP = "_entrenar_keep"  # attribute of a layer
 _BLOCKS = "_blocks"  # attribute of its description: the blocks of the members and norms met last
-# What a layer may ask of attention beside a scale; windows are in the mask.
-_OPTIONS = {"dropout", "scaling", "position_ids", "use_cache", "sliding_window"}
 
 
 # Before attention, before the MLP, of the heads of q and of k.
@@ -57,21 +56,9 @@ def use_fast_layers(model: PreTrainedModel) -> int:
     served = serves(trial) or composed_blocks.serves(trial)
     if not layers or model.config._attn_implementation != attention.NAME or not served:
         return 0
-    scales: dict[int, float] = {}
-
-    def observe(module: nn.Module, options: dict[str, Any]) -> None:
-        known = options.keys() <= _OPTIONS and not options.get("dropout")
-        if known and isinstance(options.get("scaling"), float):
-            scales[id(module_of(module))] = options["scaling"]
-
-    with attention.observing(observe):
-        trials = recorded(model, layers)
     inputs = [_trial(model, size) for size in (1.0, 0.03)]  # beside the small one the residual hardly counts
-    return sum(
-        _install(module, scales.get(id(module.get_submodule("self_attn"))), inputs, kwargs)
-        for module, args, kwargs, _ in trials
-        if len(args) == 1
-    )
+    trials = recorded(model, layers)
+    return sum(_install(module, inputs, kwargs) for module, args, kwargs, _ in trials if len(args) == 1)
 
 
 def serve(model: nn.Module) -> bool:
@@ -104,34 +91,50 @@ def _looks_right(module: nn.Module) -> bool:
     return known and isinstance(getattr(inside[0], "head_dim", None), int) and not own
 
 
-def _describe(module: Any, scale: float | None, rotates: bool) -> _Layer | None:
+def _describe(module: Any, kwargs: dict[str, Any]) -> _Layer | None:
+    """What a layer is whose parts are recognised and put together in the known way; None for any other.
+
+    Args:
+        kwargs: of a call.
+    """
     norms = norm_of(module.input_layernorm), norm_of(module.post_attention_layernorm)
     names = ("q_norm", "k_norm")
     heads = [norm_of(getattr(module.self_attn, name)) if hasattr(module.self_attn, name) else None for name in names]
     activation = activation_of(module.mlp)
     missing = hasattr(module.self_attn, "q_norm") and None in heads
     attend = rotating_by(type(module.self_attn).forward, _not_rotated)
-    if norms[0] is None or norms[1] is None or activation is None or scale is None or missing or attend is None:
+    if norms[0] is None or norms[1] is None or activation is None or missing or attend is None:
+        return None
+    try:
+        structure = attention_structure(module.self_attn, kwargs) if is_residual_layer(module, kwargs) else None
+    except Exception:  # it makes more of its parts than to hand tensors on
+        return None
+    if structure is None:
         return None
     width = module.self_attn.head_dim
-    return _Layer((norms[0], norms[1], heads[0], heads[1]), activation, width, scale, rotates, attend)
+    four = norms[0], norms[1], heads[0], heads[1]
+    return _Layer(four, activation, width, structure.scale, structure.rotates, attend)
 
 
-def _install(module: nn.Module, scale: float | None, inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
+def _install(module: nn.Module, inputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
+    layer = _describe(module, kwargs)
+    if layer is None or (layer.rotates and not _is_ours(module, kwargs)):
+        return False
     own = type(module).forward
     ways = (_run, _run_own_attention) if serves(inputs[0]) else (_run_own_attention,)
     with torch.no_grad():
         expected = [own(module, x, **kwargs) for x in inputs]
-        for rotates in (True, False):
-            layer = _describe(module, scale, rotates)
-            if layer is None:
-                return False
-            found = [way(module, layer, x, kwargs) for way in ways for x in inputs]
-            both = zip(found, expected * len(ways), strict=True)
-            if all(one is not None and agree(one, other) for one, other in both):
-                module.forward = MethodType(partial(_layer_forward, layer=layer), module)
-                return True
-    return False
+        found = [way(module, layer, x, kwargs) for way in ways for x in inputs]
+    both = zip(found, expected * len(ways), strict=True)
+    if not all(one is not None and agree(one, other) for one, other in both):
+        return False
+    module.forward = MethodType(partial(_layer_forward, layer=layer), module)
+    return True
+
+
+def _is_ours(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the layer's rotation is the one that the blocks know."""
+    return rotates_halves(module.self_attn, kwargs["position_embeddings"][0].shape[-1])
 
 
 def _layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, layer: _Layer, **kwargs: Any) -> Any:

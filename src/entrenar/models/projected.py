@@ -21,18 +21,24 @@ def rotating_by(forward: Any, rotate: Rotate) -> FunctionType | None:
     return changed
 
 
-class Projected:
-    """An attention module whose projections of its input are known; what `parts` does not replace is its own."""
+class Stand:
+    """A module some of whose attributes are others; the rest are its own."""
 
-    def __init__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, **parts: Any) -> None:
+    def __init__(self, module: Any, **parts: Any) -> None:
         self._module = module
-        self.q_proj, self.k_proj, self.v_proj = (lambda _: q), (lambda _: k), (lambda _: v)
         vars(self).update(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
 
+class Projected(Stand):
+    """An attention module whose projections of its input are known; what `parts` does not replace is its own."""
+
+    def __init__(self, module: Any, q: Tensor, k: Tensor, v: Tensor, **parts: Any) -> None:
+        super().__init__(module, q_proj=lambda _: q, k_proj=lambda _: k, v_proj=lambda _: v, **parts)
+
+
 def module_of(module: Any) -> Any:
-    """The module itself, given it or a Projected of it."""
-    return module._module if isinstance(module, Projected) else module
+    """The module itself, given it or a stand for it."""
+    return module._module if isinstance(module, Stand) else module
