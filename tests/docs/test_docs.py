@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from entrenar.cli.main import app
+from entrenar.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]

@@ -415,7 +415,7 @@ _CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
         rf"{_DOWN} has shape \(64, 64\) but the config says \(64, 128\)",
     ),
     "transposed": (lambda t: t.update({_DOWN: torch.zeros(128, 64)}), rf"{_DOWN} has shape \(128, 64\)"),
-    "integers": (lambda t: t.update({_DOWN: torch.zeros(64, 128, dtype=torch.int8)}), rf"{_DOWN} is torch\.int8"),
+    "integers": (lambda t: t.update({_DOWN: torch.zeros(64, 128, dtype=torch.int8)}), rf"{_DOWN} holds codes, as I8"),
 }  # fmt: skip
 
 

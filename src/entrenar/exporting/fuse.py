@@ -26,7 +26,10 @@ from entrenar.quant.tensor import QuantizedTensor
 
 
 def fused_tensors(model: nn.Module) -> list[LazyTensor]:
-    """Every parameter under its transformers name, on the CPU, each made when it is written; a tied one comes once."""
+    """Every parameter and saved buffer under its transformers name, on the CPU, each made when it is written.
+
+    A tied one comes once.
+    """
     return [_on_cpu(tensor) for tensor in _walk(model, "", set())]
 
 
@@ -82,6 +85,9 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
         if id(parameter) not in seen:
             seen.add(id(parameter))
             yield _plain(f"{prefix}{name}", parameter)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield replace(_plain(f"{prefix}{name}", buffer), dtype=buffer.dtype)
     for name, child in module.named_children():
         yield from _walk(child, f"{prefix}{name}.", seen)
 

@@ -40,7 +40,9 @@ class _Writer:
         return [tensor for name in self.model.names() for tensor in self._tensors_of(name)]
 
     def _tensors_of(self, name: str) -> list[LazyTensor]:
-        shape = self.model.shape(name)
+        shape, buffer = self.model.shape(name), self.model.buffer(name)
+        if buffer is not None:
+            return [LazyTensor(name, shape, buffer.read, dtype=buffer.dtype)]
         if self.type in FOUR_BIT and name in self.model.linear:
             layout = FOUR_BIT[self.type]
             return four_bit_tensors(name, (shape[0], shape[1]), layout, lambda: self.four_bit(name))

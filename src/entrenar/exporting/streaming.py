@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, PeftAdapter
+from entrenar.files.stored_tensor import StoredTensor
 from entrenar.lora.attach import adapt, adaptable_names, expected_layers
 from entrenar.lora.experts import expert_factors
 from entrenar.lora.grown import new_rows
@@ -25,7 +26,7 @@ from entrenar.lora.spec import spec_of
 from entrenar.lora.token_rows import ROWS, extended, shared_rows
 from entrenar.models.experts import ExpertWeight, expert_weights
 from entrenar.models.load import build_on_meta, linear_weights
-from entrenar.models.match import match_tensors
+from entrenar.models.match import match_tensors, saved_buffers
 from entrenar.models.source import ModelSource
 from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import QuantizedTensor, quantize
@@ -52,6 +53,7 @@ class StreamedModel:
     def __init__(self, source: ModelSource, adapter: PeftAdapter | None, base: BaseFormat | None) -> None:
         self.meta = build_on_meta(source, torch.float32)
         self._stored = match_tensors(self.meta, source)
+        self._buffers = saved_buffers(self.meta)
         self._adapter, self._base, self._packed = adapter, base, source.packed
         self._packed_names = source.packed.packed() if source.packed else {}
         head = self.meta.get_output_embeddings()
@@ -94,6 +96,10 @@ class StreamedModel:
     def is_mixture(self) -> bool:
         """Whether it has experts."""
         return bool(self._experts)
+
+    def buffer(self, name: str) -> StoredTensor | None:
+        """A tensor that is a buffer of its module, which no type of output rounds; None for a parameter."""
+        return self._stored[name] if name in self._buffers else None
 
     def is_adapted(self, name: str) -> bool:
         """Whether the tensor is the weight of an adapted layer."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from entrenar.core.documents import open_regular, read_json
-from entrenar.core.errors import InputError
+from entrenar.core.errors import InputError, listing
 from entrenar.core.notices import say_once
 from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.stored_tensor import FileVersion, StoredTensor
@@ -152,6 +152,17 @@ def _checkpoint_files(path: Path) -> tuple[list[Path], dict[str, str], list[str]
         weight_map = read_json(index, "shard index", _Index).weight_map
         return _indexed_files(index, weight_map), weight_map, []
     raise InputError(f"{path} holds no {SINGLE_NAME} and no {INDEX_NAME}: point to a model directory or a .gguf file")
+
+
+def _other_weights(path: Path) -> str:
+    """What a directory has in their place, in words."""
+    others = sorted(
+        file.name for end in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf") for file in path.glob(end)
+    )
+    if not others:
+        return ""
+    why = "shards without an index" if others[0].startswith("model-0") else "which is not read"
+    return f" (it has {listing(others, 2)}, {why})"
 
 
 def _is_there(path: Path) -> bool:

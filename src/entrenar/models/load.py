@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.stream import stream
@@ -159,6 +160,11 @@ def kept_types(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) 
 
 def build_on_meta(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture with every tensor on the `meta` device: shapes without memory."""
+    if type(source.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"{source.path} is a {source.config.model_type}, which transformers has no causal language model for: models "
+            "of several kinds of input are not read, nor encoders; take a language model"
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)

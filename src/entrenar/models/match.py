@@ -124,9 +124,7 @@ def _renamed_by_transformers(model: PreTrainedModel, names: list[str]) -> dict[s
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     state = model.state_dict()
-    return {
-        name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] for name in names
-    }
+    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] for name in names}
 
 
 def is_tied(model: PreTrainedModel) -> bool:

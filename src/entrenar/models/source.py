@@ -13,8 +13,8 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from entrenar.core.errors import InputError
 from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
-from entrenar.files.peft import whole_rows
 from entrenar.files.gguf_split import GGUFModel
+from entrenar.files.peft import whole_rows
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.models.directory import open_checkpoint, read_tokenizer, with_prefix
 from entrenar.models.gguf_config import config_from_metadata
