@@ -12,6 +12,8 @@ import typer
 from entrenar.cli import check, evaluate, export, generate, init, inspect, merge, train
 from entrenar.core.errors import EntrenarError
 
+_OVERRIDES = {"ignore_unknown_options": True}
+
 app = typer.Typer(
     name="entrenar",
     help="Fine-tune a language model with 4-bit QLoRA on one machine, fuse it and ship it.",
@@ -21,8 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("init")(init.init)
-app.command("check")(check.check)
-app.command("train")(train.train)
+# `--optimizer.lr=1e-4` is an override written as an option: it reaches core.config.parse_override.
+app.command("check", context_settings=_OVERRIDES)(check.check)
+app.command("train", context_settings=_OVERRIDES)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
