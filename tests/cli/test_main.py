@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from entrenar.cli.main import main
+
 VERBS = ("init", "check", "train", "eval", "generate", "export", "merge", "inspect")
 
 
@@ -166,3 +168,22 @@ def test_a_full_disk_fails_with_one_and_leaves_nothing_half_written(tiny_model_d
     )  # fmt: skip
     assert_refused(full, r"no space left while writing .*m\.gguf", code=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_loading_is_one_sentence_and_exit_code_1(
+    config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("entrenar.recipes.train.train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["entrenar", "train", str(config())])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: stopped by Ctrl-C\n"
+
+
+def test_an_override_written_as_an_option_is_taken(config: Callable[..., Path]) -> None:
+    result = entrenar("train", config(), "--optimizer.lr=nothing")
+    assert_refused(result, r"override: 'optimizer\.lr' is 'nothing' but")

@@ -33,8 +33,10 @@ def entrenar(
 
 
 app.command("init")(init.init)
-app.command("check")(check.check)
-app.command("train")(train.train)
+# `--optimizer.lr=1e-4` is an override written as an option: it reaches core.config.parse_override.
+_OVERRIDES = {"ignore_unknown_options": True}
+app.command("check", context_settings=_OVERRIDES)(check.check)
+app.command("train", context_settings=_OVERRIDES)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)

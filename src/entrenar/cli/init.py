@@ -17,7 +17,7 @@ model:
   double_quant: false          # hold the block scales in 8 bits: 4.13 instead of 4.5 bits a weight
   search: false                # nf4, fp4: choose each block's scale for the least error; slower to load, no other cost
   block_size: 64               # weights that share a scale: a power of two from 16 to 4096
-  dtype: auto                  # auto: bfloat16 where CPU or GPU have it natively, else float32
+  dtype: auto                  # auto: bfloat16 where CPU or GPU have it natively, else float32 | float16
   device: auto                 # auto: a GPU where torch sees one | cpu | cuda | cuda:1
 
 data:
@@ -26,6 +26,7 @@ data:
   validation_fraction: 0.05    # or a share of the training rows, chosen by a hash of each row
   max_length: 1024             # tokens
   too_long: error              # error | truncate | drop
+  # date: 2026-11-30           # what a chat template that writes the date writes; default: the run's first day
   packing: true                # lay short rows into one of up to max_length tokens: faster, the same loss
 
 lora:
@@ -42,7 +43,7 @@ lora:
 
 optimizer:
   lr: 2e-4
-  lora_plus_ratio: 1.0         # learning rate of B as a multiple of lr (LoRA+: 16)
+  lora_plus_ratio: 1.0         # learning rate of B as a multiple of lr (LoRA+: 16); adapted embeddings: 1e-6
   schedule: cosine             # cosine | linear | constant
   warmup_steps: 5
   weight_decay: 0.0
@@ -50,7 +51,7 @@ optimizer:
 
 training:
   epochs: 3
-  # max_steps: 100
+  # max_steps: 100             # updates in all, whatever epochs says
   batch_size: 16               # rows of the data in one update: global, never changes with memory
   micro_batch: auto            # rows of up to max_length tokens at a time: changes memory and speed, not the result
   memory: auto                 # auto: what the machine has free | min | 6GB: recompute and split only as far as needed

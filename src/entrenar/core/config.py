@@ -27,6 +27,7 @@ class Section(BaseModel):
 ConfigType = TypeVar("ConfigType", bound=Section)
 KeyPath = tuple[str, ...]
 _MAX_BYTES, _MAX_VALUES = 16 * 2**20, 200_000
+_MAX_SHOWN = 100  # characters of a key or a wrong value
 _OVERRIDE = -1  # in place of a line number: the key was given beside the file
 
 
@@ -83,10 +84,12 @@ def validate(kind: type[ConfigType], values: Any, source: str, lines: Mapping[Ke
 
 def parse_override(text: str) -> tuple[str, Any]:
     """Split `a.b=value` from a command line; the value is read as YAML."""
-    key, equals, value = text.partition("=")
+    key, equals, value = text.removeprefix("--").partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise InputError(f"cannot read the override {text!r}: write it as section.key=value, e.g. optimizer.lr=1e-4")
-    value_of, _ = _parse(value, f"the value in the override {text!r}")
+        raise InputError(
+            f"cannot read the override {_shown(text)}: write it as section.key=value, e.g. optimizer.lr=1e-4"
+        )
+    value_of, _ = _parse(value, f"the value in the override {_shown(text)}")
     return key, value_of
 
 
@@ -121,7 +124,8 @@ def _parse(text: str, source: str, path: Path | None = None) -> tuple[Any, dict[
 
 
 def _one_line(error: yaml.YAMLError) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return text if len(text) <= 5 * _MAX_SHOWN else f"{text[: 5 * _MAX_SHOWN]}…"
 
 
 def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: Path) -> None:
@@ -146,7 +150,8 @@ def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], source: Pat
         line = key.start_mark.line + 1
         if here in lines:
             raise InputError(
-                f"{source}:{line}: key '{'.'.join(here)}' is written twice (first on line {lines[here]}): keep one"
+                f"{source}:{line}: key '{_cut('.'.join(here))}' is written twice (first on line {lines[here]}): "
+                "keep one"
             )
         lines[here] = line
         _walk(value, here, lines, source)
@@ -164,7 +169,7 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _sentence(kind: type[Section], detail: ErrorDetails, source: str, lines: Mapping[KeyPath, int]) -> str:
     """Turn one pydantic error into `file:line: sentence`."""
     location = _key_path(kind, detail)
-    key = ".".join(location)
+    key = _cut(".".join(location))
     line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), None)
     where = "override" if line == _OVERRIDE else f"{source}:{line}" if line else source
     if detail["type"] == "extra_forbidden":
@@ -172,12 +177,24 @@ def _sentence(kind: type[Section], detail: ErrorDetails, source: str, lines: Map
     if detail["type"] == "missing":
         return f"{where}: required key '{key}' is missing"
     if detail["type"] == "model_type":
-        return f"{where}: '{key}' is {detail['input']!r} but must be a section with keys of its own"
+        return f"{where}: '{key}' is {_shown(detail['input'])} but must be a section with keys of its own"
     message = detail["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     value = detail["input"]
     hint = " (YAML reads a bare yes/no/on/off as true/false: put it in quotes)" if isinstance(value, bool) else ""
-    return f"{where}: '{key}' is {value!r} but {message}{hint}" if key else f"{where}: {message}"
+    return f"{where}: '{key}' is {_shown(value)} but {message}{hint}" if key else f"{where}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A wrong value as it is written in Python, at a length that can be read."""
+    try:
+        return _cut(repr(value))
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _key_path(kind: type[Section], detail: ErrorDetails) -> KeyPath:

@@ -141,8 +141,8 @@ def _with_fixed(directory: RunDirectory, old: RunConfig) -> RunDirectory:
 
 
 def _differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Dotted keys whose values differ, in what makes the run's numbers; printing, memory and the device do not."""
-    aside: Any = {"log": True, "training": {"memory"}, "model": {"device"}}
+    """Dotted keys whose values differ, in what makes the run's numbers: not its place, printing, memory or device."""
+    aside: Any = {"output": True, "log": True, "training": {"memory"}, "model": {"device"}}
     left, right = (_flat(config.model_dump(exclude=aside)) for config in (old, new))
     return [key for key in right if left.get(key) != right[key]]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from entrenar.core.atomic import remove_tree, write_text
-from entrenar.core.documents import check_json, read_json
+from entrenar.core.documents import parse_json, read_json
 from entrenar.core.errors import InputError
 from entrenar.core.run_log import read_metrics
 from entrenar.recipes.run_directory import METRICS_NAME, RunDirectory
@@ -54,7 +54,7 @@ def write_result(directory: RunDirectory, result: TrainResult) -> None:
 
 def _result_of_log(directory: RunDirectory, here: Mapping[str, str]) -> TrainResult:
     try:
-        rows = [check_json(row, str(directory.metrics), _Logged) for row in read_metrics(directory.metrics)]
+        rows = [parse_json(json.dumps(row), str(directory.metrics), _Logged) for row in read_metrics(directory.metrics)]
         made = [row for row in rows if row.loss is not None and row.tokens is not None]
         last, losses = made[-1], [row.eval_loss for row in made if isinstance(row.eval_loss, float)]
     except (InputError, IndexError):

@@ -63,6 +63,7 @@ class Trainer:
         self._model.train()
         try:
             with self._stop:
+                self._drop_older()
                 if self.state.pending:
                     self._finish_step(self.state.pending)
                 while self.state.step < self._plan.total_steps and not self._is_exhausted():
@@ -199,8 +200,10 @@ class Trainer:
         self._note_seconds()
         name = f"{prefix}-{self.state.step}"
         save_checkpoint(self._checkpoints, name, self._model, self._optimizer, self.state)
-        if prefix == STEP:
-            drop_older(self._checkpoints, STEP, self._plan.keep_checkpoints)
+        self._drop_older()
+
+    def _drop_older(self) -> None:
+        drop_older(self._checkpoints, STEP, self._plan.keep_checkpoints)
         drop_unneeded_best(self._checkpoints, self.state.best_step)
 
     def _note_seconds(self) -> None:
