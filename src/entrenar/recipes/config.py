@@ -110,6 +110,7 @@ class LoraSection(Section):
     alpha: Annotated[float, Field(ge=0)] = 32.0
     dropout: Fraction = 0.0
     targets: str | list[str] = "all-linear"
+    exclude: str | list[str] = Field(default_factory=list)
     rslora: bool = False
     dora: bool = False
     init: str = "default"
