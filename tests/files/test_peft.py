@@ -277,3 +277,72 @@ def test_broken_metadata_is_an_error(tmp_path: Path) -> None:
 def test_factors_can_be_read_without_a_config(tmp_path: Path) -> None:
     save_file(pair("a") | pair("b.c"), tmp_path / "factors.safetensors")
     assert set(read_tensors(tmp_path / "factors.safetensors").layers) == {"a", "b.c"}
+
+
+@pytest.mark.parametrize("value", [None, False, "", [], {}, [None], {"a": None, "b": False}])
+@pytest.mark.parametrize("key", ["of_a_later_peft", "merge_weights", "lora_bias", "layer_replication", "kasa_config"])
+def test_a_field_that_says_nothing_is_passed_over(tmp_path: Path, key: str, value: Any) -> None:
+    assert read_adapter(directory(tmp_path, **{key: value})).rank == 2
+
+
+@pytest.mark.parametrize("value", [True, 1, "x", [1], {"a": 1}])
+def test_an_unknown_field_that_says_something_is_named(tmp_path: Path, value: Any) -> None:
+    assert "has of_a_later_peft, which" in refusal(directory(tmp_path, of_a_later_peft=value))
+
+
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_factors_that_are_no_floats_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = pair()
+    key = f"{PREFIX}{LAYER}.lora_B.weight"
+    tensors[key] = tensors[key].to(dtype)
+    message = refusal(directory(tmp_path, tensors))
+    assert key in message
+    assert str(dtype) in message
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_factors_of_other_floats_keep_their_values(tmp_path: Path, dtype: torch.dtype) -> None:
+    found = read_adapter(directory(tmp_path, {key: t.to(dtype) for key, t in pair().items()}))
+    a, b = found.factors[LAYER]
+    assert torch.equal(a.float(), torch.arange(6.0).view(2, 3))
+    assert torch.equal(b.float(), torch.arange(8.0).view(4, 2))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_factors_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    tensors = pair()
+    tensors[f"{PREFIX}{LAYER}.lora_A.weight"][1, 1] = value
+    assert "NaN or infinite" in refusal(directory(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("shape", [(0,), (6,), (2, 0), (1, 2, 3)])
+def test_factors_that_are_no_matrices_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    tensors = pair() | {f"{PREFIX}{LAYER}.lora_A.weight": torch.zeros(shape)}
+    assert str(shape) in refusal(directory(tmp_path, tensors))
+
+
+def test_a_config_of_brackets_is_refused(tmp_path: Path) -> None:
+    directory(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(b"[" * 100_000)
+    assert "adapter_config.json" in refusal(tmp_path)
+
+
+def test_a_module_to_save_is_the_end_of_a_path_without_a_dot(tmp_path: Path) -> None:
+    key = "model.layers.0.post_attention_layernorm.weight"
+    found = read_adapter(directory(tmp_path, pair() | {f"{PREFIX}{key}": torch.ones(3)}, modules_to_save=["norm"]))
+    assert found.tensors.saved.keys() == {key}
+
+
+def test_the_copies_that_peft_writes_twice_must_agree(tmp_path: Path) -> None:
+    saved = {f"{PREFIX}lm_head{end}": torch.ones(3, 2) for end in (".weight", ".modules_to_save.weight")}
+    saved[f"{PREFIX}lm_head.original_module.weight"] = torch.zeros(3, 2)
+    found = read_adapter(directory(tmp_path, pair() | saved, modules_to_save=["lm_head"]))
+    assert torch.equal(found.tensors.saved["lm_head.weight"], torch.ones(3, 2))
+    assert torch.equal(found.tensors.base["lm_head.weight"], torch.zeros(3, 2))
+    saved[f"{PREFIX}lm_head.modules_to_save.weight"] = torch.zeros(3, 2)
+    assert "lm_head.weight twice" in refusal(directory(tmp_path, pair() | saved, modules_to_save=["lm_head"]))

@@ -42,6 +42,8 @@ def export_gguf_adapter(source: ModelSource, adapter: str, path: Path) -> None:
     _refuse_more(read, adapter)
     model = _hollow(source, read.tensors.base)
     load_adapter(model, adapter)
+    if model.config.get_text_config().vocab_size > source.config.get_text_config().vocab_size:
+        raise InputError(f"{adapter} brings rows for new tokens, which a GGUF adapter cannot carry: {_INSTEAD}")
     layers = dict(adapted_layers(model))
     family = family_of(source.config)
     first = next(iter(layers.values()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, PeftAdapter
 from entrenar.files.stored_tensor import StoredTensor
-from entrenar.lora.attach import adapt, adaptable_names, expected_layers
+from entrenar.lora.attach import adapt, adaptable_names, expected_layers, refuse_breaking
 from entrenar.lora.experts import expert_factors
 from entrenar.lora.grown import new_rows
 from entrenar.lora.initial import start_again
@@ -184,6 +184,7 @@ class StreamedModel:
         unknown += [n for n, tensor in saved.items() if parameters.get(n) != tuple(tensor.shape) and n not in rows]
         if unknown:
             raise InputError(f"the adapter is for layers this model does not have: {listing(unknown, 3)}")
+        refuse_breaking(self.meta, list(layers))
         expected = {*expected_layers(self.meta, self._spec)} - projections
         experts = named_by(sorted(projections), self._adapter.target_parameters)
         check_complete(list(layers), [*expected, *experts], "the adapter")

@@ -78,8 +78,9 @@ def read_config(file: Path) -> AdapterConfig:
     missing = [key for key in _WANTED if key not in values]
     if missing:
         raise InputError(f"{file} lacks {listing(missing)}: it is not a LoRA adapter of PEFT")
-    if values["peft_type"] != "LORA":
-        raise InputError(f"{file} is a {str(values['peft_type'])[:40]} adapter: only LORA is read")
+    kind = values["peft_type"]
+    if kind != "LORA":
+        raise InputError(f"{file} is a {_shown(kind)} adapter: only LORA is read")
     _check_fields(file, values)
     config = parse_json(text, source, AdapterConfig)
     init = config.init_lora_weights

@@ -126,7 +126,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             names = list(handle.keys())
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length).decode("utf-8"))
-    return {name: _tensor_info(version, 8 + length, header[name]) for name in names}, header.get("__metadata__", {})
+    return {name: _tensor_info(version, 8 + length, header[name]) for name in names}, header.get("__metadata__") or {}
 
 
 def _tensor_info(file: FileVersion, data_start: int, entry: dict[str, Any]) -> TensorInfo:

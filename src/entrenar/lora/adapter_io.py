@@ -17,6 +17,7 @@ from entrenar.lora.attach import (
     kept_embedding,
     make_layers,
     match_targets,
+    refuse_breaking,
     refuse_adapted,
     replace_modules,
 )
@@ -133,6 +134,7 @@ def _check_names(model: nn.Module, adapter: PeftAdapter, spec: LoraSpec, source:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise InputError(f"the adapter {source} is for layers this model does not have: {listing(unknown, 3)}")
+    refuse_breaking(model, names)
     experts = [name for name in known if isinstance(modules[name], ExpertProjection)]
     expected = [*expected_layers(model, spec), *named_by(experts, adapter.target_parameters)]
     check_complete(names, expected, f"the adapter {source}")

@@ -149,7 +149,7 @@ def match_targets(model: nn.Module, targets: Targets, *, exclude: Targets = (), 
         missing = unused(named, words, has_suffix) if not isinstance(targets, str) else []
         if missing or not named:
             raise _unmatched(model, adaptable, missing or words)
-        _refuse_breaking(model, chosen)
+        refuse_breaking(model, chosen)
     if not chosen:
         raise InputError("every LoRA target is excluded or trained whole (modules_to_save): there is nothing to adapt")
     return chosen
@@ -197,7 +197,7 @@ def _breaks(model: nn.Module, name: str) -> bool:
     return name.rpartition(".")[2] in incompatible(model)
 
 
-def _refuse_breaking(model: nn.Module, names: Sequence[str]) -> None:
+def refuse_breaking(model: nn.Module, names: Sequence[str]) -> None:
     """InputError for layers whose weight the architecture's own kernels use outside them: an adapter is not seen."""
     if broken := [name for name in names if _breaks(model, name)]:
         raise InputError(

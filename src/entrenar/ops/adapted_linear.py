@@ -95,7 +95,10 @@ class _AdaptedLinears(torch.autograd.Function):
 def _outputs(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
     tokens = rows_of(x)
     outputs = forward_native(tokens, members) if _is_native(tokens) else forward_composed(tokens, members)[0]
-    return tuple(outputs) if x.dim() == 2 else tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+    if x.dim() == 2:
+        return tuple(outputs)
+    # Not a view for autograd, which forbids a model to add in place to one that was made in here (Falcon does).
+    return tuple(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]) for y in outputs)
 
 
 def _is_native(tokens: Tensor) -> bool:

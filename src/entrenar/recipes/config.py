@@ -139,6 +139,7 @@ class LoraSection(Section):
     alpha: NotNegative = 32.0
     dropout: Fraction = 0.0
     targets: str | list[str] = "all-linear"
+    exclude: str | list[str] = Field(default_factory=list)
     rslora: bool = False
     dora: bool = False
     init: str = "default"

@@ -1,20 +1,26 @@
 """Extract: the difference of two full models as an adapter of a rank, by SVD, with what it misses."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from entrenar.core.atomic import refuse_existing
-from entrenar.core.errors import InputError
+from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import write_adapter
-from entrenar.lora.attach import ALL_LINEAR, match_targets
+from entrenar.files.stored_tensor import StoredTensor
+from entrenar.lora.attach import match_targets
 from entrenar.lora.combine import adapter_of_pairs
 from entrenar.lora.initial import principal
+from entrenar.lora.matching import ALL_LINEAR
 from entrenar.models.load import build_on_meta
 from entrenar.models.match import match_tensors
-from entrenar.models.source import open_source
+from entrenar.models.source import ModelSource, open_source
 
 _ITERATIONS = 8
 
@@ -40,35 +46,68 @@ def extract_adapter(
     """Write the adapter that makes `tuned` of `base` as well as its rank allows; one weight at a time is in memory.
 
     Raises:
-        InputError: models of different shapes or without a difference, a rank that does not fit, a taken output.
+        InputError: models of different shapes or without a difference, targets that are no linear layers, a rank that fits none
+            of them, a taken output.
     """
     refuse_existing(Path(output))
     first, second = open_source(base, with_tokenizer=False), open_source(tuned, with_tokenizer=False)
     model = build_on_meta(first, torch.float32)
-    ours, theirs = match_tensors(model, first), match_tensors(build_on_meta(second, torch.float32), second)
-    if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:
+    ours, theirs = _read(model, first), _read(build_on_meta(second, torch.float32), second)
+    if {name: shape for name, (shape, _) in ours.items()} != {name: shape for name, (shape, _) in theirs.items()}:
         raise InputError(f"{base} and {tuned} have different tensors: they are not one architecture of one size")
-    adapted = {f"{name}.weight": name for name in match_targets(model, targets)}
+    adapted = {f"{name}.weight": name for name in _linear_targets(model, targets)}
     layers, errors, left_out, lost, total = {}, {}, [], 0.0, 0.0
-    for name, stored in ours.items():
-        delta = theirs[name].read().float() - stored.read().float()
+    for name, (_, read) in ours.items():
+        delta = theirs[name][1]() - read()
         size = delta.square().sum().item()
         if not size:
             continue
         if name not in adapted:
             left_out.append(name)
             continue
-        if rank > min(delta.shape):
-            raise InputError(
-                f"rank {rank} does not fit {adapted[name]} of shape {tuple(delta.shape)}: choose a smaller one"
-            )
-        a, b = principal(delta, rank, _ITERATIONS)
+        layer = adapted[name]
+        delta = delta.t() if isinstance(model.get_submodule(layer), Conv1D) else delta
+        a, b = principal(delta, min(rank, *delta.shape), _ITERATIONS)
         missed = (delta - b @ a).square().sum().item()
-        layers[adapted[name]], errors[adapted[name]] = (a, b), (missed / size) ** 0.5
+        layers[layer], errors[layer] = (a, b), (missed / size) ** 0.5
         lost, total = lost + missed, total + size
     if not layers:
         raise InputError(
             f"{tuned} does not differ from {base} in any layer of the targets: there is nothing to extract"
         )
-    write_adapter(Path(output), adapter_of_pairs(layers))
+    if rank > max(len(a) for a, _ in layers.values()):  # a gate of one row takes less than the others
+        largest = max(min(a.shape[1], b.shape[0]) for a, b in layers.values())
+        raise InputError(f"rank {rank} does not fit any layer that differs: choose 1 to {largest}")
+    transposed = any(isinstance(model.get_submodule(layer), Conv1D) for layer in layers)
+    write_adapter(Path(output), replace(adapter_of_pairs(layers), fan_in_fan_out=transposed))
     return Extraction(adapter=str(output), error=(lost / total) ** 0.5, errors=errors, left_out=left_out)
+
+
+def _read(model: PreTrainedModel, source: ModelSource) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
+    """Tensor → its shape, and how it is read as float32; one that is quantized is dequantized."""
+    packed = source.packed.packed() if source.packed else {}
+
+    def dequantized(name: str) -> Tensor:
+        assert source.packed is not None
+        return source.packed.quantized(name).dequantize()
+
+    return {
+        name: (packed[name][1], partial(dequantized, name))
+        if name in packed
+        else (stored.shape, partial(_float, stored))
+        for name, stored in match_tensors(model, source).items()
+    }
+
+
+def _float(stored: StoredTensor) -> Tensor:
+    return stored.read().float()
+
+
+def _linear_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> list[str]:
+    names = match_targets(model, targets)
+    others = [name for name in names if not isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
+    if others:
+        raise InputError(
+            f"{listing(others, 3)} cannot be extracted: only linear layers are; leave it out of the targets"
+        )
+    return names
