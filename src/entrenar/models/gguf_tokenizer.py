@@ -66,7 +66,8 @@ def _byte_level(metadata: dict[str, Any], special: SpecialTokens, source: str) -
 def _merges(metadata: dict[str, Any], vocab: dict[str, int], source: str) -> list[tuple[str, str]]:
     """The merges in their order, without those that never happen.
 
-    llama.cpp would merge what becomes no token, and then lose its bytes: that is refused.
+    What a merge makes may be no token (its text was emptied, say). llama.cpp merges it all the same and then takes it
+    apart into what are bytes of UTF-8: of two ASCII letters the two, of others nothing at all, which is refused.
     """
     said = metadata.get("tokenizer.ggml.merges")
     if not isinstance(said, list) or not all(isinstance(merge, str) for merge in said):
@@ -78,6 +79,13 @@ def _merges(metadata: dict[str, Any], vocab: dict[str, int], source: str) -> lis
             merges.setdefault((merge[:cut], merge[cut + 1 :]))
     made = {left + right for left, right in merges}
     happen = [pair for pair in merges if all(len(part) == 1 or part in made for part in pair)]
+    parts = {part for pair in happen for part in pair}
+    undone = {
+        (left, right)
+        for left, right in happen
+        if left + right not in vocab and len(left + right) == 2 and (left + right).isascii()
+    }
+    happen = [pair for pair in happen if pair not in undone or "".join(pair) in parts]
     for left, right in happen:
         lost = next((text for text in (left + right, left, right) if text not in vocab), None)
         if lost is not None:
