@@ -120,7 +120,9 @@ def test_published_tokenizers_have_their_llama_cpp_name(name: str) -> None:
     assert _pieces(tokenizer.pre_tokenizer, text) == _pieces(by_name(name, "x.gguf").make(), text)
 
 
-@pytest.mark.parametrize(("alias", "name"), [("falcon3", "llama-bpe"), ("llama3", "llama-bpe"), ("starcoder", "smollm"), ("megrez", "qwen2")])
+@pytest.mark.parametrize(
+    ("alias", "name"), [("falcon3", "llama-bpe"), ("llama3", "llama-bpe"), ("starcoder", "smollm"), ("megrez", "qwen2")]
+)
 def test_other_names_of_the_same_split(alias: str, name: str) -> None:
     assert by_name(alias, "x.gguf") is PRE_TOKENIZERS[name]
 

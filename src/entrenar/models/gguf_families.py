@@ -38,7 +38,10 @@ _GEMMA = {
 }  # fmt: skip
 _TIED_GEMMA = {theirs: ours for theirs, ours in _GEMMA.items() if theirs != "lm_head"}  # Gemma 2 has no other there
 # A switch of a config → the biases it is of; Qwen 2 has those of q, k and v without a switch.
-BIASES = {"attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"), "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down")}
+BIASES = {
+    "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
+}
 _BY_KEYS = ("default", "linear", "yarn")
 
 
@@ -142,7 +145,9 @@ def has_bias(config: PretrainedConfig, gguf_name: str) -> bool:
     """Whether the class of a config has this bias, by its name in GGUF."""
     if config.model_type == "qwen2":
         return has_stem(gguf_name, ("attn_q", "attn_k", "attn_v"), "bias")
-    return any(getattr(config, switch, False) and has_stem(gguf_name, stems, "bias") for switch, stems in BIASES.items())
+    return any(
+        getattr(config, switch, False) and has_stem(gguf_name, stems, "bias") for switch, stems in BIASES.items()
+    )
 
 
 def _rename(name: str, stems: dict[str, str], layer: str, prefix: str) -> str | None:

@@ -135,17 +135,18 @@ def _wrap(
         raise InputError(f"{source} has a chat template that is no text: export it again")
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)) and "bos" in special.ids
     adds_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos" in special.ids
-    if adds_bos or adds_eos:
-        _add_ends(backend, special, adds_bos, adds_eos)
-    named = {}
+    named: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = special.ids.get(key)
         # transformers would cut a token with a name out of every text, which llama.cpp does with special ones alone.
         if index is not None and special.types[index] in (CONTROL, USER_DEFINED, UNKNOWN):
             named[f"{name}_token"] = special.texts[index]
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, add_bos_token=adds_bos, **named
-    )
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, add_bos_token=adds_bos and "bos_token" in named,
+        add_eos_token=adds_eos and "eos_token" in named, **named,
+    )  # fmt: skip
+    if adds_bos or adds_eos:
+        _add_ends(wrapped.backend_tokenizer, special, adds_bos, adds_eos)
     wrapped.chat_template = template
     return wrapped
 

@@ -117,9 +117,7 @@ def name_of(tokenizer: Tokenizer) -> str:
     """llama.cpp's name of a tokenizer's split; InputError when it is none of the table's."""
     mine, ignores = _signature(tokenizer.pre_tokenizer), getattr(tokenizer.model, "ignore_merges", False)
     names = [
-        name
-        for name, row in PRE_TOKENIZERS.items()
-        if mine in (_signature(row.make()), _signature(row.as_llama_cpp()))
+        name for name, row in PRE_TOKENIZERS.items() if mine in (_signature(row.make()), _signature(row.as_llama_cpp()))
     ]
     # Some split alike and merge differently.
     for name in sorted(names, key=lambda name: PRE_TOKENIZERS[name].ignore_merges != ignores):
