@@ -2,7 +2,6 @@
 
 import json
 import random
-import unicodedata
 from itertools import pairwise, product
 from typing import Any
 
@@ -78,8 +77,6 @@ def test_byte_level_ids_are_those_of_the_original(
     byte_level_pairs: dict[str, tuple[Tokenizer, PreTrainedTokenizerFast]], split: str, text: str
 ) -> None:
     original, ours = byte_level_pairs[split]
-    if split == "qwen2":  # the published one composes characters first (NFC)
-        text = unicodedata.normalize("NFC", text)
     assert _ids(ours, text) == original.encode(text).ids
     assert ours.decode(_ids(ours, text)) == text
 
@@ -90,16 +87,18 @@ def test_llama3_takes_a_word_of_the_vocabulary_whole_whatever_its_merges() -> No
     metadata = _metadata(backend, "llama-bpe")
     metadata["tokenizer.ggml.tokens"].append("zebra")
     metadata["tokenizer.ggml.token_type"].append(1)
+    metadata["tokenizer.ggml.add_bos_token"] = False
     word = len(metadata["tokenizer.ggml.tokens"]) - 1
     assert _ids(tokenizer_from_metadata(metadata, "x.gguf"), "zebra") == [word]
     assert len(_ids(tokenizer_from_metadata(metadata | {"tokenizer.ggml.pre": "gpt-2"}, "x.gguf"), "zebra")) > 1
 
 
-def test_qwen2_composes_characters(
+def test_characters_are_not_composed_as_llama_cpp_does_not(
     byte_level_pairs: dict[str, tuple[Tokenizer, PreTrainedTokenizerFast]],
 ) -> None:
+    """Qwen's published tokenizers do."""
     ours = byte_level_pairs["qwen2"][1]
-    assert _ids(ours, "n\u0303andu\u0301") == _ids(ours, "ñandú")
+    assert _ids(ours, "n\u0303") != _ids(ours, "ñ")
 
 
 def test_special_tokens_are_single_and_the_template_comes_along() -> None:
@@ -119,6 +118,68 @@ def test_a_bos_is_added_where_the_file_says_so(asked: bool | None, starts: bool)
     if asked is not None:
         metadata["tokenizer.ggml.add_bos_token"] = asked
     assert (_ids(tokenizer_from_metadata(metadata, "x.gguf"), "The fox")[0] == 1) == starts
+
+
+@pytest.mark.parametrize(
+    ("split", "starts"), [("llama-bpe", True), ("tekken", True), ("gpt-2", False), ("qwen2", False)]
+)
+def test_some_splits_come_with_a_bos(split: str, starts: bool) -> None:
+    """Llama 3's and Mistral's files from before `add_bos_token` was written."""
+    metadata = _metadata(_byte_level(split), split)
+    assert (_ids(tokenizer_from_metadata(metadata, "x.gguf"), "The fox")[0] == 1) == starts
+
+
+def test_an_eos_is_added_where_the_file_says_so() -> None:
+    metadata = _metadata(_byte_level("gpt-2"), "gpt-2") | {"tokenizer.ggml.add_eos_token": True}
+    assert _ids(tokenizer_from_metadata(metadata, "x.gguf"), "The")[-1] == 2
+    both = tokenizer_from_metadata(metadata | {"tokenizer.ggml.add_bos_token": True}, "x.gguf")
+    assert [_ids(both, "The")[place] for place in (0, -1)] == [1, 2]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_that_does_not_say_its_split_has_llama_cpps_default(named: bool) -> None:
+    backend = _byte_level("default")
+    metadata = _metadata(backend, "default")
+    if not named:
+        del metadata["tokenizer.ggml.pre"]
+    text = "It costs 12345 euros, don't it? (x = y_1)"
+    ours = tokenizer_from_metadata(metadata, "x.gguf")
+    assert _ids(ours, text) == backend.encode(text).ids
+    assert [ours.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)[place][0] for place in (2, 3)] == ["Ġ", "123"]
+
+
+def test_merges_count_once_and_those_that_never_happen_do_not_count() -> None:
+    """What llama.cpp does with them: the first rank of two, none of what is made of no token."""
+    backend = _byte_level("gpt-2")
+    metadata = _metadata(backend, "gpt-2")
+    odd = [*metadata["tokenizer.ggml.merges"], metadata["tokenizer.ggml.merges"][0], "nonsense", "xyz zyx"]
+    ours = tokenizer_from_metadata(metadata | {"tokenizer.ggml.merges": odd}, "x.gguf")
+    assert _ids(ours, _CORPUS[0]) == backend.encode(_CORPUS[0]).ids
+
+
+def test_a_merge_that_makes_no_token_is_refused_unless_it_comes_to_the_same() -> None:
+    """llama.cpp merges it and takes it apart into bytes: two ASCII letters come out as they were."""
+    metadata = _metadata(_byte_level("gpt-2"), "gpt-2") | {"tokenizer.ggml.merges": ["q z"]}
+    ours = tokenizer_from_metadata(metadata, "x.gguf")
+    assert ours.convert_ids_to_tokens(_ids(ours, "qz")) == ["q", "z"]
+    for merges in (["Ã ±"], ["q z", "qz q"]):
+        with pytest.raises(InputError, match=r"x\.gguf: the merge .* is of .*, which is none of its tokens"):
+            tokenizer_from_metadata(metadata | {"tokenizer.ggml.merges": merges}, "x.gguf")
+
+
+def test_a_name_alone_makes_no_token_special() -> None:
+    """A plain token as eos is not cut out of texts: llama.cpp goes by types."""
+    metadata = _metadata(_byte_level("gpt-2"), "gpt-2")
+    eos = metadata["tokenizer.ggml.tokens"].index("e")
+    ours = tokenizer_from_metadata(metadata | {"tokenizer.ggml.eos_token_id": eos}, "x.gguf")
+    assert _ids(ours, "The quick") == _ids(tokenizer_from_metadata(metadata, "x.gguf"), "The quick")
+
+
+def test_phi_3s_special_tokens_take_the_blanks_behind_them() -> None:
+    metadata = _sentencepiece_metadata(0, add_bos_token=False)
+    plain, phi3 = (tokenizer_from_metadata(metadata | name, "x.gguf") for name in ({}, {"general.name": "Phi-3 mini"}))
+    assert _ids(phi3, "</s> \nban") == _ids(plain, "</s>ban")
+    assert _ids(phi3, "<s> ban") == _ids(plain, "<s> ban")
 
 
 # SentencePiece

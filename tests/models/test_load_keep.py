@@ -186,3 +186,11 @@ def test_a_type_that_is_not_read_is_refused_before_anything_is_loaded(make_gguf:
     path.write_bytes(content[:at] + (26).to_bytes(4, "little") + content[at + 4 :])  # I32, as large as F32
     with pytest.raises(InputError, match=r"v_proj\.weight is i32, which is not read"):
         load(str(path))
+
+
+def test_a_type_that_is_decoded_but_not_kept_is_refused_with_the_way_out(make_gguf: MakeGGUF) -> None:
+    path = make_gguf("MXFP4")
+    with pytest.raises(InputError, match=r"is mxfp4, which is not kept as it is .*: set quantize to none, nf4"):
+        load(str(path))
+    model, _ = load(str(path), "none", dtype="float32")
+    assert model(input_ids=torch.tensor([[1, 2]])).logits.isfinite().all()

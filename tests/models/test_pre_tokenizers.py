@@ -35,6 +35,9 @@ _SPLITS = [
     ("gpt-4o", "don't·DON'T·camelCase", "don't|·DON'T|·camel|Case"),
     ("tekken", "don't·DON'T·camelCase·12", "don|'t|·DON|'T|·camel|Case|·|1|2"),
     ("tekken", "a·(b)/↵c", "a|·(|b|)/↵|c"),
+    ("default", "It·costs·1234·euros", "It|·costs|·|123|4|·euros"),
+    ("default", "don't·DON'T", "don|'|t|·DON|'|T"),
+    ("default", "x·=·(y)_z·,·b", "x|·|=|·|(|y|)_|z|·|,|·b"),
 ]
 
 
@@ -46,7 +49,20 @@ def _pieces(splitter: pre.PreTokenizer, text: str) -> list[str]:
 @pytest.mark.parametrize(("name", "text", "expected"), _SPLITS)
 def test_text_is_cut_where_the_family_cuts_it(name: str, text: str, expected: str) -> None:
     plain, pieces = (line.replace("·", " ").replace("↵", "\n") for line in (text, expected))
-    assert _pieces(PRE_TOKENIZERS[name].make(), plain) == pieces.split("|")
+    for make in (PRE_TOKENIZERS[name].make, PRE_TOKENIZERS[name].as_llama_cpp):
+        assert _pieces(make(), plain) == pieces.split("|")
+
+
+@pytest.mark.parametrize("name", ["tekken", "gpt-4o"])
+def test_llama_cpp_cuts_other_capitals_than_the_published_ones(name: str) -> None:
+    """It knows A to Z alone, and no marks: what it was asked in tests/interop/test_gguf_tokenizers.py."""
+    row = PRE_TOKENIZERS[name]
+    assert _pieces(row.make(), "ÉCOLE e\u0301") == ["ÉCOLE", " e\u0301"]
+    assert _pieces(row.as_llama_cpp(), "ÉCOLE e\u0301") == ["É", "COLE", " e", "\u0301"]
+    for make in (row.make, row.as_llama_cpp):  # both are called so, whichever file they come from
+        tokenizer = Tokenizer(BPE(ignore_merges=row.ignore_merges))
+        tokenizer.pre_tokenizer = make()
+        assert name_of(tokenizer) == name
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)
@@ -104,7 +120,9 @@ def test_published_tokenizers_have_their_llama_cpp_name(name: str) -> None:
     assert _pieces(tokenizer.pre_tokenizer, text) == _pieces(by_name(name, "x.gguf").make(), text)
 
 
-@pytest.mark.parametrize(("alias", "name"), [("default", "gpt-2"), ("llama3", "llama-bpe"), ("llama-v3", "llama-bpe")])
+@pytest.mark.parametrize(
+    ("alias", "name"), [("falcon3", "llama-bpe"), ("llama3", "llama-bpe"), ("starcoder", "smollm"), ("megrez", "qwen2")]
+)
 def test_other_names_of_the_same_split(alias: str, name: str) -> None:
     assert by_name(alias, "x.gguf") is PRE_TOKENIZERS[name]
 

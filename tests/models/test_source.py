@@ -161,8 +161,12 @@ _ODD_METADATA: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "heads in words": (_with("llama.attention.head_count", "four", GGUFValueType.STRING), r"model\.gguf"),
     "heads that do not divide": (_with("llama.attention.head_count", 7, GGUFValueType.UINT32), r"model\.gguf"),
     "heads per layer": (
-        _with("llama.attention.head_count", [4, 4], GGUFValueType.ARRAY, GGUFValueType.INT32), r"model\.gguf",
+        _with("llama.attention.head_count", [4, 2], GGUFValueType.ARRAY, GGUFValueType.INT32), "differs from layer",
     ),
+    "layers that are not there": (_with("llama.block_count", 500, GGUFValueType.UINT32), "says 500 layers .* of 2, "),
+    "layers without end": (_with("llama.block_count", 2**32 - 1, GGUFValueType.UINT32), "block_count is 4294967295"),
+    "a layer too few": (_with("llama.block_count", 1, GGUFValueType.UINT32), "says 1 layers .* of 2, the last"),
+    "a mixture": (_with("llama.expert_count", 4, GGUFValueType.UINT32), "is a mixture of experts"),
     "no kind of tokenizer": (_without("tokenizer.ggml.model"), "the tokenizer kind None"),
     "an unknown tokenizer": (_with("tokenizer.ggml.model", "bert", GGUFValueType.STRING), "the tokenizer kind 'bert'"),
     "an unknown split": (_with("tokenizer.ggml.pre", "nonesuch", GGUFValueType.STRING), "'nonesuch'"),
@@ -171,10 +175,16 @@ _ODD_METADATA: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         _with("tokenizer.ggml.token_type", [1, 1], GGUFValueType.ARRAY, GGUFValueType.INT32), r"model\.gguf",
     ),
     "merges of no tokens": (
-        _with("tokenizer.ggml.merges", ["never heard"], GGUFValueType.ARRAY, GGUFValueType.STRING), r"model\.gguf",
+        _with("tokenizer.ggml.merges", ["~ ~", "~~ ~"], GGUFValueType.ARRAY, GGUFValueType.STRING), "the merge '~ ~'",
     ),
-    "merges without a space": (
-        _with("tokenizer.ggml.merges", ["never"], GGUFValueType.ARRAY, GGUFValueType.STRING), r"model\.gguf",
+    "merges that are no text": (
+        _with("tokenizer.ggml.merges", [1, 2], GGUFValueType.ARRAY, GGUFValueType.INT32), "no tokenizer.ggml.merges",
+    ),
+    "no merges": (_without("tokenizer.ggml.merges"), "has no tokenizer.ggml.merges"),
+    "a template that is no text": (_with("tokenizer.chat_template", 1, GGUFValueType.UINT32), "template that is no"),
+    "more tokens than embeddings": (
+        _with("tokenizer.ggml.tokens", [f"t{number}" for number in range(9999)], GGUFValueType.ARRAY,
+              GGUFValueType.STRING), r"model\.gguf",
     ),
 }  # fmt: skip
 

@@ -85,6 +85,14 @@ class GGUFFile:
         return self.stored(name).read()
 
 
+def is_decoded(kind: str) -> bool:
+    """Whether tensors of this type (`iq4_xs`, …) are read as numbers."""
+    known = gguf.GGMLQuantizationType.__members__.get(kind.upper())
+    return known is not None and (
+        known.name in _PLAIN or kind in DEQUANTIZED_TYPES or known in gguf.quants._type_traits
+    )
+
+
 def _decode(info: TensorInfo, path: Path, raw: Tensor) -> Tensor:
     """Bytes of whole blocks → their values, flat."""
     kind = info.type.name

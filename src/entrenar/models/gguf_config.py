@@ -1,7 +1,8 @@
 """A GGUF's hyper-parameters, from a transformers config and back, for every family of gguf_families.py."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +23,10 @@ from entrenar.models.gguf_rope import (
     scaling_keys,
     set_rope_tensors,
 )
+from entrenar.models.gguf_special import named_ids
 from entrenar.models.gguf_values import check_computed, checked_keys
 
+_LAYER = re.compile(r"blk\.(\d{1,4})\.")
 # Of a config, what does not change what the model computes, or what the tensors or the vocabulary say.
 _SAID_ELSEWHERE = {
     *("initializer_range", "use_cache", "attention_dropout", "resid_pdrop", "embd_pdrop", "pretraining_tp"),
@@ -49,34 +52,63 @@ def config_from_metadata(
         rope: the file's rotary divisors by their names, see gguf_rope.py.
 
     Raises:
-        InputError: an architecture that is not known, a key that is missing, divisors that are not understood.
+        InputError: an architecture that is not known, a key that is missing, or has a value that is not computed with,
+            divisors that are not understood.
     """
+    family, keys = _keys_of(metadata, source)
+    config = _config(family, keys, metadata, source, vocab_size, tied, rope or {})
+    check_computed(keys, family, LONG in (rope or {}), source)
+    return config
+
+
+def _keys_of(metadata: Mapping[str, Any], source: str) -> tuple[Family, dict[str, Any]]:
+    """The row of a file's architecture, and its keys without that prefix."""
     family = family_in(metadata, source)
     prefix = f"{family.architecture}."
     keys = {key.removeprefix(prefix): metadata[key] for key in metadata if key.startswith(prefix)}
-    keys = checked_keys(keys, family.architecture, source)
+    return family, checked_keys(keys, family.architecture, source)
+
+
+def _config(
+    family: Family, keys: dict[str, Any], metadata: Mapping[str, Any], source: str, vocab_size: int, tied: bool,
+    rope: Mapping[str, Tensor],
+) -> PretrainedConfig:  # fmt: skip
     try:
         arguments = _shared_arguments(keys, family) | family.more_arguments(keys)
     except KeyError as missing:
-        raise InputError(f"{source} lacks the key {prefix}{missing.args[0]}: export it again") from None
-    check_computed(keys, family.architecture, LONG in (rope or {}), source)
-    _check_scaling(keys, family, rope or {}, source)
-    tokens = {f"{name}_token_id": index for name, index in special_ids(metadata, vocab_size).items()}
+        raise InputError(f"{source} lacks the key {family.architecture}.{missing.args[0]}: export it again") from None
+    _check_scaling(keys, family, rope, source)
+    tokens = _token_ids(metadata, vocab_size)
     config = AutoConfig.for_model(
         family.model_types[0], vocab_size=vocab_size, tie_word_embeddings=tied, **tokens, **arguments
     )
-    set_rope_tensors(config, rope or {}, keys.get("rope.scaling.attn_factor"), source)
+    set_rope_tensors(config, rope, keys.get("rope.scaling.attn_factor"), source)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     return config
 
 
-def special_ids(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, int | None]:
-    """The ids of `bos`, `eos` and `pad` that a file names; None for one that is not among its tokens, as −1 is."""
-    named = {
-        name: metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
-    return {name: index if type(index) is int and 0 <= index < vocab_size else None for name, index in named.items()}
+def _token_ids(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, int | None]:
+    ids = named_ids(metadata, vocab_size)
+    names = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    return {f"{name}_token_id": ids.get(key) for name, key in names}
+
+
+def check_layers(metadata: Mapping[str, Any], names: Iterable[str], source: str) -> None:
+    """InputError unless a file holds tensors of exactly the layers that it says: before anything is built of them."""
+    family, keys = _keys_of(metadata, source)
+    experts = sorted(name for name in names if "_exps." in name)
+    if experts:
+        raise InputError(
+            f"{source} is a mixture of experts ({experts[0]}), which this version does not read from GGUF: load the "
+            "model's Hugging Face directory"
+        )
+    held = {int(match[1]) for match in map(_LAYER.match, names) if match}
+    said = keys.get("block_count")
+    if said is not None and held != set(range(said)):
+        raise InputError(
+            f"{source} says {said} layers ({family.architecture}.block_count), but holds tensors of {len(held)}, the "
+            f"last of number {max(held, default=None)} (the first is 0): fetch it again"
+        )
 
 
 def _check_scaling(keys: dict[str, Any], family: Family, rope: Mapping[str, Tensor], source: str) -> None:
@@ -107,10 +139,11 @@ def check_exportable(config: PretrainedConfig) -> None:
             f"GGUF export of rope type {rope['rope_type']!r} is not in this version: of {config.model_type} it writes "
             f"{', '.join(family.rope_types)}"
         )
-    keys = {"general.architecture": family.architecture, **metadata_from_config(config)}
+    metadata = {"general.architecture": family.architecture, **metadata_from_config(config)}
     # Llama 3's divisors are written whatever they were made of.
     factors = {} if rope["rope_type"] == "llama3" else rope_tensors(config)
-    back = config_from_metadata(keys, "the exported file", text.vocab_size, tied=True, rope=factors)
+    _, keys = _keys_of(metadata, "the exported file")
+    back = _config(family, keys, metadata, "the exported file", text.vocab_size, True, factors)
     names = CONFIG_MAPPING[config.model_type]().to_dict().keys() | {"head_dim"}
     for name in sorted(names - _SAID_ELSEWHERE):
         ours, theirs = _effective(name, config), _effective(name, back)

@@ -37,6 +37,11 @@ _GEMMA = {
     "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
 }  # fmt: skip
 _TIED_GEMMA = {theirs: ours for theirs, ours in _GEMMA.items() if theirs != "lm_head"}  # Gemma 2 has no other there
+# A switch of a config → the biases it is of; Qwen 2 has those of q, k and v without a switch.
+BIASES = {
+    "attention_bias": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
+}
 _BY_KEYS = ("default", "linear", "yarn")
 
 
@@ -129,6 +134,20 @@ def family_in(metadata: Mapping[str, Any], source: str) -> Family:
             f"{source} has the architecture {architecture!r}: from GGUF, this version reads {', '.join(FAMILIES)}"
         )
     return FAMILIES[architecture]
+
+
+def has_stem(gguf_name: str, stems: tuple[str, ...], kind: str) -> bool:
+    """Whether a tensor is the `kind` (weight or bias) of one of these in some layer."""
+    return any(gguf_name.endswith(f".{stem}.{kind}") for stem in stems)
+
+
+def has_bias(config: PretrainedConfig, gguf_name: str) -> bool:
+    """Whether the class of a config has this bias, by its name in GGUF."""
+    if config.model_type == "qwen2":
+        return has_stem(gguf_name, ("attn_q", "attn_k", "attn_v"), "bias")
+    return any(
+        getattr(config, switch, False) and has_stem(gguf_name, stems, "bias") for switch, stems in BIASES.items()
+    )
 
 
 def _rename(name: str, stems: dict[str, str], layer: str, prefix: str) -> str | None:

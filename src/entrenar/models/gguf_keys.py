@@ -104,8 +104,8 @@ def _sliding(keys: Keys, architecture: str, period: int) -> list[bool]:
     if architecture == "gemma3" and not keys.get("attention.sliding_window"):
         return [False] * keys["block_count"]
     pattern = keys.get("attention.sliding_window_pattern", period)
-    if isinstance(pattern, list):
-        return [bool(slides) for slides in pattern]
+    if isinstance(pattern, list):  # llama.cpp's layers beyond its end do not slide
+        return [bool(slides) for slides in (pattern + [False] * keys["block_count"])[: keys["block_count"]]]
     return [pattern == 0 or bool((layer + 1) % pattern) for layer in range(keys["block_count"])]
 
 

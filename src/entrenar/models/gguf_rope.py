@@ -87,9 +87,10 @@ def scaling_arguments(keys: Mapping[str, Any]) -> dict[str, Any]:
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0)) or 1.0
     attention = keys.get("rope.scaling.attn_factor", 1.0)
     if kind == "yarn" and (factor, attention) != (1.0, 1.0):
+        original = keys.get("rope.scaling.original_context_length", keys["context_length"])
         return {
             "rope_type": "yarn", "factor": factor, "attention_factor": attention * _yarn_scale(factor),
-            "original_max_position_embeddings": keys.get("rope.scaling.original_context_length", keys["context_length"]),
+            "original_max_position_embeddings": original,
         }  # fmt: skip
     return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else {"rope_type": "default"}
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from entrenar.core.errors import InputError, listing
+from entrenar.files.gguf import is_decoded
 from entrenar.files.stream import stream
 from entrenar.models.compute import resolve_device, resolve_dtype
 from entrenar.models.experts import ExpertsBuilder, expert_weights, parameter_name
@@ -154,6 +155,11 @@ def kept_types(model: PreTrainedModel, source: ModelSource, dtype: torch.dtype) 
     types = {name: source.blocks.type_of(name) for name in names & set(source.blocks.names())}
     strange = {name: type for name, type in types.items() if type not in KEPT_FORMATS}
     for name, type in strange.items():
+        if is_decoded(type):
+            raise InputError(
+                f"{source.path}: {name} is {type}, which is not kept as it is (kept are {', '.join(KEPT_FORMATS)}): "
+                f"set quantize to none, nf4 or another format, which decode it"
+            )
         raise InputError(f"{source.path}: {name} is {type}, which is not read: allowed are {', '.join(KEPT_FORMATS)}")
     return {name: type for name, type in types.items() if FLOAT_TYPES.get(type) != dtype}
 

@@ -26,18 +26,44 @@ _TEKKEN = rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}{_RE
 _O200K = rf"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDING}|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDING}|\p{{N}}{{1,3}}{_REST}"
 
 
+# What llama.cpp has for them: letters that are not a–z for uppercase, no marks. "ÉCOLE" is cut after its É.
+_NOT_LOWER, _NOT_UPPER = r"((?=[\p{L}])([^a-z]))", r"((?=[\p{L}])([^A-Z]))"
+_ASCII_ENDING = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?"
+_LLAMA_CPP_TEKKEN = rf"{_BEFORE}{_NOT_LOWER}*{_NOT_UPPER}+|{_BEFORE}{_NOT_LOWER}+{_NOT_UPPER}*|\p{{N}}{_REST}"
+_LLAMA_CPP_O200K = (
+    rf"{_BEFORE}{_NOT_LOWER}*{_NOT_UPPER}+{_ASCII_ENDING}|{_BEFORE}{_NOT_LOWER}+{_NOT_UPPER}*{_ASCII_ENDING}"
+    rf"|\p{{N}}{{1,3}}{_REST}"
+)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
+
+
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How one family splits text; `ignore_merges`: a word in the vocabulary is one token whatever the merges say."""
+    """How one family splits text.
+
+    Attributes:
+        make: as its published tokenizers do, by which a tokenizer is recognised.
+        in_llama_cpp: as llama.cpp does, where that is not the same.
+        normalizer: of the published ones; llama.cpp has none.
+        ignore_merges: a word in the vocabulary is one token whatever the merges say.
+        adds_bos: llama.cpp puts the first token before a text where the file does not say.
+    """
 
     make: Callable[[], pre.PreTokenizer]
+    in_llama_cpp: Callable[[], pre.PreTokenizer] | None = None
     normalizer: Callable[[], norm.Normalizer] | None = None
     ignore_merges: bool = False
+    adds_bos: bool = False
+
+    def as_llama_cpp(self) -> pre.PreTokenizer:
+        """What cuts a text where llama.cpp cuts it."""
+        return (self.in_llama_cpp or self.make)()
 
 
-def _split_then_bytes(pattern: str) -> pre.PreTokenizer:
-    split = pre.Split(Regex(pattern), behavior="isolated")
-    return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+def _split_then_bytes(*patterns: str) -> pre.PreTokenizer:
+    splits = [pre.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    return pre.Sequence([*splits, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 PRE_TOKENIZERS = {
@@ -47,21 +73,39 @@ PRE_TOKENIZERS = {
             [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False, use_regex=True)]
         )
     ),
-    "llama-bpe": PreTokenizer(lambda: _split_then_bytes(_LLAMA3), ignore_merges=True),
+    "llama-bpe": PreTokenizer(lambda: _split_then_bytes(_LLAMA3), ignore_merges=True, adds_bos=True),
     "qwen2": PreTokenizer(lambda: _split_then_bytes(_QWEN2), normalizer=norm.NFC),
     "dbrx": PreTokenizer(lambda: _split_then_bytes(_LLAMA3)),  # Phi-4
-    "gpt-4o": PreTokenizer(lambda: _split_then_bytes(_O200K)),  # Phi-4 mini
-    "tekken": PreTokenizer(lambda: _split_then_bytes(_TEKKEN), ignore_merges=True),  # Mistral NeMo
-}
+    "gpt-4o": PreTokenizer(  # Phi-4 mini
+        lambda: _split_then_bytes(_O200K), in_llama_cpp=lambda: _split_then_bytes(_LLAMA_CPP_O200K)
+    ),
+    "tekken": PreTokenizer(  # Mistral NeMo
+        lambda: _split_then_bytes(_TEKKEN), in_llama_cpp=lambda: _split_then_bytes(_LLAMA_CPP_TEKKEN),
+        ignore_merges=True, adds_bos=True,
+    ),
+    "default": PreTokenizer(lambda: _split_then_bytes(*_DEFAULT)),  # files that do not say: nobody's but llama.cpp's
+}  # fmt: skip
+# Other names of the same split in llama.cpp, as far as they differ in nothing else.
 _ALIASES = {
-    "default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "pixtral": "llama-bpe",
-    "smaug-bpe": "dbrx", "deepseek-r1-qwen": "qwen2",
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"),
+    **dict.fromkeys(
+        ("deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "solar-open", "grok-2"), "qwen2"
+    ),
+    **dict.fromkeys(
+        ("phi-2", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"),
+        "gpt-2",
+    ),
+    **dict.fromkeys(
+        ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), "smollm"
+    ),
+    **dict.fromkeys(("llama4", "kanana2", "talkie", "minimax-m2"), "gpt-4o"),
+    "smaug-bpe": "dbrx",
 }  # fmt: skip
 
 
 def by_name(name: str, source: str) -> PreTokenizer:
     """The row called `name` in a GGUF; InputError lists the known ones."""
-    row = PRE_TOKENIZERS.get(_ALIASES.get(name, name))
+    row = PRE_TOKENIZERS.get(_ALIASES.get(name, name)) if isinstance(name, str) else None
     if row is None:
         raise InputError(
             f"{source} splits text by {name!r}, which this version does not know: {', '.join(PRE_TOKENIZERS)}"
@@ -72,7 +116,9 @@ def by_name(name: str, source: str) -> PreTokenizer:
 def name_of(tokenizer: Tokenizer) -> str:
     """llama.cpp's name of a tokenizer's split; InputError when it is none of the table's."""
     mine, ignores = _signature(tokenizer.pre_tokenizer), getattr(tokenizer.model, "ignore_merges", False)
-    names = [name for name, row in PRE_TOKENIZERS.items() if _signature(row.make()) == mine]
+    names = [
+        name for name, row in PRE_TOKENIZERS.items() if mine in (_signature(row.make()), _signature(row.as_llama_cpp()))
+    ]
     # Some split alike and merge differently.
     for name in sorted(names, key=lambda name: PRE_TOKENIZERS[name].ignore_merges != ignores):
         return name

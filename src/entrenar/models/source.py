@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -17,9 +18,10 @@ from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.peft import whole_rows
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.models.directory import open_checkpoint, read_tokenizer, with_prefix
-from entrenar.models.gguf_config import config_from_metadata
-from entrenar.models.gguf_families import Family, family_of
+from entrenar.models.gguf_config import check_layers, config_from_metadata
+from entrenar.models.gguf_families import BIASES, Family, family_of, has_bias, has_stem
 from entrenar.models.gguf_rope import ROPE_TENSORS, head_dim
+from entrenar.models.gguf_special import special_tokens
 from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
 
 
@@ -145,17 +147,39 @@ def _open_gguf(path: Path) -> ModelSource:
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{path} has no token_embd.weight: it is not a language model")
     rows, tied = file.tensors["token_embd.weight"].shape[0], "output.weight" not in file.tensors
+    check_layers(file.metadata, file.tensors, str(path))
     rope = {name: file.stored(name).read() for name in ROPE_TENSORS if name in file.tensors}
     with _reading(path):
         config = config_from_metadata(file.metadata, str(path), rows, tied, rope)
-    for switch, bias in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias")):
+    for switch, stems in BIASES.items():
         if hasattr(config, switch):
-            setattr(config, switch, bias in file.tensors)
+            setattr(config, switch, any(has_stem(name, stems, "bias") for name in file.tensors))
     config._name_or_path = str(path)
     weights = GGUFWeights(file, config, family_of(config))
-    make_tokenizer = partial(tokenizer_from_metadata, file.metadata, str(path))
+    make_tokenizer = partial(_gguf_tokenizer, file.metadata, rows, str(path))
     made = _provenance(file.metadata)
-    return ModelSource(path, config, make_tokenizer, weights, blocks=weights, provenance=made)
+    generation = _gguf_generation(file.metadata, config, str(path))
+    return ModelSource(path, config, make_tokenizer, weights, generation, blocks=weights, provenance=made)
+
+
+def _gguf_tokenizer(metadata: dict[str, Any], rows: int, source: str) -> PreTrainedTokenizerBase:
+    tokenizer = tokenizer_from_metadata(metadata, source)
+    if len(metadata["tokenizer.ggml.tokens"]) != rows:
+        raise InputError(
+            f"{source} has {len(metadata['tokenizer.ggml.tokens'])} tokens but {rows} embeddings: fetch it again"
+        )
+    return tokenizer
+
+
+def _gguf_generation(metadata: dict[str, Any], config: PretrainedConfig, source: str) -> GenerationConfig | None:
+    """What llama.cpp stops at, as the generation config of a directory says it."""
+    if not metadata.get("tokenizer.ggml.tokens"):
+        return None  # making the tokenizer says so
+    known: Any = config
+    return GenerationConfig(
+        bos_token_id=known.bos_token_id, eos_token_id=special_tokens(metadata, source).ends,
+        pad_token_id=known.pad_token_id,
+    )  # fmt: skip
 
 
 class GGUFWeights:
@@ -168,13 +192,16 @@ class GGUFWeights:
         # A tensor the family does not have keeps its own name, and so is reported as unexpected.
         weights = [name for name in file.tensors if name not in ROPE_TENSORS]
         self._names = {family.hf_name(name) or name: name for name in weights}
+        self._zeros = _absent_biases(config, family, file)
 
     def names(self) -> Iterable[str]:
         """Every tensor, by its transformers name."""
-        return self._names
+        return self._names | self._zeros
 
     def stored(self, name: str) -> StoredTensor:
         """Where one tensor lies; decoded it is dequantized and as transformers has it."""
+        if name in self._zeros:
+            return self._zeros[name]
         found = self._in_our_order(name, self._file.stored(self._names[name]))
         offset = self._family.offset(name)
         return replace(found, decode=lambda raw: found.decode(raw) - offset) if offset else found
@@ -202,6 +229,27 @@ class GGUFWeights:
             return self._family.in_our_order(found.decode(raw).view(-1, *columns), self._config).view(-1)
 
         return replace(found, decode=decode, group=head_dim(self._config) * math.prod(columns))
+
+
+def _absent_biases(config: PretrainedConfig, family: Family, file: GGUFModel) -> dict[str, StoredTensor]:
+    """Zeros for the biases that a transformers class has and a file has not: llama.cpp adds each where there is one."""
+    zeros: dict[str, StoredTensor] = {}
+    for name in list(file.tensors):
+        bias = f"{name.removesuffix('weight')}bias"
+        hf_name = family.hf_name(bias) if name.endswith(".weight") else None
+        if bias in file.tensors or hf_name is None or not has_bias(config, bias):
+            continue
+        rows = file.tensors[name].shape[0]
+        stored = file.stored(name)
+        zeros[hf_name] = replace(
+            stored, size=0, shape=(rows,), dtype=torch.float32, decode=partial(_zeros, rows), group=1
+        )
+    return zeros
+
+
+def _zeros(count: int, raw: Tensor) -> Tensor:
+    del raw
+    return torch.zeros(count)
 
 
 def _download(model_id: str) -> Path:
