@@ -6,7 +6,7 @@ back), or the weights as the files have them (`original`).
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -167,6 +167,16 @@ class StreamedModel:
         unknown += [name for name, tensor in saved.items() if parameters.get(name) != tensor.shape and name not in rows]
         if unknown:
             raise InputError(f"the adapter is for layers this model does not have: {listing(unknown, 3)}")
+        self._check_base(self._adapter.tensors.base)
+
+    def _check_base(self, base: Mapping[str, Tensor]) -> None:
+        """InputError where the base's own weights, which peft writes beside an adapted head, are not the model's."""
+        for name, tensor in base.items():
+            if name not in self._stored or name in self._packed_names:
+                continue  # a tied head's, which is the embedding; what is quantized has been rounded
+            own = self._stored[name].read()
+            if own.shape != tensor.shape or not torch.equal(own.to(tensor.dtype), tensor):
+                raise InputError(f"the adapter was trained on another base: its {name} is not this model's")
 
     def _token_rows(self, head: nn.Module) -> dict[str, tuple[list[int], Tensor]]:
         """Weights of which the adapter has rows of its own → the tokens, and their rows."""

@@ -37,6 +37,14 @@ def check_file(path: str | Path | None, what: str) -> None:
         raise InputError(f"{what} {path} does not exist: check the path")
 
 
+def check_inspected(path: str | Path) -> None:
+    """InputError for nothing to look into."""
+    if not _exists(str(path)):
+        raise InputError(
+            f"{path} does not exist: point to a .gguf or .safetensors file, a model or an adapter directory"
+        )
+
+
 def check_quantize(name: str | None) -> None:
     """InputError for a base format that is not known."""
     if name is not None and name not in QUANTIZE:
