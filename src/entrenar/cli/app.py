@@ -52,6 +52,9 @@ def run(arguments: list[str]) -> int:
     Raises:
         InputError: arguments that are not the verb's.
     """
+    for argument in arguments:
+        if any("\ud800" <= char <= "\udfff" for char in argument):
+            raise InputError(f"the argument {argument} is not text in this terminal's encoding: set LC_ALL=C.UTF-8")
     command = typer.main.get_command(app)
     try:
         with command.make_context("entrenar", arguments or ["--help"]) as context:

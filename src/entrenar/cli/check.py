@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from entrenar.cli.arguments import ConfigArgument, OverridesArgument
 from entrenar.cli.numbers import human_bytes
+from entrenar.core.terminal import PROSE, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,11 +17,15 @@ def check(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     from rich.console import Console
 
     from entrenar.core.config import parse_override, to_yaml
+    from entrenar.recipes.inputs import check_config
+
+    values = dict(map(parse_override, overrides or []))
+    check_config(config, values)  # before seconds of imports
     from entrenar.recipes.check import check as run
 
-    report = run(config, dict(map(parse_override, overrides or [])))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(to_yaml(report.config), markup=False)
+    report = run(config, values)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console.print(printable(to_yaml(report.config), PROSE))
     _print_sizes(console, report)
     _print_doubts(console, report)
     _print_data(console, report)
@@ -39,9 +44,8 @@ def _print_sizes(console: "Console", report: "CheckReport") -> None:
         console.print(f"  {name:<12}{size:>16,} bytes  ({human_bytes(size)})")
     console.print(f"  {plan.sentence()}")
     console.print(f"  {report.trainable_parameters:,} trained parameters in {report.adapted_layers} layers")
-    console.print(
-        f"  {report.total_steps} steps" + (f", resuming {report.resumes_from}" if report.resumes_from else "")
-    )
+    resumes = f", resuming {printable(report.resumes_from)}" if report.resumes_from else ""
+    console.print(f"  {report.total_steps} steps{resumes}")
 
 
 def _print_doubts(console: "Console", report: "CheckReport") -> None:
@@ -54,7 +58,7 @@ def _print_data(console: "Console", report: "CheckReport") -> None:
     from entrenar.recipes.train import describe
 
     console.print("\ndata", style="bold")
-    console.print(f"  {describe(report.data, report.config.data.train)}", markup=False)
+    console.print(f"  {printable(describe(report.data, report.config.data.train), PROSE)}")
     bins = histogram(report.lengths)
     most = max(count for *_, count in bins)
     for start, end, count in bins:
@@ -74,5 +78,6 @@ def _print_samples(console: "Console", report: "CheckReport") -> None:
     for number, pieces in enumerate(report.samples, start=1):
         text = Text(f"{number}. ")
         for piece, trained in pieces:
-            text.append(f"»{piece}«" if trained else piece, style="green" if trained else "dim")
+            shown = printable(piece, PROSE)
+            text.append(f"»{shown}«" if trained else shown, style="green" if trained else "dim")
         console.print(text, "")

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
+from entrenar.core.terminal import PROSE, printable
 
 
 def evaluate(
@@ -16,6 +17,13 @@ def evaluate(
     show: Annotated[int, typer.Option(min=0, help="Print this many wrong answers.")] = 3,
 ) -> None:
     """Measure a model on a file: perplexity of the trained tokens, exact match of its greedy answers."""
+    from entrenar.recipes.inputs import check_adapter, check_file, check_model, check_quantize
+
+    for path in filter(None, (model, against)):
+        check_model(path)
+    check_adapter(adapter)
+    check_file(data, "data file")
+    check_quantize(quantize)
     from entrenar.recipes.evaluate import evaluate as run
 
     result = run(model, data, adapter=adapter, against=against, quantize=quantize)
@@ -27,4 +35,5 @@ def evaluate(
     if result.kl is not None:
         typer.echo(f"KL           {result.kl:.3e} nats/token")
     for answer in [answer for answer in result.answers if not answer.is_exact][:show]:
-        typer.echo(f"\nasked     {answer.prompt}\nexpected  {answer.expected}\nanswered  {answer.actual}")
+        told = f"\nasked     {answer.prompt}\nexpected  {answer.expected}\nanswered  {answer.actual}"
+        typer.echo(printable(told, PROSE))

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
+from entrenar.core.terminal import PROSE, printable
 
 
 def generate(
@@ -16,9 +17,15 @@ def generate(
     quantize: QuantizeOption = None,
 ) -> None:
     """Answer one prompt in the model's own chat template (or continue it, where there is none)."""
+    from entrenar.recipes.inputs import check_adapter, check_model, check_quantize
+
+    check_model(model)
+    check_adapter(adapter)
+    check_quantize(quantize)
     from entrenar.evaluation.generate import generate as run
     from entrenar.recipes.open_model import open_model
 
     loaded, tokenizer = open_model(model, adapter, quantize)
     messages = [[{"role": "user", "content": prompt}]]
-    typer.echo(run(loaded, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature)[0])
+    answer = run(loaded, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature)[0]
+    typer.echo(printable(answer, PROSE))

@@ -5,30 +5,39 @@ from typing import Annotated, Any
 import typer
 
 from entrenar.cli.numbers import human_bytes
+from entrenar.core.terminal import printable
+
+_LONGEST = 100  # characters of a value
+_WIDEST = 100  # of the column of names
 
 
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A .gguf or .safetensors file, a model or an adapter.")],
 ) -> None:
     """List tensors, types, shapes, sizes and metadata of safetensors, GGUF and adapters."""
+    from entrenar.recipes.inputs import check_inspected
+
+    check_inspected(path)  # before seconds of imports
     from entrenar.recipes.inspect import inspect as run
 
     found = run(path)
-    typer.echo(
-        f"{path}: {found.kind}, {len(found.tensors)} tensors, {human_bytes(sum(t.bytes for t in found.tensors))}"
-    )
+    size = human_bytes(sum(tensor.bytes for tensor in found.tensors))
+    typer.echo(f"{printable(path)}: {found.kind}, {len(found.tensors)} tensors, {size}")
     for key, value in found.metadata.items():
-        typer.echo(f"  {key} = {_short(value)}")
+        typer.echo(f"  {printable(key)} = {_short(value)}")
     for place, bits in found.bits_per_weight().items():
         typer.echo(f"  {bits:6.3f} bits per weight: {place}")
-    width = max((len(tensor.name) for tensor in found.tensors), default=0)
-    for tensor in found.tensors:
+    names = [printable(tensor.name) for tensor in found.tensors]
+    width = min(max(map(len, names), default=0), _WIDEST)
+    for name, tensor in zip(names, found.tensors, strict=True):
         shape = " × ".join(map(str, tensor.shape))
-        typer.echo(f"  {tensor.name:<{width}}  {tensor.type:<9} {shape:<16} {human_bytes(tensor.bytes):>9}")
+        typer.echo(f"  {name:<{width}}  {tensor.type:<9} {shape:<16} {human_bytes(tensor.bytes):>9}")
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, list) and len(value) > 8:
-        return f"[{', '.join(map(repr, value[:4]))}, … {len(value)} in all]"
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}…"
+    if isinstance(value, list):
+        more = f", … {len(value)} in all" if len(value) > 8 else ""
+        return f"[{', '.join(map(_short, value[:4] if more else value))}{more}]"
+    # A long text is cut before it is looked at: a file may hold megabytes in one value.
+    text = printable(repr(value[:_LONGEST] if isinstance(value, str | bytes) else value))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}…"

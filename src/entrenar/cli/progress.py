@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from entrenar.cli.numbers import human_bytes, human_seconds
+from entrenar.core.terminal import PROSE, printable
 
 if TYPE_CHECKING:
     from entrenar.training.state import StepReport
@@ -33,7 +34,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """Print one sentence."""
-        self._console.print(text, markup=False)
+        self._console.print(printable(text, PROSE), markup=False, emoji=False)
 
     def step(self, report: "StepReport") -> None:
         """Show where the run stands."""

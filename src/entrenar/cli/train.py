@@ -8,8 +8,12 @@ def train(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     """Fine-tune; a run that was stopped goes on by itself when the same command is given again."""
     from pathlib import Path
 
+    from entrenar.core.config import parse_override
+    from entrenar.recipes.inputs import check_config
+
+    check_config(config, dict(map(parse_override, overrides or [])))  # before seconds of imports
     from entrenar.cli.progress import TrainingProgress
-    from entrenar.core.config import load_config, parse_override
+    from entrenar.core.config import load_config
     from entrenar.recipes.config import RunConfig
 
     settings = load_config(RunConfig, Path(config), dict(map(parse_override, overrides or [])))

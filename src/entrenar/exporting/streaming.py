@@ -6,7 +6,7 @@ back), or the weights as the files have them (`original`).
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -189,6 +189,16 @@ class StreamedModel:
         experts = named_by(sorted(projections), self._adapter.target_parameters)
         check_complete(list(layers), [*expected, *experts], "the adapter")
         check_saved(self.meta, self._adapter.modules_to_save, saved)
+        self._check_base(self._adapter.tensors.base)
+
+    def _check_base(self, base: Mapping[str, Tensor]) -> None:
+        """InputError where the base's own weights, which peft writes beside an adapted head, are not the model's."""
+        for name, tensor in base.items():
+            if name not in self._stored or name in self._packed_names:
+                continue  # a tied head's, which is the embedding; what is quantized has been rounded
+            own = self._stored[name].read()
+            if not _agree(own, tensor[: len(own)]):  # rows of new tokens come after the base's
+                raise InputError(f"the adapter was trained on another base: its {name} is not this model's")
 
     def _token_rows(self) -> dict[str, tuple[list[int], Tensor]]:
         """Weights of which the adapter has rows of its own → the tokens, and their rows."""

@@ -124,9 +124,15 @@ def _keys(source: ModelSource, config: PretrainedConfig, say: Say) -> Metadata:
 
 
 def _adapter_alone(request: ExportRequest, say: Say) -> None:
+    """The Modelfile first, so that an adapter that is there is whole with what goes beside it."""
     assert request.adapter is not None
-    content = modelfile(request.model, request.output) if request.ollama else ""
-    export_gguf_adapter(open_source(request.model, with_tokenizer=False), request.adapter, request.output)
     if request.ollama:
-        write_text(request.modelfile, content)
+        write_text(request.modelfile, modelfile(request.model, request.output))
+    try:
+        export_gguf_adapter(open_source(request.model, with_tokenizer=False), request.adapter, request.output)
+    except BaseException:
+        if request.ollama:
+            request.modelfile.unlink(missing_ok=True)
+        raise
+    if request.ollama:
         say(f"wrote {request.modelfile}: ollama create {request.output.stem} -f {request.modelfile}")

@@ -60,7 +60,7 @@ class ExportRequest:
         type = chosen_type(kind, self.type)
         self._check_options(kind, type)
         refuse_existing(self.output)
-        if self.ollama and os.path.lexists(self.modelfile):
+        if self.ollama and os.path.lexists(self.modelfile) and not self._is_modelfile_mine():
             raise InputError(f"{self.modelfile} already exists and is of another adapter: choose another folder")
         if kind == "gguf-adapter" and self.adapter is None:
             raise InputError(
@@ -75,6 +75,13 @@ class ExportRequest:
                 raise InputError(f"cannot read the text {path} to {purpose}: it does not exist; name a UTF-8 file")
         check_name(self.output, kind)
         return type
+
+    def _is_modelfile_mine(self) -> bool:
+        """Whether it is of this very output, which a run that was killed did not come to write."""
+        try:
+            return self.modelfile.read_text(encoding="utf-8").endswith(f"ADAPTER ./{self.output.name}\n")
+        except (OSError, ValueError):
+            return False
 
     def _check_options(self, kind: str, type: str) -> None:
         if kind != "safetensors" and (self.base or self.lossy or self.text):

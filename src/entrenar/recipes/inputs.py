@@ -3,25 +3,27 @@
 What is found here is found again by whoever reads the file; this only says it before seconds of imports are spent.
 """
 
+import errno
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entrenar.core.documents import open_regular
 from entrenar.core.errors import InputError
 
 # How `quantize` names a base: formats, its own precision, a file's own blocks (models/load.py).
 QUANTIZE = ("nf4", "fp4", "int4", "int8", "none", "keep")
 _PATTERN = "*?["
+_HUB_ID = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def check_model(path: str) -> None:
     """InputError for a path of a model that is not there; a hub id passes."""
     if path.endswith(".gguf"):
-        if not _exists(path):
-            raise InputError(f"GGUF file {path} does not exist: check the path")
+        open_regular(Path(path), "GGUF file").close()
         return
-    is_hub_id = path.count("/") <= 1 and not path.startswith((".", "/", "~")) and path.strip()
-    if not is_hub_id and not _exists(path):
+    if not _HUB_ID.fullmatch(path) and not _exists(path):
         raise InputError(f"model path {path!r} does not exist: point to a model directory, a .gguf file or a hub id")
 
 
@@ -35,6 +37,16 @@ def check_file(path: str | Path | None, what: str) -> None:
     """InputError for a file that is not there; `what` names it: "data file". None and patterns (`*.jsonl`) pass."""
     if path is not None and not _exists(str(path)) and not any(char in str(path) for char in _PATTERN):
         raise InputError(f"{what} {path} does not exist: check the path")
+
+
+def check_inspected(path: str | Path) -> None:
+    """InputError for nothing to look into."""
+    if not _exists(str(path)):
+        raise InputError(
+            f"{path} does not exist: point to a .gguf or .safetensors file, a model or an adapter directory"
+        )
+    if not Path(path).is_dir():
+        open_regular(Path(path), "file").close()  # a named pipe would be waited at for ever
 
 
 def check_quantize(name: str | None) -> None:
@@ -68,7 +80,7 @@ def _exists(path: str) -> bool:
     """Whether something is there; what may not be looked at is told by whoever opens it."""
     try:
         return Path(path).exists() if path else False
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
     except ValueError:
         return False

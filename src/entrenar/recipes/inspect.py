@@ -9,6 +9,7 @@ from entrenar.core.errors import InputError
 from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.peft import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata
+from entrenar.recipes.inputs import check_inspected
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,7 @@ def inspect(path: str | Path) -> Inspection:
         InputError: nothing there, or not a kind of file that is known.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(
-            f"{path} does not exist: point to a .gguf or .safetensors file, a model or an adapter directory"
-        )
+    check_inspected(path)
     if path.suffix == ".gguf":
         return _gguf(path)
     if path.is_dir() and (path / CONFIG_NAME).is_file():
