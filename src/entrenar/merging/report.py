@@ -76,7 +76,7 @@ def _against(label: str, gram: torch.Tensor, index: int) -> ParentRow:
 
 
 def _remarks(plan: MergePlan, notes: dict[str, Any]) -> list[str]:
-    remarks = []
+    remarks = list(plan.remarks)
     base = next((tensor.base for tensor in plan.tensors if tensor.base), None)
     labels = list(dict.fromkeys(label for tensor in plan.tensors for label in tensor.labels))
     for label in labels:
