@@ -108,5 +108,5 @@ def test_what_is_not_a_model_is_told(tmp_path: Path) -> None:
         open_model(str(tmp_path))
     path = Path(write_model(tmp_path / "quantized", tensors(1)))
     (path / "config.json").write_text('{"quantization_config": {"quant_method": "hqq"}}')
-    with pytest.raises(InputError, match="is quantized|says that it is|hqq"):
+    with pytest.raises(InputError, match="hqq"):
         open_model(str(path))

@@ -196,6 +196,11 @@ class _Watch:
     def look_at(self, piece: Piece, out: Tensor) -> None:
         """Take the sample; InputError where the result does not fit its type."""
         if count_non_finite(out):
+            if bool(out.isnan().any()):
+                raise InputError(
+                    f"the merged {self._tensor.name} is not a number (0/0, or infinities that cancel): its weights add "
+                    "up to nearly 0, or its inputs leave nothing to divide by; change a weight"
+                )
             raise InputError(
                 f"the merged {self._tensor.name} does not fit {str(out.dtype).removeprefix('torch.')}: choose another "
                 "out_dtype or smaller weights"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from entrenar.core.errors import InputError, listing
 from entrenar.merging.models import InputModel
+from entrenar.merging.names import shown_names
 from entrenar.merging.settings import Level
 
 HEAD = "lm_head.weight"
@@ -24,6 +25,7 @@ class Part:
     base: tuple[InputModel, int] | None
     shared: list[Level]
     length: int
+    unread: list[Level]  # parameters of the base
 
     @property
     def reference(self) -> tuple[InputModel, int]:
@@ -65,13 +67,18 @@ def _kinds(model: InputModel, begin: int, length: int) -> set[str]:
 def told_of_losses(models: Mapping[str, InputModel], parts: Sequence[Part], result: AbstractSet[str]) -> list[str]:
     """A sentence for every model of which something outside of its layers is not in the result."""
     used = {model.label for part in parts for model, *_ in part.models} | {part.reference[0].label for part in parts}
-    remarks: list[str] = []
+    remarks = [
+        f"{level.where}: the base model's parameters ({', '.join(level.values)}) count for nothing, as in mergekit"
+        for part in parts
+        for level in part.unread
+    ]
+    shown = shown_names(models)
     for label, model in models.items():
         lost = [name for name in model.outside if name not in result and name != HEAD] if label in used else []
         lost += model.left_out
         if lost:
             remarks.append(
-                f"{len(lost)} tensor{'s' if len(lost) > 1 else ''} of {label} outside of the layers that were chosen "
-                f"{'are' if len(lost) > 1 else 'is'} not in the result: {listing(lost, 3)}"
+                f"of {shown[label]}, outside of the layers that were chosen, {len(lost)} "
+                f"{'tensors are' if len(lost) > 1 else 'tensor is'} not in the result: {listing(lost, 3)}"
             )
     return remarks

@@ -7,7 +7,7 @@ Layers are recognised by their names (`….layers.3.…`). What stands outside o
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ import torch
 from entrenar.core.errors import InputError, listing
 from entrenar.merging.config import MergeConfig, SliceConfig
 from entrenar.merging.models import InputModel, InputTensor, open_model
+from entrenar.merging.names import shown_names
 from entrenar.merging.parts import HEAD, Part, check_nothing_is_lost, is_embedding, told_of_losses
 from entrenar.merging.registry import Method, method_named
 from entrenar.merging.settings import Level, options_for
-from entrenar.merging.vocabulary import Vocabulary, align
+from entrenar.merging.vocabulary import Vocabulary, align, is_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,11 @@ class MergePlan:
     vocabulary: Vocabulary | None
     remarks: list[str]
 
+    @cached_property
+    def shown(self) -> dict[str, str]:
+        """Model → what it is called in what is written."""
+        return shown_names(self.models)
+
 
 def make_plan(config: MergeConfig) -> MergePlan:
     """Open every model and decide about every tensor.
@@ -83,9 +89,9 @@ def make_plan(config: MergeConfig) -> MergePlan:
     parts = list(_parts(config, method, models))
     first, last = parts[0].reference[0], parts[-1].reference[0]
     reference = models.get(config.base_model or "", first)
-    if method.statistic and config.tokenizer_source:
+    if method.statistic and config.vocabulary:
         raise InputError(f"{method.name} merges models of one vocabulary only: leave tokenizer_source out")
-    vocabulary = align(config.tokenizer_source, models, reference)
+    vocabulary = align(config.vocabulary, models, reference)
     is_tied = all(model.is_tied or HEAD not in model.tensors for part in parts for model, *_ in part.models)
     is_tied = is_tied and (reference.is_tied or HEAD not in reference.tensors)
     check_nothing_is_lost(parts)
@@ -149,14 +155,13 @@ def _part(
     _check_ranges(ranges, models[base_label] if base_label else None, piece is None)
     where = "models" if piece is None else "slices"
     others = [entry for entry in ranges if entry[0].label != base_label]
-    if base_label and any(level.values for model, _, level in ranges if model.label == base_label):
-        raise InputError(f"{where}: the base model {base_label} has parameters, which nobody reads: remove them")
     method.check_inputs(len(others), base_label is not None, where)
     found = [(model, span[0], [level, *shared]) for model, span, level in others]
     begin = next((span[0] for model, span, _ in ranges if model.label == base_label), ranges[0][1][0])
     base = (models[base_label], begin) if base_label else None
     length = ranges[0][1][1] - ranges[0][1][0]
-    return Part(found, base, shared, length)
+    unread = [level for model, _, level in ranges if model.label == base_label and level.values]
+    return Part(found, base, shared, length, unread)
 
 
 def _check_ranges(
@@ -206,7 +211,8 @@ def _planned(
     owners = [*(model.label for model, *_ in part.models), *([part.base[0].label] if part.base else [])]
     every = [*inputs, *([base] if base else [])]
     _check_shapes(name, dict(zip(owners, every, strict=True)))
-    options = options_for(method, name, position, part.shared, [levels for *_, levels in part.models])
+    names = [_name_in(model, begin, kind, offset) for model, begin, _ in part.models]
+    options = options_for(method, name, position, part.shared, [levels for *_, levels in part.models], names)
     asked = config.out_dtype or config.dtype
     if any(tensor.is_buffer for tensor in every):
         _check_buffers(name, dict(zip(owners, every, strict=True)))
@@ -215,7 +221,7 @@ def _planned(
     return PlannedTensor(
         name=name, kind=kind, shape=every[0].shape, dtype=dtype, options=options,
         labels=[model.label for model, *_ in part.models], models=inputs, base=base,
-        names=[_name_in(model, begin, kind, offset) for model, begin, _ in part.models],
+        names=names,
     )  # fmt: skip
 
 
@@ -238,8 +244,9 @@ def _input(model: InputModel, begin: int, kind: str, offset: int | None, vocabul
         raise InputError(
             f"{model.label}: {name} is {tensor.dtype}, which is not a weight: remove it from the checkpoint"
         )
-    is_vocabulary = offset is None and (name == HEAD or "embed_tokens" in name or "wte" in name)
-    return vocabulary.aligned(model.label, name, tensor) if vocabulary and is_vocabulary else tensor
+    if vocabulary is None or offset is not None or not is_vocabulary(name):
+        return tensor
+    return vocabulary.aligned(model.label, name, tensor)
 
 
 def _check_buffers(name: str, inputs: dict[str, InputTensor]) -> None:
