@@ -289,7 +289,7 @@ def test_models_may_be_dicts_of_tensors() -> None:
         ("fisher", 2, False, {"text": "a.txt", "statistics": SQUARES[:2]}, "needs their squared gradients"),
         ("regmean", 3, False, {"statistics": PRODUCTS[:2]}, "statistics are given for 0, 1, the models are 0, 1, 2"),
         ("fisher", 2, False, {"weight": [0, 0], "statistics": SQUARES[:2]}, "add up to 0: give one above 0"),
-        ("fisher", 2, False, {"weight": [1, -1], "statistics": SQUARES[:2]}, "'weight' is -1 but must be at least 0"),
+        ("fisher", 2, False, {"weight": [1, -1], "statistics": SQUARES[:2]}, "'weight' is -1.0 but must be at least 0"),
         ("regmean", 2, False, {"statistics": [torch.zeros(47, 47)] * 2}, "leave nothing to solve for"),
     ],
 )

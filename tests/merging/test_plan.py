@@ -109,11 +109,13 @@ def test_a_weight_that_nobody_gives_is_an_error(trio: dict[str, str]) -> None:
         plan_of(merge_method="ties", base_model=trio["base"], models=[{"model": trio["a"]}])
 
 
-def test_parameters_of_the_base_are_read_by_nobody(trio: dict[str, str]) -> None:
+def test_parameters_of_the_base_are_read_by_nobody_and_that_is_told(trio: dict[str, str]) -> None:
     config = both(trio)
     config["models"].append({"model": trio["base"], "parameters": {"weight": 1}})
-    with pytest.raises(InputError, match="has parameters, which nobody reads"):
-        plan_of(**config)
+    plan = plan_of(**config)
+    assert plan.tensors[0].options == plan_of(**both(trio)).tensors[0].options
+    (remark,) = plan.remarks
+    assert remark.startswith("models.2.parameters: the base model's parameters (weight) count for nothing")
 
 
 def test_models_that_do_not_fit_are_told(tmp_path: Path, trio: dict[str, str]) -> None:

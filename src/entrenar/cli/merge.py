@@ -1,11 +1,13 @@
 """`entrenar merge`: combine several models into one."""
 
 import gc
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from entrenar.cli.numbers import human_bytes, human_seconds
+from entrenar.core.errors import InputError
 
 if TYPE_CHECKING:
     from entrenar.merging.plan import PlannedTensor
@@ -26,6 +28,8 @@ def merge(
     shard_size: Annotated[float, typer.Option(help="Most GB in one file.", min=0.001)] = 5.0,
 ) -> None:
     """Merge models; a merge that was stopped goes on when the same command runs again."""
+    if Path(output).suffix in (".yaml", ".yml") and Path(output).is_file():
+        raise InputError(f"{output} is a config and stands where the output's name belongs: merge CONFIG OUT")
     gc.disable()  # importing torch makes a million objects and no garbage: a tenth of a second of a few
     from entrenar.recipes.merge import merge as run
 

@@ -18,7 +18,7 @@ from entrenar.files.safetensors import TensorInfo
 
 # No name of safetensors' floats of 16 bits and more begins with these; C64 and BOOL hold no codes either.
 _INTEGERS = ("I", "U")
-_NARROW = ("F8", "F6", "F4")
+_NARROW = ("F8_", "F6_", "F4")  # F64 is none
 _SCALES = ("scale", "zero", "absmax", "codebook", "centroid", "suh", "wscale")
 
 

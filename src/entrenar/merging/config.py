@@ -1,15 +1,40 @@
 """mergekit's YAML, read strictly: which models, which layers of them, by which method."""
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from entrenar.core.config import Section, load_config
+from entrenar.core.config import Section, load_config, validate
+from entrenar.core.documents import read_text
 from entrenar.core.errors import InputError
 
-DtypeName = Literal["float32", "float16", "bfloat16"]
+
+def _without_torch(value: Any) -> Any:
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+def _whole_numbers(value: Any) -> Any:
+    """A range written as text."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [int(end) if isinstance(end, str) and end.strip().isdecimal() and len(end) < 10 else end for end in value]
+
+
+TEMPLATE = """  merge_method: linear
+  models:
+  - {model: path/to/one, parameters: {weight: 0.5}}
+  - {model: path/to/other, parameters: {weight: 0.5}}
+  dtype: bfloat16"""
+_MOST_BYTES = 1 << 24
+_DOCUMENT = re.compile(r"^---(?=\s|$)", re.MULTILINE)
+
+DtypeName = Annotated[Literal["float32", "float16", "bfloat16"], BeforeValidator(_without_torch)]
+LayerRange = Annotated[tuple[int, int], BeforeValidator(_whole_numbers)]
 Parameters = dict[str, Any]
 """Name → a scalar, a gradient over the layers (a list of numbers), or a list of {filter, value}."""
 
@@ -24,7 +49,7 @@ class ModelConfig(Section):
 class SourceConfig(ModelConfig):
     """Some layers of a model: [first, end)."""
 
-    layer_range: tuple[int, int] = Field(strict=False)
+    layer_range: LayerRange = Field(strict=False)
 
     @model_validator(mode="after")
     def _is_a_range(self) -> "SourceConfig":
@@ -63,9 +88,18 @@ class ModuleConfig(Section):
         return self
 
 
-class MergeConfig(Section):
-    """A merge; see mergekit's documentation for the keys."""
+class TokenizerConfig(Section):
+    """mergekit's newer way to say `tokenizer_source`."""
 
+    source: str = "union"
+    tokens: None = None
+    pad_to_multiple_of: None = None
+
+
+class MergeConfig(Section):
+    """A merge; see mergekit's documentation for the keys. `name` is nobody's but the reader's."""
+
+    name: str | None = None
     merge_method: str
     models: list[ModelConfig] | None = None
     slices: list[SliceConfig] | None = None
@@ -75,6 +109,7 @@ class MergeConfig(Section):
     dtype: DtypeName | None = None
     out_dtype: DtypeName | None = None
     tokenizer_source: str | None = None
+    tokenizer: TokenizerConfig | None = None
     chat_template: str | None = None
 
     @model_validator(mode="after")
@@ -82,9 +117,16 @@ class MergeConfig(Section):
         given = [name for name in ("models", "slices", "modules") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"give one of models, slices and modules, not {' and '.join(given) or 'none'}")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("tokenizer and tokenizer_source say the same: give one of them")
         if self.modules is not None and len(self.modules) != 1:
             raise ValueError("modules has to have one entry: models of several modules are not merged by this version")
         return self
+
+    @property
+    def vocabulary(self) -> str | None:
+        """Whose tokens the result has; None: embeddings have to fit as they are."""
+        return self.tokenizer.source if self.tokenizer else self.tokenizer_source
 
     @property
     def body(self) -> ModuleConfig:
@@ -101,11 +143,25 @@ def read_merge_config(source: str | Path | dict[str, Any]) -> tuple[MergeConfig,
         InputError: every problem with its line.
     """
     if isinstance(source, dict):
-        from entrenar.core.config import validate
-
+        _refuse_others(source, "merge")
         return validate(MergeConfig, source, "merge", {}), yaml.safe_dump(source, sort_keys=False)
-    config = load_config(MergeConfig, Path(source))
-    try:
-        return config, Path(source).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"config file {source} cannot be read: {error}") from None
+    path = Path(source)
+    if not os.path.lexists(path):
+        raise InputError(f"merge config {path} does not exist: check the path; the least that it holds is\n{TEMPLATE}")
+    text = read_text(path, "merge config", _MOST_BYTES)
+    if len(_DOCUMENT.findall(text.strip().removeprefix("---"))) > 0:
+        raise InputError(
+            f"{path} holds several YAML documents (mergekit-multi's merges of merges): put each into a file of its own "
+            "and merge them one after the other"
+        )
+    _refuse_others(dict.fromkeys(re.findall(r"^(\w+) *:", text, re.MULTILINE)), str(path))
+    return load_config(MergeConfig, path), text
+
+
+def _refuse_others(keys: Mapping[str, Any], source: str) -> None:
+    """InputError for the config of another of mergekit's tools."""
+    if "experts" in keys and "merge_method" not in keys:
+        raise InputError(
+            f"{source} is a config of mergekit-moe, which makes a mixture of experts of several models: that is no "
+            "merge, and not done here"
+        )

@@ -7,7 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from entrenar.core.documents import read_json
 from entrenar.core.errors import InputError
+from entrenar.merging.layer_config import follow_layers
+from entrenar.merging.layers import text_config
 from entrenar.merging.models import InputModel
 from entrenar.merging.plan import MergePlan
 from entrenar.merging.vocabulary import write_added_tokens
@@ -36,19 +39,17 @@ def write_model_files(directory: Path, plan: MergePlan, chat_template: str | Non
 def merged_config(plan: MergePlan) -> dict[str, Any]:
     """The reference's config.json with what the merge changed."""
     config = copy.deepcopy(plan.reference.config)
-    layers = config.get("num_hidden_layers")
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == layers and key.startswith("layer"):  # e.g. layer_types
-            config[key] = [value[origin] for origin in plan.origins]
-    if "num_hidden_layers" in config:
-        config["num_hidden_layers"] = len(plan.origins)
+    follow_layers(config, plan.origins)
     if "tie_word_embeddings" in config or not plan.is_tied:
         config["tie_word_embeddings"] = plan.is_tied and plan.reference.is_tied
     if plan.vocabulary:
-        config["vocab_size"] = plan.vocabulary.rows
+        for part in (config, text_config(config)):
+            if part is config or "vocab_size" in part:
+                part["vocab_size"] = plan.vocabulary.rows
     dtypes = Counter()
     for tensor in plan.tensors:
-        dtypes[tensor.dtype] += tensor.numel
+        if tensor.dtype.is_floating_point:
+            dtypes[tensor.dtype] += tensor.numel
     name = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
     return config
@@ -86,7 +87,7 @@ def _template_of(model: InputModel) -> str | None:
     file = model.directory / "tokenizer_config.json"
     if not file.is_file():
         return None
-    template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    template = read_json(file, "tokenizer config").get("chat_template")
     return template if isinstance(template, str) else None
 
 
@@ -94,7 +95,7 @@ def _set_template(directory: Path, template: str) -> None:
     (directory / _TEMPLATE).write_text(template, encoding="utf-8")
     file = directory / "tokenizer_config.json"
     if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file, "tokenizer config")
         config.pop("chat_template", None)
         _write_json(file, config)
 

@@ -25,7 +25,7 @@ from entrenar.merging.models import StoredSource
 from entrenar.merging.output import OutputFiles
 from entrenar.merging.place import clear, commit, disk_full, own_directory, working_directory
 from entrenar.merging.plan import MergePlan, PlannedTensor
-from entrenar.merging.stack import Piece, Scratch, Source, Stack
+from entrenar.merging.stack import PIECE_ELEMENTS, Piece, Scratch, Source, Stack
 from entrenar.ops.merge_masks import count_non_finite
 from entrenar.ops.merge_sums import add_gram
 
@@ -127,6 +127,8 @@ def merge_tensor(
 ) -> Note:
     """Merge and write one tensor; its numbers for the report."""
     method = plan.method
+    if not tensor.dtype.is_floating_point:
+        return _copy_buffer(tensor, files, scratch)
     stack = Stack(
         name=tensor.name, shape=tensor.shape, models=[model.source for model in tensor.models],
         base=tensor.base.source if tensor.base else None, labels=tensor.labels, scratch=scratch, seed=seed,
@@ -142,6 +144,24 @@ def merge_tensor(
         watch.look_at(piece, out)
         files.write(tensor.name, piece.start, out)
     return watch.note()
+
+
+def _copy_buffer(tensor: PlannedTensor, files: OutputFiles, scratch: Scratch) -> Note:
+    """Integers and truth values say which, not how much: they are copied, and have to be the same in every model."""
+    labels = [*tensor.labels, "the base model"]
+    first, *others = [one.source for one in (*tensor.models, *([tensor.base] if tensor.base else []))]
+    assert isinstance(first, StoredSource)
+    for start in range(0, tensor.numel, PIECE_ELEMENTS):
+        count = min(PIECE_ELEMENTS, tensor.numel - start)
+        piece = first.raw(start, count, scratch, 0)
+        for label, other in zip(labels[1:], others, strict=False):
+            if not isinstance(other, StoredSource) or not torch.equal(other.raw(start, count, scratch, 1), piece):
+                raise InputError(
+                    f"{tensor.name} holds {str(tensor.dtype).removeprefix('torch.')} values that differ between "
+                    f"{labels[0]} and {label}, and such values are not merged: remove it from one"
+                )
+        files.write(tensor.name, start, piece)
+    return [[0.0] * (len(tensor.models) + 1)] * (len(tensor.models) + 1)
 
 
 def _measured_source(measured: Measured, label: str, name: str) -> Source | None:
@@ -176,6 +196,11 @@ class _Watch:
     def look_at(self, piece: Piece, out: Tensor) -> None:
         """Take the sample; InputError where the result does not fit its type."""
         if count_non_finite(out):
+            if bool(out.isnan().any()):
+                raise InputError(
+                    f"the merged {self._tensor.name} is not a number (0/0, or infinities that cancel): its weights add "
+                    "up to nearly 0, or its inputs leave nothing to divide by; change a weight"
+                )
             raise InputError(
                 f"the merged {self._tensor.name} does not fit {str(out.dtype).removeprefix('torch.')}: choose another "
                 "out_dtype or smaller weights"

@@ -5,28 +5,30 @@ read here. transformers is not needed for directories.
 """
 
 import hashlib
-import json
-import re
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from entrenar.core.documents import read_json
 from entrenar.core.errors import InputError, listing
 from entrenar.files.bitsandbytes import BitsandbytesWeights, PackedWeight, is_bitsandbytes
+from entrenar.files.foreign import refuse_foreign
 from entrenar.files.peft import PeftAdapter, read_adapter
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.lora.matching import check_complete, is_all_linear
 from entrenar.lora.spec import config_layers, spec_of
+from entrenar.merging.layers import Layers, layers_of
 from entrenar.merging.stack import Scratch, Source
 
-_LAYER = re.compile(r"(?P<before>(^|.*\.)(layers|h|blocks|block)\.)(?P<index>\d+)(?P<after>\..*)")
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")  # buffers that some old checkpoints carry along
 _AS_THEY_ARE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_WIDENED = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -46,10 +48,13 @@ class StoredSource:
         """Whole blocks of a quantized type."""
         return self.stored.step
 
+    def raw(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:
+        """(count,) of the file's own type, in scratch."""
+        return self.stored.read_range(start, count, scratch.take(role, self.stored.bytes_of(count)))
+
     def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:
         """(count,) in scratch."""
-        raw = scratch.take(role, self.stored.bytes_of(count))
-        piece = self.stored.read_range(start, count, raw)
+        piece = self.raw(start, count, scratch, role)
         return piece if piece.dtype == self.dtype else piece.to(self.dtype)
 
 
@@ -110,6 +115,16 @@ class InputTensor:
     source: Source
     bytes: int
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is numbers to be merged; integers and truth values are buffers, which are copied."""
+        return self.dtype in _AS_THEY_ARE
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is integers or truth values."""
+        return not (self.dtype.is_floating_point or self.dtype.is_complex)
+
 
 @dataclass(frozen=True)
 class InputModel:
@@ -118,6 +133,7 @@ class InputModel:
     Attributes:
         label: as written. directory: where config and tokenizer lie; None for a GGUF.
         config: of `config.json`. fingerprint: of the headers and sizes of its files and of samples of their data.
+        left_out: tensors of its files that are no weights: transformers computes them.
     """
 
     label: str
@@ -125,23 +141,27 @@ class InputModel:
     config: dict[str, Any]
     tensors: dict[str, InputTensor]
     fingerprint: str
+    left_out: tuple[str, ...] = ()
+
+    @cached_property
+    def by_layer(self) -> Layers:
+        """Which tensor belongs to which layer; InputError where that cannot be."""
+        return layers_of(self.label, self.tensors, self.config)
 
     @property
     def layers(self) -> int:
         """Number of layers."""
-        found = [int(match["index"]) for match in map(_LAYER.fullmatch, self.tensors) if match]
-        return max(found, default=-1) + 1
+        return self.by_layer.count
+
+    @property
+    def outside(self) -> list[str]:
+        """The tensors that belong to no layer."""
+        return [name for name in self.tensors if name not in self.by_layer.places]
 
     @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding."""
         return bool(self.config.get("tie_word_embeddings", False))
-
-
-def split_layer(name: str) -> tuple[str, int, str] | None:
-    """`model.layers.3.mlp.up_proj.weight` → what stands before the layer's number, the number, what stands after."""
-    match = _LAYER.fullmatch(name)
-    return None if match is None else (match["before"], int(match["index"]), match["after"])
 
 
 def open_model(label: str) -> InputModel:
@@ -171,11 +191,14 @@ def _open_directory(label: str, path: str) -> InputModel:
         directory = local_directory(path)
     _refuse_pickles(directory)
     checkpoint = SafetensorsCheckpoint(directory)
-    stored = {name: checkpoint.stored(name) for name in checkpoint.names() if not name.endswith(_NOT_WEIGHTS)}
+    config = _read_config(directory)
+    refuse_foreign(directory, config, checkpoint.tensors)
+    config.pop("quantization_config", None)
+    left_out = tuple(name for name in checkpoint.names() if name.endswith(_NOT_WEIGHTS))
+    stored = {name: checkpoint.stored(name) for name in checkpoint.names() if name not in left_out}
     packed = BitsandbytesWeights(checkpoint) if is_bitsandbytes(stored) else None
-    config = _read_config(directory, dequantizes=packed is not None)
     tensors = _tensors(stored) if packed is None else _packed_tensors(packed, stored)
-    return InputModel(label, directory, config, tensors, _fingerprint(stored))
+    return InputModel(label, directory, config, tensors, _fingerprint(stored), left_out)
 
 
 def _refuse_pickles(directory: Path) -> None:
@@ -187,21 +210,14 @@ def _refuse_pickles(directory: Path) -> None:
         )
 
 
-def _read_config(directory: Path, *, dequantizes: bool) -> dict[str, Any]:
-    """The config of the model as floats; InputError if it is quantized and nothing here undoes that."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{directory} has no config.json: point to a model's directory") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{directory / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{directory / 'config.json'} is not a JSON object")
-    if config.pop("quantization_config", None) is not None and not dequantizes:
-        raise InputError(
-            f"{directory} is quantized in a way that is not read: of quantized directories only bitsandbytes' are, "
-            "so take the original"
-        )
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    if not file.exists():
+        raise InputError(f"{directory} has no config.json: point to a model's directory")
+    config = read_json(file, "model config")
+    tied = config.get("tie_word_embeddings")
+    if not isinstance(tied, bool | None):
+        raise InputError(f"{file}: 'tie_word_embeddings' is {str(tied)[:60]!r} but must be true or false")
     return config
 
 
@@ -215,7 +231,7 @@ def _open_gguf(label: str, path: str) -> InputModel:
 
 def _tensors(stored: dict[str, StoredTensor]) -> dict[str, InputTensor]:
     return {
-        name: InputTensor(tensor.shape, source.dtype, source, tensor.size)
+        name: InputTensor(tensor.shape, source.dtype if tensor.dtype in _WIDENED else tensor.dtype, source, tensor.size)
         for name, tensor in stored.items()
         for source in (StoredSource(tensor),)
     }
@@ -271,7 +287,7 @@ def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
             + a.float().numpy().tobytes()
             + b.float().numpy().tobytes()
         )
-    return InputModel(model.label, model.directory, model.config, tensors, digest.hexdigest())
+    return InputModel(model.label, model.directory, model.config, tensors, digest.hexdigest(), model.left_out)
 
 
 _SAMPLE = 4096

@@ -7,21 +7,19 @@ Layers are recognised by their names (`….layers.3.…`). What stands outside o
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
 
 from entrenar.core.errors import InputError, listing
 from entrenar.merging.config import MergeConfig, SliceConfig
-from entrenar.merging.models import InputModel, InputTensor, open_model, split_layer
+from entrenar.merging.models import InputModel, InputTensor, open_model
+from entrenar.merging.names import shown_names
+from entrenar.merging.parts import HEAD, Part, check_nothing_is_lost, is_embedding, told_of_losses
 from entrenar.merging.registry import Method, method_named
 from entrenar.merging.settings import Level, options_for
-from entrenar.merging.vocabulary import Vocabulary, align
-
-HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed", "wte", "wpe")
-_MERGED = {torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2}
+from entrenar.merging.vocabulary import Vocabulary, align, is_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +60,7 @@ class MergePlan:
     Attributes:
         reference: the model whose config and tokenizer the result has.
         origins: for every layer of the result the layer of the reference slice's first model that it comes from.
+        remarks: sentences about what the inputs have and the result has not.
     """
 
     method: Method
@@ -71,21 +70,12 @@ class MergePlan:
     origins: list[int]
     is_tied: bool
     vocabulary: Vocabulary | None
+    remarks: list[str]
 
-
-@dataclass(frozen=True)
-class _Part:
-    """One slice with its models opened: (model, first layer, its levels), the base apart."""
-
-    models: list[tuple[InputModel, int, list[Level]]]
-    base: tuple[InputModel, int] | None
-    shared: list[Level]
-    length: int
-
-    @property
-    def reference(self) -> tuple[InputModel, int]:
-        """The model whose tensors are to be there: the base, or the first."""
-        return self.base or self.models[0][:2]
+    @cached_property
+    def shown(self) -> dict[str, str]:
+        """Model → what it is called in what is written."""
+        return shown_names(self.models)
 
 
 def make_plan(config: MergeConfig) -> MergePlan:
@@ -99,11 +89,12 @@ def make_plan(config: MergeConfig) -> MergePlan:
     parts = list(_parts(config, method, models))
     first, last = parts[0].reference[0], parts[-1].reference[0]
     reference = models.get(config.base_model or "", first)
-    if method.statistic and config.tokenizer_source:
+    if method.statistic and config.vocabulary:
         raise InputError(f"{method.name} merges models of one vocabulary only: leave tokenizer_source out")
-    vocabulary = align(config.tokenizer_source, models, reference)
+    vocabulary = align(config.vocabulary, models, reference)
     is_tied = all(model.is_tied or HEAD not in model.tensors for part in parts for model, *_ in part.models)
     is_tied = is_tied and (reference.is_tied or HEAD not in reference.tensors)
+    check_nothing_is_lost(parts)
     tensors = [
         _planned(config, method, part, name, kind, offset, position, vocabulary)
         for part, name, kind, offset, position in _names(parts, first, last, is_tied)
@@ -113,15 +104,15 @@ def make_plan(config: MergeConfig) -> MergePlan:
     origins = [part.reference[1] + offset for part in parts for offset in range(part.length)]
     return MergePlan(
         method=method, tensors=tensors, models=models, reference=reference, origins=origins, is_tied=is_tied,
-        vocabulary=vocabulary,
+        vocabulary=vocabulary, remarks=told_of_losses(models, parts, {tensor.name for tensor in tensors}),
     )  # fmt: skip
 
 
-def _levels(part: _Part) -> list[Level]:
+def _levels(part: Part) -> list[Level]:
     return [*part.shared, *(level for *_, levels in part.models for level in levels)]
 
 
-def _parts(config: MergeConfig, method: Method, models: dict[str, InputModel]) -> Iterator[_Part]:
+def _parts(config: MergeConfig, method: Method, models: dict[str, InputModel]) -> Iterator[Part]:
     body = config.body
     everywhere = [Level("parameters", config.parameters)]
     if config.modules is not None:
@@ -153,7 +144,7 @@ def _sources(config: MergeConfig, piece: SliceConfig | None, number: int) -> Sou
 def _part(
     config: MergeConfig, method: Method, models: dict[str, InputModel], piece: SliceConfig | None, sources: Sources,
     shared: list[Level],
-) -> _Part:  # fmt: skip
+) -> Part:  # fmt: skip
     base_label = None if method.base == "ignored" else (piece and piece.base_model) or config.base_model
     for label in [*(label for label, *_ in sources), *([base_label] if base_label else []), config.base_model]:
         if label is not None and label not in models:
@@ -164,14 +155,13 @@ def _part(
     _check_ranges(ranges, models[base_label] if base_label else None, piece is None)
     where = "models" if piece is None else "slices"
     others = [entry for entry in ranges if entry[0].label != base_label]
-    if base_label and any(level.values for model, _, level in ranges if model.label == base_label):
-        raise InputError(f"{where}: the base model {base_label} has parameters, which nobody reads: remove them")
     method.check_inputs(len(others), base_label is not None, where)
     found = [(model, span[0], [level, *shared]) for model, span, level in others]
     begin = next((span[0] for model, span, _ in ranges if model.label == base_label), ranges[0][1][0])
     base = (models[base_label], begin) if base_label else None
     length = ranges[0][1][1] - ranges[0][1][0]
-    return _Part(found, base, shared, length)
+    unread = [level for model, _, level in ranges if model.label == base_label and level.values]
+    return Part(found, base, shared, length, unread)
 
 
 def _check_ranges(
@@ -189,30 +179,31 @@ def _check_ranges(
 
 
 def _names(
-    parts: list[_Part], first: InputModel, last: InputModel, is_tied: bool
-) -> Iterator[tuple[_Part, str, str, int | None, float]]:
+    parts: list[Part], first: InputModel, last: InputModel, is_tied: bool
+) -> Iterator[tuple[Part, str, str, int | None, float]]:
     """(part, name in the result, kind, offset of the layer in the part, gradient position)."""
-    outside = [name for name in first.tensors if split_layer(name) is None and any(e in name for e in _EMBEDDINGS)]
-    yield from ((parts[0], name, name, None, 0.0) for name in outside)
+    is_whole = len(parts) == 1 and parts[0].length == first.layers
+    outside = [name for name in first.outside if is_embedding(name)]
+    yield from ((parts[0], name, name, None, first.by_layer.positions.get(name, 0.0)) for name in outside)
     layer = 0
     for part in parts:
         model, begin = part.reference
         by_layer: dict[int, list[tuple[str, str]]] = {}
-        for name in model.tensors:
-            if split := split_layer(name):
-                by_layer.setdefault(split[1], []).append((split[0], split[2]))
+        for before, index, after in model.by_layer.places.values():
+            by_layer.setdefault(index, []).append((before, after))
         for offset in range(part.length):
             position = offset / (part.length - 1) if part.length > 1 else 1.0
             for before, after in by_layer.get(begin + offset, []):
                 yield part, f"{before}{layer}{after}", f"{before}*{after}", offset, position
             layer += 1
-    outside = [name for name in last.tensors if split_layer(name) is None and not any(e in name for e in _EMBEDDINGS)]
-    outside = [name for name in outside if name != HEAD] + ([] if is_tied else [HEAD])
-    yield from ((parts[-1], name, name, None, 0.0) for name in outside)
+    beyond = last.by_layer.beyond if not is_whole else ()
+    outside = [name for name in last.outside if not is_embedding(name) and name not in beyond and name != HEAD]
+    outside += [] if is_tied else [HEAD]
+    yield from ((parts[-1], name, name, None, last.by_layer.positions.get(name, 0.0)) for name in outside)
 
 
 def _planned(
-    config: MergeConfig, method: Method, part: _Part, name: str, kind: str, offset: int | None, position: float,
+    config: MergeConfig, method: Method, part: Part, name: str, kind: str, offset: int | None, position: float,
     vocabulary: Vocabulary | None,
 ) -> PlannedTensor:  # fmt: skip
     inputs = [_input(model, begin, kind, offset, vocabulary) for model, begin, _ in part.models]
@@ -220,13 +211,17 @@ def _planned(
     owners = [*(model.label for model, *_ in part.models), *([part.base[0].label] if part.base else [])]
     every = [*inputs, *([base] if base else [])]
     _check_shapes(name, dict(zip(owners, every, strict=True)))
-    options = options_for(method, name, position, part.shared, [levels for *_, levels in part.models])
+    names = [_name_in(model, begin, kind, offset) for model, begin, _ in part.models]
+    options = options_for(method, name, position, part.shared, [levels for *_, levels in part.models], names)
     asked = config.out_dtype or config.dtype
+    if any(tensor.is_buffer for tensor in every):
+        _check_buffers(name, dict(zip(owners, every, strict=True)))
+        asked = None
     dtype = getattr(torch, asked) if asked else reduce(torch.promote_types, (tensor.dtype for tensor in every))
     return PlannedTensor(
         name=name, kind=kind, shape=every[0].shape, dtype=dtype, options=options,
         labels=[model.label for model, *_ in part.models], models=inputs, base=base,
-        names=[_name_in(model, begin, kind, offset) for model, begin, _ in part.models],
+        names=names,
     )  # fmt: skip
 
 
@@ -234,7 +229,7 @@ def _name_in(model: InputModel, begin: int, kind: str, offset: int | None) -> st
     """What a model calls a tensor of the result."""
     name = kind if offset is None else kind.replace("*", str(begin + offset), 1)
     if name == HEAD and name not in model.tensors:  # tied in this model, but not in all
-        name = next((n for n in model.tensors if split_layer(n) is None and "embed_tokens" in n), name)
+        name = next((n for n in model.outside if "embed_tokens" in n), name)
     return name
 
 
@@ -245,12 +240,19 @@ def _input(model: InputModel, begin: int, kind: str, offset: int | None, vocabul
             f"{model.label} has no tensor {name}, which other models of the merge have: merge models of one kind"
         )
     tensor = model.tensors[name]
-    if tensor.dtype not in _MERGED:
+    if not (tensor.is_weight or tensor.is_buffer):
         raise InputError(
             f"{model.label}: {name} is {tensor.dtype}, which is not a weight: remove it from the checkpoint"
         )
-    is_vocabulary = offset is None and (name == HEAD or "embed_tokens" in name or "wte" in name)
-    return vocabulary.aligned(model.label, name, tensor) if vocabulary and is_vocabulary else tensor
+    if vocabulary is None or offset is not None or not is_vocabulary(name):
+        return tensor
+    return vocabulary.aligned(model.label, name, tensor)
+
+
+def _check_buffers(name: str, inputs: dict[str, InputTensor]) -> None:
+    if len({tensor.dtype for tensor in inputs.values()}) > 1:
+        told = listing([f"{label}: {tensor.dtype}" for label, tensor in inputs.items()])
+        raise InputError(f"{name} is of different types, and integers are not merged ({told}): remove it from one")
 
 
 def _check_shapes(name: str, inputs: dict[str, InputTensor]) -> None:
@@ -260,7 +262,7 @@ def _check_shapes(name: str, inputs: dict[str, InputTensor]) -> None:
     same_columns = len({tensor.shape[1:] for tensor in inputs.values()}) == 1
     cure = (
         "the vocabularies differ, set tokenizer_source: base or union"
-        if same_columns and (name == HEAD or any(part in name for part in _EMBEDDINGS))
+        if same_columns and (name == HEAD or is_embedding(name))
         else "merge models of one architecture"
     )
     raise InputError(f"{name} has different shapes ({told}): {cure}")

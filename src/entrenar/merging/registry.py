@@ -1,6 +1,7 @@
 """Every merge method: its function, what inputs it takes, and its parameters with their defaults."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -58,16 +59,34 @@ class Parameter:
 
     def check(self, name: str, value: Any, where: str) -> Any:
         """The value as the method takes it; InputError says what is allowed."""
-        number = self.kind is float and isinstance(value, int) and not isinstance(value, bool)  # e.g. weight: 1
         if value is None and self.default is None:
             return None
-        if not number and (not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool)):
-            raise InputError(f"{where}: parameter {name!r} is {value!r} but must be a {_KINDS[self.kind]}")
+        value = self._read(value)
+        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
+            raise InputError(f"{where}: parameter {name!r} is {_shown(value)} but must be a {_KINDS[self.kind]}")
         if self.choices and value not in self.choices:
-            raise InputError(f"{where}: parameter {name!r} is {value!r} but must be one of {', '.join(self.choices)}")
+            raise InputError(
+                f"{where}: parameter {name!r} is {str(value)[:80]!r} but must be one of {', '.join(self.choices)}"
+            )
         if self.kind in (float, int) and not self._in_range(value):
             raise InputError(f"{where}: parameter {name!r} is {value!r} but must be {self._bounds()}")
-        return float(value) if number and value is not None else value
+        return value
+
+    def _read(self, value: Any) -> Any:
+        """As mergekit reads it: numbers in text, whole numbers written as 1.0, 1 and 0 for true and false."""
+        if isinstance(value, str) and self.kind is not str:
+            if self.kind is bool:
+                return _TRUTH.get(value.strip().lower(), value)
+            if not _NUMBER.fullmatch(value.strip()):
+                return value
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        if self.kind is float:
+            return float(value) if abs(value) <= _LARGEST else value
+        if self.kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        return bool(value) if self.kind is bool and value in (0, 1) else value
 
     def _in_range(self, value: Any) -> bool:
         above = self.low is None or value >= self.low
@@ -78,6 +97,15 @@ class Parameter:
         return " and ".join(f"{word} {end:g}" for word, end in ends if end is not None) or "a finite number"
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+
+
+_MOST_SHOWN = 80
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_LARGEST = 10**300
+_TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _KINDS = {float: "number", int: "whole number", bool: "true or false", str: "text"}
 
 

@@ -44,14 +44,6 @@ class MergeReport:
         """For merge-report.json."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "MergeReport":
-        """The report that a merge has left."""
-        kinds = [
-            KindRow(**{**row, "parents": [ParentRow(**each) for each in row["parents"]]}) for row in found["kinds"]
-        ]
-        return cls(found["of"], kinds, found["remarks"])
-
 
 def make_report(plan: MergePlan, notes: dict[str, Any]) -> MergeReport:
     """From the statistics of every tensor (merging/execute.py's `_Watch`)."""
@@ -63,7 +55,7 @@ def make_report(plan: MergePlan, notes: dict[str, Any]) -> MergeReport:
     for (kind, labels), names in groups.items():
         gram = torch.tensor([notes[name] for name in names], dtype=torch.float64).sum(0)
         size = sum(planned[name].numel for name in names)
-        parents = [_against(label, gram, index) for index, label in enumerate(labels)]
+        parents = [_against(plan.shown[label], gram, index) for index, label in enumerate(labels)]
         kinds.append(KindRow(kind, len(names), size, parents))
     of = "task vectors" if any(tensor.base for tensor in plan.tensors) else "weights"
     return MergeReport(of, kinds, _remarks(plan, notes))
@@ -76,7 +68,7 @@ def _against(label: str, gram: torch.Tensor, index: int) -> ParentRow:
 
 
 def _remarks(plan: MergePlan, notes: dict[str, Any]) -> list[str]:
-    remarks = []
+    remarks = list(plan.remarks)
     base = next((tensor.base for tensor in plan.tensors if tensor.base), None)
     labels = list(dict.fromkeys(label for tensor in plan.tensors for label in tensor.labels))
     for label in labels:
@@ -86,9 +78,9 @@ def _remarks(plan: MergePlan, notes: dict[str, Any]) -> list[str]:
             if label in tensor.labels
         ]
         if base is not None and all(float(gram[index, index]) == 0 for gram, index in pairs):
-            remarks.append(f"{label} is equal to the base: it adds nothing")
+            remarks.append(f"{plan.shown[label]} is equal to the base: it adds nothing")
         if len(pairs) == len(plan.tensors) and all(_is_equal(gram, index) for gram, index in pairs):
-            remarks.append(f"the result is equal to {label}: nothing was merged")
+            remarks.append(f"the result is equal to {plan.shown[label]}: nothing was merged")
     if base is not None and all(float(torch.tensor(note)[-1, -1]) == 0 for note in notes.values()):
         remarks.append("the result is equal to the base: nothing was merged")
     return remarks

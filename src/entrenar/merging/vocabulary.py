@@ -7,16 +7,19 @@ the only row there is, else the mean of the rows of the models that have it; it 
 import json
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from entrenar.core.errors import InputError
+from entrenar.core.documents import read_json
+from entrenar.core.errors import InputError, listing
 from entrenar.merging.models import InputModel, InputTensor
 from entrenar.merging.stack import Scratch
+
+_BY_TOKEN = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embed_out", "tok_embeddings", "lm_head")
+_MOST_TOKENS = 1 << 26
 
 
 @dataclass
@@ -75,11 +78,12 @@ class Vocabulary:
         for rows, present in others.values():
             total[present] += rows[present].float()
             count += present
-        fill = total / count.clamp(min=1)[:, None]
+        column = (-1, *[1] * (found.dim() - 1))
+        fill = total / count.clamp(min=1).view(column)
         if self.base in others:
             rows, present = others[self.base]
             fill[present] = rows[present].float()
-        return torch.where(has[:, None], found.float(), fill)
+        return torch.where(has.view(column), found.float(), fill)
 
     def _place(self, label: str, name: str) -> tuple[Tensor, Tensor]:
         """(rows, columns) with this model's rows at the result's ids, and (rows,) where it has one."""
@@ -90,14 +94,15 @@ class Vocabulary:
         vocabulary = self.vocabularies[label]
         pairs = [(new, vocabulary[token]) for token, new in self.tokens.items() if token in vocabulary]
         pairs = [(new, old) for new, old in pairs if old < len(own) and new < self.rows]
-        new, old = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        new, old = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
         found = torch.zeros((self.rows, *own.shape[1:]), dtype=own.dtype)
         found[new] = own[old]
         has = torch.zeros(self.rows, dtype=torch.bool)
         has[new] = True
         unnamed = torch.ones(self.rows, dtype=torch.bool)  # padding rows, which no token names
         unnamed[list(self.tokens.values())] = False
-        kept = unnamed[: len(own)].nonzero().flatten()
+        unnamed[len(own) :] = False
+        kept = unnamed.nonzero().flatten()
         found[kept] = own[kept]
         return found, has | unnamed
 
@@ -119,40 +124,96 @@ def align(choice: str | None, models: dict[str, InputModel], reference: InputMod
     if choice == "union":
         every = (token for own in vocabularies.values() for token in sorted(own, key=own.__getitem__))
         added = [token for token in dict.fromkeys(every) if token not in tokens]
-        tokens |= {token: max(tokens.values()) + 1 + index for index, token in enumerate(added)}
-    rows = max(rows, max(tokens.values()) + 1)
+        tokens |= {token: max(tokens.values(), default=-1) + 1 + index for index, token in enumerate(added)}
+    rows = max(rows, max(tokens.values(), default=-1) + 1)
+    _check_rows(tokens, vocabularies, models)
     return Vocabulary(models[label], tokens, added, rows, reference.label, models, vocabularies)
 
 
+def _check_rows(tokens: dict[str, int], vocabularies: dict[str, dict[str, int]], models: dict[str, InputModel]) -> None:
+    """InputError for a token of which no model has a row: there is nothing that the result's could be made of."""
+    rows = {label: _embedding_rows(model) for label, model in models.items()}
+    bare = [
+        token
+        for token in tokens
+        if not any(own.get(token, rows[label]) < rows[label] for label, own in vocabularies.items())
+    ]
+    if bare:
+        raise InputError(
+            f"no model has a row in its embedding for {listing([repr(token) for token in bare], 3)}: there is nothing "
+            "to merge for such tokens, so remove them from the tokenizer.json that has them, or leave tokenizer_source "
+            "out"
+        )
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor outside of the layers has a row for every token."""
+    return any(word in name for word in _BY_TOKEN) and "position" not in name and "per_layer" not in name
+
+
 def _embedding_rows(model: InputModel) -> int:
-    return next((t.shape[0] for n, t in model.tensors.items() if "embed_tokens" in n or "wte" in n), 0)
+    names = [name for name in model.outside if is_vocabulary(name) and not name.startswith(("lm_head", "embed_out"))]
+    if not names:
+        raise InputError(f"{model.label} has no embedding that is known, and tokenizer_source needs it: leave it out")
+    return model.tensors[names[0]].shape[0]
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A token of a tokenizer.json that stands beside the vocabulary, and how it is found in a text."""
+
+    id: int
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class _Model:
+    vocab: dict[str, int] | list[tuple[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    model: _Model
+    added_tokens: list[_Added] = field(default_factory=list)
+
+
+def _tokenizer_of(model: InputModel) -> _Tokenizer:
+    if model.directory is None:
+        raise InputError(f"tokenizer_source needs a tokenizer.json, which {model.label} has not: leave it out")
+    return read_json(model.directory / "tokenizer.json", "tokenizer (which tokenizer_source needs)", _Tokenizer)
 
 
 def _vocabulary_of(model: InputModel) -> dict[str, int]:
-    if model.directory is None:
-        raise InputError(f"tokenizer_source needs a tokenizer.json, which {model.label} has not: leave it out")
-    file = model.directory / "tokenizer.json"
-    tokenizer = _read_json(file)
-    vocabulary = tokenizer.get("model", {}).get("vocab")
-    if not isinstance(vocabulary, dict | list):
-        raise InputError(f"{file} has no vocabulary: tokenizer_source cannot be used with this tokenizer")
+    tokenizer = _tokenizer_of(model)
+    vocabulary = tokenizer.model.vocab
+    if vocabulary is None:
+        raise InputError(f"{model.label} has a tokenizer without a vocabulary: tokenizer_source cannot be used with it")
     if isinstance(vocabulary, list):  # unigram: [token, score] by id
-        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-    return vocabulary | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read, and tokenizer_source needs it: {error}") from None
+        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+    found = vocabulary | {entry.content: entry.id for entry in tokenizer.added_tokens}
+    odd = next((token for token, index in found.items() if not 0 <= index < _MOST_TOKENS), None)
+    if odd is not None:
+        raise InputError(f"{model.label}: the tokenizer gives {odd!r} the id {found[odd]}, which cannot be")
+    return found
 
 
 def write_added_tokens(file: Path, vocabulary: Vocabulary) -> None:
-    """Append the added tokens to a tokenizer.json: whole words that are found before the tokenizer splits a text."""
-    tokenizer = _read_json(file)
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    tokenizer.setdefault("added_tokens", []).extend(
-        {"id": vocabulary.tokens[token], "content": token, **plain} for token in vocabulary.added
-    )
+    """Append the added tokens to a tokenizer.json: whole words that are found before the tokenizer splits a text.
+
+    A token that one of the models has beside its vocabulary (a special one, say) stays what it is there.
+    """
+    tokenizer = read_json(file, "tokenizer")
+    known: dict[str, _Added] = {}
+    for model in vocabulary.models.values():
+        for entry in _tokenizer_of(model).added_tokens:
+            known.setdefault(entry.content, entry)
+    entries = [
+        asdict(replace(known.get(token, _Added(0, token)), id=vocabulary.tokens[token])) for token in vocabulary.added
+    ]
+    tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *entries]
     file.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")

@@ -15,6 +15,7 @@ from entrenar.merging.config import read_merge_config
 from entrenar.merging.directory import write_model_files
 from entrenar.merging.execute import Progress, execute, working
 from entrenar.merging.in_memory import merge_tensors
+from entrenar.merging.names import without_paths
 from entrenar.merging.output import OutputFiles
 from entrenar.merging.place import discard, export_directory, statistics_directory, working_directory
 from entrenar.merging.plan import MergePlan, PlannedTensor, make_plan
@@ -158,6 +159,7 @@ def _open(config: str | Path | dict[str, Any], seed: int) -> _Opened:
     parsed, text = read_merge_config(config)
     plan = make_plan(parsed)
     texts = measured_texts(plan)
+    text = without_paths(text, plan.shown)
     return _Opened(plan, text, parsed.chat_template, seed, _provenance(plan, text, seed, texts), texts)
 
 
@@ -190,11 +192,12 @@ def _memory(plan: MergePlan) -> int:
 
 
 def _provenance(plan: MergePlan, text: str, seed: int, texts: dict[str, str]) -> dict[str, str]:
-    inputs = {label: model.fingerprint for label, model in plan.models.items()}
+    inputs = {plan.shown[label]: model.fingerprint for label, model in plan.models.items()}
     told = {"version": entrenar.__version__, "method": plan.method.name, "seed": seed, "inputs": inputs}
     if texts:
         told["measured_on"] = {
-            label: hashlib.blake2b(content.encode(), digest_size=16).hexdigest() for label, content in texts.items()
+            plan.shown[label]: hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+            for label, content in texts.items()
         }
     return {"entrenar.merge": json.dumps(told), "entrenar.merge_config": text}
 
@@ -210,7 +213,9 @@ def _digest(plan: MergePlan, files: OutputFiles, seed: int) -> str:
 
 
 def _readme(name: str, plan: MergePlan, text: str, metadata: dict[str, str]) -> str:
-    inputs = "\n".join(f"- `{label}` (fingerprint {model.fingerprint})" for label, model in plan.models.items())
+    inputs = "\n".join(
+        f"- `{plan.shown[label]}` (fingerprint {model.fingerprint})" for label, model in plan.models.items()
+    )
     return (
         f"# {name}\n\nMerged by entrenar {entrenar.__version__}, method `{plan.method.name}`, from\n\n{inputs}\n\n"
         f"```yaml\n{text.rstrip()}\n```\n\n`entrenar inspect` shows the same from the weights' metadata:\n"

@@ -12,7 +12,7 @@ def nearswap(stack: Stack, options: Options) -> Combine:  # noqa: ARG001 - a met
 
     def combine(piece: Piece, out: Tensor) -> None:
         base, (delta,) = _deltas(piece, out)
-        share = (t / delta.abs()).nan_to_num(nan=1, posinf=1, neginf=1).clamp(0, 1)
+        share = (t / delta.abs().clamp(min=1e-6)).clamp(0, 1)
         out.copy_(base + share * delta)
 
     return combine

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from entrenar.core.errors import InputError
 from entrenar.merging.stack import Combine, Options, Piece, Stack
 from entrenar.ops.merge_sums import Vote, add_gram, task_sum, weighted_sum
 
@@ -154,21 +155,34 @@ def _finish(piece: Piece, found: Tensor, out: Tensor) -> None:
 def multislerp(stack: Stack, options: Options) -> Combine:
     """One step of the Riemannian mean from the normalised mean direction; lengths are averaged. With a base: of δ."""
     weights = torch.tensor(options["weight"], dtype=torch.float64)
-    weights = weights / weights.sum() if options["normalize_weights"] else weights
+    if len(stack.models) == 1:
+        return _span([1.0])
+    if options["normalize_weights"]:
+        if float(weights.sum()) == 0:
+            raise InputError(
+                f"multislerp: the weights of {stack.name} add up to 0: change one, or set normalize_weights: false"
+            )
+        weights = weights / weights.sum()
     eps = float(options["eps"])
 
     def coefficients(gram: Tensor) -> Tensor:
-        return _multislerp_coefficients(gram[0], weights, eps)[None]
+        return _multislerp_coefficients(stack.name, gram[0], weights, eps)[None]
 
-    return _whole(stack, coefficients) if len(stack.models) > 1 else _span([1.0])
+    return _whole(stack, coefficients)
 
 
-def _multislerp_coefficients(gram: Tensor, weights: Tensor, eps: float) -> Tensor:
+def _multislerp_coefficients(name: str, gram: Tensor, weights: Tensor, eps: float) -> Tensor:
     lengths = gram.diagonal().sqrt()
-    units = torch.diag(1 / (lengths + eps))  # row i: unit vector i in terms of the inputs
+    units = torch.diag(
+        torch.where(lengths + eps > 0, 1 / (lengths + eps), 0)
+    )  # row i: unit vector i in terms of the inputs
     mean = weights @ units
     length = _length(mean, gram)
-    if length < eps:
+    if length < eps or length == 0:
+        if len(weights) > 2 and bool(weights.any()) and bool(lengths.any()):
+            raise InputError(
+                f"multislerp: the weighted directions of {name} cancel, so there is no mean of them: change a weight"
+            )
         return weights
     mean = mean / length
     tangents = units - (units @ gram @ mean)[:, None] * mean
@@ -193,24 +207,26 @@ def karcher(stack: Stack, options: Options) -> Combine:
 
 def _karcher_coefficients(gram: Tensor, iterations: int, tolerance: float) -> Tensor:
     lengths = gram.diagonal().sqrt()
-    count = len(lengths)
-    units = torch.diag(torch.where(lengths > 0, 1 / lengths, 0))
-    share = 1 / count
+    there = lengths > tolerance  # the others have no direction; they only shorten the mean
+    if not bool(there.any()):
+        return torch.zeros_like(lengths)
+    share = 1 / int(there.sum())
+    units = torch.diag(torch.where(there, 1 / lengths, 0))
     mean = units.sum(0) * share
     length = _length(mean, gram)
-    mean = mean / length if length > tolerance else units[0]
+    mean = mean / length if length >= tolerance and length > 0 else units[int(there.nonzero()[0])]
     for _ in range(iterations):
         cosines = (units @ gram @ mean).clamp(-1, 1)
         angles = cosines.arccos()
-        moved = (angles >= tolerance) & (lengths > 0)
+        moved = (angles >= tolerance) & (angles.sin() != 0) & there
         factors = torch.where(moved, share * angles / angles.sin(), 0)
         step = factors @ (units - cosines[:, None] * mean)
         distance = _length(step, gram)
-        if distance < tolerance:
+        if distance < tolerance or distance == 0:
             break
         mean = mean * distance.cos() + step * (distance.sin() / distance)
         mean = mean / _length(mean, gram)
-    return mean * lengths.sum() * share
+    return mean * lengths.sum() / len(lengths)
 
 
 def model_stock(stack: Stack, options: Options) -> Combine:
@@ -220,10 +236,11 @@ def model_stock(stack: Stack, options: Options) -> Combine:
         count = gram.shape[1]
         norms = gram.diagonal(dim1=1, dim2=2).sqrt()
         products = norms[:, :, None] * norms[:, None, :]
-        cosines = torch.where(products > 0, gram / products, 0).clamp(-1, 1)
+        cosines = (gram / products.clamp(min=1e-6)).clamp(-1, 1)
         pairs = torch.tril_indices(count, count, -1)
         cosine = cosines[:, pairs[0], pairs[1]].mean(1)
-        t = count * cosine / (1 + (count - 1) * cosine)
+        divisor = 1 + (count - 1) * cosine
+        t = torch.where(divisor.abs() < 1e-6, 0, count * cosine / divisor)  # opposed: the base stays
         return (t / count)[:, None].expand(-1, count)
 
     if options["filter_wise"]:

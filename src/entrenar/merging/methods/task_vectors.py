@@ -25,6 +25,7 @@ from entrenar.ops.merge_sums import Vote, add_absolute_sums, task_sum
 
 TIES_CONVENTIONS = ("mergekit", "paper", "peft")
 RESCALES = ("l1", "inverse_density")
+_LEAST_SUM = 1e-7  # of magnitudes; below, nothing is scaled up (as mergekit has it)
 
 
 class Keep(Protocol):
@@ -94,6 +95,14 @@ class _Top:
 
 
 @dataclass(frozen=True)
+class _Nothing:
+    """None of them."""
+
+    def fill(self, piece: Piece, x: Tensor, mask: Tensor) -> None:  # noqa: ARG002 - Keep's signature
+        mask.zero_()
+
+
+@dataclass(frozen=True)
 class _Sample:
     """Each element with the same probability."""
 
@@ -135,10 +144,15 @@ def _largest(stack: Stack, densities: Sequence[float]) -> list[Keep | None]:
     keeps: list[Keep | None] = [None] * len(densities)
     if not thinned or not stack.numel:
         return keeps
-    counts = [[max(1, int(densities[index] * stack.numel))] for index in thinned]
+    counts = [[_kept(densities[index], stack.numel)] for index in thinned]
     for index, (threshold,) in zip(thinned, _thresholds(stack, thinned, counts), strict=True):
         keeps[index] = _top(threshold, None)
     return keeps
+
+
+def _kept(density: float, n: int) -> int:
+    """Of n elements; a density above 0 keeps one at least."""
+    return max(1, int(density * n)) if density > 0 else 0
 
 
 def _band(stack: Stack, options: Options) -> list[Keep | None]:
@@ -171,8 +185,8 @@ def _random(stack: Stack, densities: Sequence[float]) -> list[Keep | None]:
 def _by_rank(stack: Stack, options: Options) -> list[Keep | None]:
     keeps: list[Keep | None] = []
     for index, (density, epsilon) in enumerate(zip(options["density"], options["epsilon"], strict=True)):
-        if density >= 1:
-            keeps.append(None)
+        if density >= 1 or density <= 0:
+            keeps.append(None if density >= 1 else _Nothing())
             continue
         low, high = density - epsilon, density + epsilon
         if not (low > 0 and high < 1):
@@ -215,7 +229,7 @@ def _rescales(stack: Stack, options: Options, keeps: list[Keep | None]) -> list[
         for index, mask in enumerate(_masks(piece, keeps)):
             if mask is not None:
                 add_absolute_sums(piece.models[index], piece.base, mask, sums[index])
-    return [float(whole / kept) if kept > 0 else 1.0 for whole, kept in sums]
+    return [float(whole / kept) if min(whole, kept) >= _LEAST_SUM else 1.0 for whole, kept in sums]
 
 
 def _vote(options: Options, rescales: list[float], elect: bool) -> Vote:
