@@ -73,9 +73,7 @@ class ResidualDropout(LlamaDecoderLayer):
 class OtherMask(LlamaDecoderLayer):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         kwargs["position_ids"] = kwargs["position_ids"] + 1
-        hidden_states = (
-            hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
-        )
+        hidden_states = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -134,7 +132,9 @@ def test_norms_behind_the_rotation_are_seen() -> None:
     class Late(Qwen3Attention):
         def forward(self, hidden_states: Tensor, position_embeddings: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-            q, k, v = (each(hidden_states).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (
+                each(hidden_states).view(shape).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj)
+            )
             q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
             out = attention.attention_forward(
                 self, self.q_norm(q), self.k_norm(k), v, kwargs.get("attention_mask"), scaling=self.scaling
@@ -175,6 +175,8 @@ def test_a_rotation_of_halves(family: str, ours: bool) -> None:
     folder = {"gemma3_text": "gemma3"}.get(family, family)
     module = import_module(f"transformers.models.{folder}.modeling_{folder}")
     kind = next(v for k, v in vars(module).items() if k.endswith("Attention") and v.__module__ == module.__name__)
-    model = type("Made", (kind,), {"__init__": lambda self: torch.nn.Module.__init__(self), "__module__": kind.__module__})()
+    model = type(
+        "Made", (kind,), {"__init__": lambda self: torch.nn.Module.__init__(self), "__module__": kind.__module__}
+    )()
     model.head_dim = 16
     assert rotates_halves(model, 8 if family in ("phi3", "glm") else 16) == ours

@@ -1,20 +1,18 @@
 """The whole model, made fast, against its class's own way: logits of a fixed row of tokens, compared once.
 
 Modules were recognised one by one (fast_forwards.py); here is what they make together, in the run's dtype and in
-float32, with a cache and without. The roundings of bfloat16 alone move logits by 1e-3 to 1e-2 nats a token, the class's
-own as much as ours, so there both are compared with the class's own way in float32, and ours must be about as near to it
-(docs/decisions/0018). The verdict is kept by content (verdicts.py).
+float32, with a cache and without. The roundings of bfloat16 alone move logits by 1e-3 to 1e-2 nats a token, the
+class's own as much as ours, so there both are compared with the class's own way in float32, and ours must be about as
+near to it (docs/decisions/0018). The verdict is kept by content (verdicts.py).
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from types import MethodType
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -179,8 +177,17 @@ def _of(kind: type[nn.Module]) -> Any:
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    panels = module.weight.split(max(_PANEL // module.in_features, 1))
-    y = torch.cat([F.linear(x, panel.to(x.dtype)) for panel in panels], dim=-1)
+    """What the layer computes, in the dtype of x.
+
+    A panel of its weight at a time and all through one room: many short-lived ones, results between them, cut the heap
+    up until it is as large as the whole weight.
+    """
+    rows, weight = x.reshape(-1, x.shape[-1]), module.weight
+    size = max(_PANEL // module.in_features, 1)
+    room, y = weight.new_empty(size, module.in_features, dtype=x.dtype), x.new_empty(len(weight), len(rows))
+    for panel, part in zip(weight.split(size), y.split(size), strict=True):
+        torch.mm(room[: len(panel)].copy_(panel), rows.t(), out=part)
+    y = y.t().reshape(*x.shape[:-1], -1)
     return y if module.bias is None else y + module.bias
 
 

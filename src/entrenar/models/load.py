@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from entrenar.core.errors import InputError, listing
 from entrenar.files.stream import stream
 from entrenar.models.compute import resolve_device, resolve_dtype
-from entrenar.models.experts import ExpertsBuilder, expert_weights, parameter_name
 from entrenar.models.confirmed import make_fast
+from entrenar.models.experts import ExpertsBuilder, expert_weights, parameter_name
 from entrenar.models.match import is_tied, match_tensors
 from entrenar.models.source import ModelSource, open_source
 from entrenar.ops.linear_gguf import FLOAT_TYPES

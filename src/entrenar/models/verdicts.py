@@ -42,7 +42,8 @@ def identity(model: PreTrainedModel, replaced: Iterable[str], ids: Tensor) -> st
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     digest = hashlib.sha256()
-    for part in (type(model).__qualname__, repr(sorted(config.items(), key=lambda item: item[0])), *replaced, ids.tolist()):
+    settings = sorted(config.items(), key=lambda item: str(item[0]))
+    for part in (type(model).__qualname__, settings, *replaced, ids.tolist()):
         digest.update(f"{part}\n".encode())
     digest.update(f"{model.dtype} {_machine(model.device)} {_code()}".encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
