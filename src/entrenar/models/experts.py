@@ -4,9 +4,10 @@ Here they are one by one too, quantized like any linear layer (quant/experts.py)
 transformers' own where it agrees with it on one expert.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entrenar.core.errors import InputError
-from entrenar.models.agreement import agree, sample
+from entrenar.models.agreement import agree, sample, told_apart
+from entrenar.models.projected import Stand
 from entrenar.models.recognised import activation_kind
 from entrenar.ops.adapted_linear import adapted_linears
 from entrenar.ops.gated_activation import gated_activation
@@ -156,19 +158,57 @@ class ExpertsBuilder:
             setattr(self._model.get_submodule(parent), child, made)
 
 
-@torch.no_grad()
 def _agrees(made: Experts, original: nn.Module) -> bool:
+    """Whether both compute the same: on planted weights in float64, every element, and on the first expert's own."""
+    try:
+        return _agree_planted(made, original) and _agree_on_the_first(made, original)
+    except Exception:  # its forward asks for what mixtures known here do not have
+        return False
+
+
+@torch.no_grad()
+def _agree_planted(made: Experts, original: nn.Module) -> bool:
+    """Over three small experts whose gates and ups reach where activations are told apart, and where some are clipped.
+
+    The first hypothesis must be the outcome: gate before up, not the reverse, not row by row in turns.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def planted(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inner, hidden, tokens = 12, 6, 64
+    gate, up, down = planted(3, inner, hidden), planted(3, inner, hidden) * 2, planted(3, hidden, inner)
+    x = planted(tokens, hidden) * torch.logspace(-1, 4, tokens, dtype=torch.float64)[:, None]
+    index = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(tokens)])
+    share = planted(tokens, 2)
+    expected = _their_forward(original, made, torch.cat((gate, up), dim=1), down)(x, index, share)
+    turns = torch.stack((gate, up), dim=2).flatten(1, 2)  # gate, up, gate, up, …
+    pairs = [(gate, up), (up, gate), (turns[:, :inner], turns[:, inner:])]
+    found = []
+    for first, second in pairs:
+        ours = Experts(*(ExpertStack(list(each)) for each in (first, second, down)), made.act_fn)
+        found.append(ours(x, index, share))
+    floor = 1e-9 * float(expected.abs().max(dim=-1).values.min())
+    return told_apart(expected, found, floor) == 0
+
+
+@torch.no_grad()
+def _agree_on_the_first(made: Experts, original: nn.Module) -> bool:
     """Whether both give the same for the first expert, its weights dequantized for transformers' own."""
     gate, up, down = (stack for layer in (made.gate_up_proj, made.down_proj) for stack in layer.each())
     dtype = torch.float32 if gate.is_quantized else gate.get_parameter("weight").dtype
     device = next(made.parameters()).device
     weights = [stack.to_f32(0).to(dtype) for stack in (gate, up, down)]
-    alone = SimpleNamespace(
-        num_experts=1, act_fn=made.act_fn, gate_up_proj=torch.cat(weights[:2])[None], down_proj=weights[2][None]
-    )
     x = sample(gate.d_in, torch.empty(0, dtype=dtype, device=device))
     index = torch.zeros(len(x), 1, dtype=torch.int64, device=device)
     share = torch.full((len(x), 1), 0.5, dtype=dtype, device=device)
-    forward = cast(Any, type(original).forward)
-    expected = getattr(forward, "__wrapped__", forward)(alone, x, index, share)
+    expected = _their_forward(original, made, torch.cat(weights[:2])[None], weights[2][None])(x, index, share)
     return agree(made(x, index, share), expected)
+
+
+def _their_forward(original: nn.Module, made: Experts, both: Tensor, down: Tensor) -> Callable[..., Tensor]:
+    """The class's own forward over other weights; its parameters are on no device yet."""
+    forward = inspect.unwrap(type(original).forward)
+    stand = Stand(original, num_experts=len(down), act_fn=made.act_fn, gate_up_proj=both, down_proj=down)
+    return partial(forward, cast(Any, stand))

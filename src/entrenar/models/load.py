@@ -16,8 +16,8 @@ from entrenar.core.errors import InputError, listing
 from entrenar.files.gguf import is_decoded
 from entrenar.files.stream import stream
 from entrenar.models.compute import resolve_device, resolve_dtype
+from entrenar.models.confirmed import make_fast
 from entrenar.models.experts import ExpertsBuilder, expert_weights, parameter_name
-from entrenar.models.fast_forwards import use_fast_forwards
 from entrenar.models.match import is_tied, match_tensors, saved_buffers
 from entrenar.models.source import ModelSource, open_source
 from entrenar.ops.linear_gguf import FLOAT_TYPES
@@ -119,7 +119,7 @@ def load_source(
     assert isinstance(head, nn.Module)
     head.register_forward_pre_hook(_contiguous_input)
     model.requires_grad_(False).eval()
-    use_fast_forwards(model)
+    make_fast(model)
     return model
 
 

@@ -81,11 +81,8 @@ def projects_its_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     layers = [module.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj")]
     q, k, v = map(noting, layers)
     type(module).forward(Stand(module, q_proj=q, k_proj=k, v_proj=v), *args, **kwargs)  # pyright: ignore[reportArgumentType]
-    return (
-        {id(layer) for layer, _ in seen} == set(map(id, layers))
-        and len(seen) == 3
-        and all(x is hidden for _, x in seen)
-    )
+    each_once = sorted(id(layer) for layer, _ in seen) == sorted(map(id, layers))
+    return each_once and all(x is hidden for _, x in seen)
 
 
 @torch.no_grad()

@@ -35,13 +35,16 @@ class GpuKernel:
     samples: Callable[[torch.device], list[Arguments]]
 
 
-def serves(name: str, kernel: GpuKernel, reference: Callable[..., Any], args: Arguments) -> bool:
-    """Whether an operation's kernel compiles for the dtypes of `args` and agrees with its reference on samples of them;
-    tried once.
+def serves(
+    name: str, kernel: GpuKernel, reference: Callable[..., Any], args: Arguments,
+    accepts: Callable[..., bool] = lambda *_: True,
+) -> bool:  # fmt: skip
+    """Whether an operation's kernel compiles for the dtypes of `args` and agrees with its reference, every element, on
+    samples in float32, where it `accepts` those, and in those dtypes; tried once.
     """
     key = (name, *map(_dtype, args))
     if key not in _tried:
-        _tried[key] = are_there() and _agrees(name, kernel, reference, args)
+        _tried[key] = are_there() and _agrees(name, kernel, reference, args, accepts)
     return _tried[key]
 
 
@@ -58,11 +61,17 @@ def are_there() -> bool:
     return found
 
 
-def _agrees(name: str, kernel: GpuKernel, reference: Callable[..., Any], args: Arguments) -> bool:
+def _agrees(
+    name: str, kernel: GpuKernel, reference: Callable[..., Any], args: Arguments, accepts: Callable[..., bool]
+) -> bool:
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
 
     def results(function: Callable[..., Any]) -> list[Tensor]:
-        return [made for sample in kernel.samples(device) for made in _after(function, _typed_like(sample, args))]
+        # As they are first: what the kernel computes is told in float32, bfloat16's roundings would hide much of it.
+        samples = [each for each in kernel.samples(device) if accepts(*each)] + [
+            _typed_like(each, args) for each in kernel.samples(device)
+        ]
+        return [made for sample in samples for made in _after(function, sample)]
 
     try:
         found, expected = results(kernel.run), results(reference)

@@ -57,7 +57,7 @@ def define(
         return chosen(*args)
 
     def on_gpu(*args: Any) -> Any:
-        if gpu is not None and accepts(*args) and gpu_kernels.serves(name, gpu, reference, args):
+        if gpu is not None and accepts(*args) and gpu_kernels.serves(name, gpu, reference, args, accepts):
             return gpu.run(*args)
         return reference(*args)
 

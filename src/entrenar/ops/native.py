@@ -132,6 +132,11 @@ def asks_for_reference() -> bool:
     return _state.reference
 
 
+def file() -> Path | None:
+    """The native library's file, if it is built."""
+    return _find()
+
+
 def path() -> str:
     """The path in use: `reference`, `generic`, `avx2`, `avx512` or `neon`."""
     library = _library()

@@ -102,7 +102,13 @@ def _backward_gpu(
 
 def _backward_samples(device: torch.device) -> list[tuple[Any, ...]]:
     grad, x, weight = numbers(device, 3, 40).sin(), numbers(device, 3, 40), numbers(device, 40)
-    return [(grad, x, weight, 1e-5, 1.0, residual) for residual in (None, x.cos())]
+    return [(grad, x, weight, 1e-5, offset, residual) for offset in (0.0, 1.0) for residual in (None, x.cos())]
+
+
+def _forward_samples(device: torch.device) -> list[tuple[Any, ...]]:
+    x, weight = numbers(device, 3, 40), numbers(device, 40)
+    # Both offsets; rows so small that eps decides.
+    return [(each, weight, 1e-5, offset) for offset in (0.0, 1.0) for each in (x, x * 1e-3)]
 
 
 def _weight_native(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -151,7 +157,7 @@ define(
     "rms_norm(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
     reference=_reference,
     native_cpu=_native,
-    gpu=GpuKernel(_gpu, lambda device: [(numbers(device, 3, 40), numbers(device, 40), 1e-5, 1.0)]),
+    gpu=GpuKernel(_gpu, _forward_samples),
     fake=lambda x, _weight, _eps, _offset: _like(x),
     accepts=_accepts,
 )
