@@ -97,9 +97,10 @@ def bent(change: str, wanted: str) -> Any:
     return local["forward"]
 
 
+TAKEN = "cos, sin = position_embeddings\n"
 QUERY = "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)\n"
 ODD = {
-    "clipped": ("cos, sin = position_embeddings\n", "cos, sin = position_embeddings; query_states = query_states.clamp(-8, 8)\n"),
+    "clipped": (TAKEN, TAKEN.rstrip() + "; query_states = query_states.clamp(-8, 8)\n"),
     "scaled after the rotation": (QUERY, QUERY.rstrip() + "; query_states = query_states * 1.001\n"),
     "keys for values": ("        value_states,\n        attention_mask", "        key_states,\n        attention_mask"),
     "not rotated keys": (QUERY, "query_states, _ = apply_rotary_pos_emb(query_states, key_states, cos, sin)\n"),

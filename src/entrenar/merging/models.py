@@ -23,7 +23,7 @@ from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.lora.matching import check_complete, is_all_linear
 from entrenar.lora.spec import config_layers, spec_of
-from entrenar.merging.layers import Layers, layers_of
+from entrenar.merging.layers import Layers, layers_of, split_layer
 from entrenar.merging.stack import Scratch, Source
 
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")  # buffers that some old checkpoints carry along

@@ -168,8 +168,8 @@ def build_on_meta(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture with every tensor on the `meta` device: shapes without memory."""
     if type(source.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(
-            f"{source.path} is a {source.config.model_type}, which transformers has no causal language model for: models "
-            "of several kinds of input are not read, nor encoders; take a language model"
+            f"{source.path} is a {source.config.model_type}, which transformers has no causal language model for: "
+            "models of several kinds of input are not read, nor encoders; take a language model"
         )
     try:
         with torch.device("meta"):

@@ -26,8 +26,8 @@ def match_tensors(model: PreTrainedModel, source: ModelSource) -> dict[str, Stor
     that the source holds quantized (`ModelSource.packed`) it is the tensor of its codes.
 
     Raises:
-        InputError: a parameter or saved buffer without a tensor or the reverse, a shape or dtype that does not fit, or a tied tensor
-            with values of its own.
+        InputError: a parameter or saved buffer without a tensor or the reverse, a shape or dtype that does not fit, or
+            a tied tensor with values of its own.
     """
     _check_names(model, source)
     names, packed = set(source.weights.names()), source.packed.packed() if source.packed else {}
