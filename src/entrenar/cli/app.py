@@ -7,6 +7,7 @@ import typer
 from entrenar import __version__
 from entrenar.cli import check, evaluate, export, generate, init, inspect, merge, train
 from entrenar.core.errors import InputError
+from entrenar.core.terminal import write_line
 
 app = typer.Typer(
     name="entrenar",
@@ -19,7 +20,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"entrenar {__version__}")
+        write_line(f"entrenar {__version__}")
         raise typer.Exit
 
 

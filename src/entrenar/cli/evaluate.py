@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
-from entrenar.core.terminal import PROSE, printable
+from entrenar.core.terminal import PROSE, printable, write_line
 
 
 def evaluate(
@@ -27,13 +27,13 @@ def evaluate(
     from entrenar.recipes.evaluate import evaluate as run
 
     result = run(model, data, adapter=adapter, against=against, quantize=quantize)
-    typer.echo(f"rows         {result.rows}")
-    typer.echo(f"loss         {result.loss:.4f} nats/token over {result.tokens} tokens")
-    typer.echo(f"perplexity   {result.perplexity:.3f}")
+    write_line(f"rows         {result.rows}")
+    write_line(f"loss         {result.loss:.4f} nats/token over {result.tokens} tokens")
+    write_line(f"perplexity   {result.perplexity:.3f}")
     if result.exact_match is not None:
-        typer.echo(f"exact match  {result.exact_match:.1%}")
+        write_line(f"exact match  {result.exact_match:.1%}")
     if result.kl is not None:
-        typer.echo(f"KL           {result.kl:.3e} nats/token")
+        write_line(f"KL           {result.kl:.3e} nats/token")
     for answer in [answer for answer in result.answers if not answer.is_exact][:show]:
         told = f"\nasked     {answer.prompt}\nexpected  {answer.expected}\nanswered  {answer.actual}"
-        typer.echo(printable(told, PROSE))
+        write_line(printable(told, PROSE))

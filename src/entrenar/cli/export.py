@@ -7,7 +7,7 @@ import typer
 
 from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
 from entrenar.cli.numbers import human_bytes
-from entrenar.core.terminal import printable
+from entrenar.core.terminal import printable, write_line
 
 if TYPE_CHECKING:
     from entrenar.evaluation.fidelity import ExportStep
@@ -70,13 +70,13 @@ def export(
     from entrenar.exporting.fidelity import fidelity_table
     from entrenar.recipes.export import run
 
-    path = run(request, on_verified=_show if wanted else None, say=lambda text: typer.echo(f"note: {printable(text)}"))
+    path = run(request, on_verified=_show if wanted else None, say=lambda text: write_line(f"note: {printable(text)}"))
     for line in fidelity_table(path):
-        typer.echo(line)
+        write_line(line)
     files = [path] if path.is_file() else sorted(path.iterdir())
-    typer.echo(f"wrote {printable(str(path))}: {human_bytes(sum(file.stat().st_size for file in files))}")
+    write_line(f"wrote {printable(str(path))}: {human_bytes(sum(file.stat().st_size for file in files))}")
 
 
 def _show(steps: "list[ExportStep]") -> None:
     for step in steps:
-        typer.echo(f"  {step.step:<10} perplexity {step.perplexity:9.3f}   KL from live {step.kl:.2e}")
+        write_line(f"  {step.step:<10} perplexity {step.perplexity:9.3f}   KL from live {step.kl:.2e}")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
-from entrenar.core.terminal import PROSE, printable
+from entrenar.core.terminal import PROSE, printable, write_line
 
 
 def generate(
@@ -28,4 +28,4 @@ def generate(
     loaded, tokenizer = open_model(model, adapter, quantize)
     messages = [[{"role": "user", "content": prompt}]]
     answer = run(loaded, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature)[0]
-    typer.echo(printable(answer, PROSE))
+    write_line(printable(answer, PROSE))

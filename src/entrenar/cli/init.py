@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from entrenar.core.atomic import refuse_existing, write_text
+from entrenar.core.terminal import printable, write_line
 
 TEMPLATE = """\
 # Fine-tune with: entrenar train {name}       (look first with: entrenar check {name})
@@ -74,5 +75,6 @@ def init(path: Annotated[str, typer.Argument(metavar="PATH", help="File to write
     """Write a commented config to start from."""
     target = Path(path)
     refuse_existing(target)
-    write_text(target, TEMPLATE.format(name=path))
-    typer.echo(f"wrote {path}: set model.path and data.train, then run `entrenar check {path}`")
+    write_text(target, TEMPLATE.format(name=printable(path)))
+    shown = printable(path)
+    write_line(f"wrote {shown}: set model.path and data.train, then run `entrenar check {shown}`")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from entrenar.cli.numbers import human_bytes
-from entrenar.core.terminal import printable
+from entrenar.core.terminal import printable, write_line
 
 _LONGEST = 100  # characters of a value
 _WIDEST = 100  # of the column of names
@@ -22,16 +22,16 @@ def inspect(
 
     found = run(path)
     size = human_bytes(sum(tensor.bytes for tensor in found.tensors))
-    typer.echo(f"{printable(path)}: {found.kind}, {len(found.tensors)} tensors, {size}")
+    write_line(f"{printable(path)}: {found.kind}, {len(found.tensors)} tensors, {size}")
     for key, value in found.metadata.items():
-        typer.echo(f"  {printable(key)} = {_short(value)}")
+        write_line(f"  {printable(key)} = {_short(value)}")
     for place, bits in found.bits_per_weight().items():
-        typer.echo(f"  {bits:6.3f} bits per weight: {place}")
+        write_line(f"  {bits:6.3f} bits per weight: {place}")
     names = [printable(tensor.name) for tensor in found.tensors]
     width = min(max(map(len, names), default=0), _WIDEST)
     for name, tensor in zip(names, found.tensors, strict=True):
         shape = " × ".join(map(str, tensor.shape))
-        typer.echo(f"  {name:<{width}}  {tensor.type:<9} {shape:<16} {human_bytes(tensor.bytes):>9}")
+        write_line(f"  {name:<{width}}  {tensor.type:<9} {shape:<16} {human_bytes(tensor.bytes):>9}")
 
 
 def _short(value: Any) -> str:

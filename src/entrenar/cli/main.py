@@ -45,6 +45,8 @@ def _run() -> int:
         return _tell(_out_of_memory())
     except RecursionError:
         return _tell("something nests too deep to be read: check the files that were named")
+    except UnicodeEncodeError as error:  # a name, where the system's own encoding is not UTF-8
+        return _tell(f"{error.object[:200]!r} has no form in {error.encoding}: set LC_ALL=C.UTF-8, or another name")
     except OSError as error:
         _drop_output()  # the error may be the output's own, which would come again at exit
         return _tell(_sentence(error))

@@ -37,6 +37,12 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(_visible(char) if _is_hidden(char) and char not in keep else char for char in text)
 
 
+def write_line(text: str) -> None:
+    """One line on standard output, in its own encoding (typer's echo writes UTF-8 to a stream of ASCII)."""
+    if sys.stdout is not None:
+        sys.stdout.write(f"{text}\n")
+
+
 def plain_streams() -> None:
     """Let standard output and error take any text: what their encoding lacks is written in ASCII, or escaped.
 
