@@ -92,20 +92,36 @@ def _start(talk: Conversation, index: int, prompt: str, alone: str, is_only: boo
     the answer all the same: it is what the model is given."""
     if alone.startswith(prompt):
         return len(prompt)
-    before = list(talk.turns[:index])
-    first, second = (talk.render([*before, {"role": "assistant", "content": word}]) for word in SENTINELS)
-    header = first[: shared_size(first, second)]
-    if prompt.startswith(header) and alone.startswith(header):
-        if is_only:
-            return len(header)
+    added, _ = usual_end(talk.template.tokenizer)
+    shared = len(added.common_prefix(prompt, alone))
+    if prompt[shared:].strip():
+        header = _header(talk, index)
+        begins = len(header) if prompt.startswith(header) and alone.startswith(header) else -1
+    else:
+        begins = shared
+    if begins >= 0 and is_only:
+        return begins
+    if begins >= 0:
         raise InputError(
-            f"the model's chat template opens an answer with {prompt[len(header) :]!r} and leaves that out of the turns "
-            "it writes, so a second answer would follow another text than the one served: train on rows of one answer"
+            f"the model's chat template asks for an answer with {_ending(prompt)!r} and writes the turn without all of "
+            "that, so a second answer would follow another text than the one served: train on rows of one answer"
+        )
+    if shared >= shared_size(prompt, talk.render(talk.turns[:index]) if index else ""):
+        raise InputError(
+            f"the model's chat template asks for an answer with {_ending(prompt)!r}, and this answer begins otherwise, with "
+            f"{alone[shared : shared + 40]!r}: write it as the model would go on, or use another template"
         )
     raise InputError(
         "the model's chat template writes what stands before an answer differently once the answer is there, so what "
         f"leads to it is not in the row (it is asked with {_ending(prompt)!r}): use turns that the template keeps"
     )
+
+
+def _header(talk: Conversation, index: int) -> str:
+    """What stands before the text of an answer at a turn, whatever it says."""
+    before = list(talk.turns[:index])
+    first, second = (talk.render([*before, {"role": "assistant", "content": word}]) for word in SENTINELS)
+    return first[: shared_size(first, second)]
 
 
 def _ending(text: str) -> str:

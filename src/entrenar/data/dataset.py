@@ -13,6 +13,7 @@ from entrenar.data.answers import says_something
 from entrenar.data.encode import Example, encode
 from entrenar.data.rows import Rejected, Row, RowFile, check_share, read_rows
 from entrenar.data.template import ChatTemplate
+from entrenar.data.turn_end import template_of
 from entrenar.data.turns import unused_keys
 
 TooLong = Literal["error", "truncate", "drop"]
@@ -99,7 +100,7 @@ def prepare(
         InputError: see `read_rows`; a row that is too long under `error`; rows that the template refuses, more than 1% of
             a file with those that cannot be read; a split without rows to train on.
     """
-    template, tally = ChatTemplate(tokenizer, read_date(date) if date else today()), _Tally()
+    template, tally = template_of(tokenizer, read_date(date) if date else None), _Tally()
     limit = _Limit(
         max_length, too_long, f"data.max_length is {max_length}: raise it, or set data.too_long to truncate or drop"
     )
@@ -143,16 +144,11 @@ def load_evaluation(
 ) -> EvaluationData:
     """Read and encode one file for evaluation. `date`: see `prepare`; None: a fixed day (`EVALUATION_DAY`), so that what
     is measured does not change with the calendar. `remedy`: what to do about a row that is too long."""
-    template, tally = ChatTemplate(tokenizer, read_date(date or EVALUATION_DAY)), _Tally()
+    template, tally = template_of(tokenizer, read_date(date or EVALUATION_DAY)), _Tally()
     limit = _Limit(max_length, too_long, f"the limit is {max_length}: {remedy or 'raise it'}")
     dataset = _encode_file(read_rows(path), template, limit, tally)
     day = template.day.isoformat() if template.reads_clock else None
     return EvaluationData(dataset, tally.rejected, tally.truncated, day)
-
-
-def today() -> datetime.date:
-    """The day on this machine's clock."""
-    return datetime.date.today()
 
 
 def read_date(text: str) -> datetime.date:

@@ -17,7 +17,7 @@ from entrenar.core.errors import InputError
 from entrenar.data.answers import Answer, Conversation, find_answers, says_something
 from entrenar.data.rows import Row
 from entrenar.data.template import REASONING_KEYS, ChatTemplate, Turn
-from entrenar.data.turn_end import end_ids
+from entrenar.data.turn_end import end_ids, template_of
 
 Span = tuple[int, int]
 
@@ -54,7 +54,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate 
         ids = tokenizer(row.text, return_attention_mask=False)["input_ids"]
         ids = _end_of_text(_one_bos(list(ids), tokenizer), tokenizer)
         return Example(row.line, ids, [i != tokenizer.bos_token_id or n > 0 for n, i in enumerate(ids)])
-    talk = _conversation(row, template or ChatTemplate(tokenizer))
+    talk = _conversation(row, template or template_of(tokenizer))
     wanted = [i for i, turn in enumerate(talk.turns) if i not in row.untrained and _is_answer(turn)]
     if not wanted:
         raise InputError("no assistant turn with text is trained, so there is nothing to train on")
@@ -77,9 +77,8 @@ def _append(ids: list[int], answer: Answer, tokenizer: PreTrainedTokenizerBase) 
     prompt = _tokens(answer.prompt, tokenizer)
     if prompt[: len(ids)] != ids:
         raise InputError(
-            "an earlier answer's first characters make one token with the prompt before them where the conversation goes "
-            "on, so the later answer would follow other tokens than those served: remove the white space it begins with, "
-            "or end the row at that answer"
+            "the tokenizer joins or splits the border between a prompt and its answer otherwise once the conversation "
+            "goes on, so this answer would follow other tokens than those served: end the row at the first assistant turn"
         )
     own = _own_tokens(answer, prompt, tokenizer)
     if own[-1] not in end_ids(tokenizer):

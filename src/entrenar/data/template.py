@@ -34,12 +34,13 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 class ChatTemplate:
     """The template of a tokenizer on a `day`; `reads_clock`: whether a render so far has asked which day it is.
 
-    `tools` and `options` are what every render is given beside the turns: schemas, and a row's `chat_template_kwargs`.
+    `in_parts`: give content as a list of one part, as templates of models that see images want it.
     """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     day: date = field(default_factory=date.today)
     reads_clock: bool = False
+    in_parts: bool = False
 
     def source(self, tools: Sequence[Any] = ()) -> str:
         """The template's text.
@@ -68,7 +69,7 @@ class ChatTemplate:
         tools: Sequence[Any] = (),
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as text; `answer_next` opens an assistant turn at the end.
+        """The conversation as text; `answer_next` opens an assistant turn at the end; `options`: more variables.
 
         Raises:
             InputError: the template refuses the conversation, fails, or takes too much time or memory.
@@ -76,7 +77,7 @@ class ChatTemplate:
         variables = {
             **_special_tokens(self.tokenizer),
             **(options or {}),
-            "messages": [_as_served(turn) for turn in turns],
+            "messages": [_as_served(turn, self.in_parts) for turn in turns],
             "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": answer_next,
@@ -88,9 +89,11 @@ class ChatTemplate:
         return answer["text"]
 
 
-def _as_served(turn: Turn) -> Turn:
+def _as_served(turn: Turn, in_parts: bool) -> Turn:
     """Without what is null, and with the reasoning under every name that a template may read, as transformers does."""
     given = {key: value for key, value in turn.items() if value is not None}
+    if in_parts and isinstance(given.get("content"), str):
+        given["content"] = [{"type": "text", "text": given["content"]}]
     reasoning = next((given[key] for key in REASONING_KEYS if key in given), None)
     return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 

@@ -3,9 +3,11 @@
 Everybody who needs it asks here: the mask of trained tokens, generation, exact match.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,11 +29,13 @@ class TurnEnd:
     `tail`: what it writes when nothing follows. `closing`: what ends the turn, up to and with the token that generation
     stops at; it begins `tail`, unless the template closes no turn. Then it is the token that opens the next turn
     (`opens_next`), or the end-of-sequence token. Empty: nothing ends an answer.
+    `in_parts`: the template reads content as a list of parts only.
     """
 
     tail: str
     closing: str
     opens_next: bool = False
+    in_parts: bool = False
 
 
 def shared_size(one: str, other: str) -> int:
@@ -75,10 +79,8 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return index if isinstance(index, int) else -1
 
 
-def end_of_turn(
-    template: ChatTemplate, added: AddedTokens, before: Sequence[Turn] = (_ASKED,), **given: Any
-) -> TurnEnd:
-    """Find how `template` ends an answer after the turns `before`.
+def end_of_turn(template: ChatTemplate, added: AddedTokens, turns: Sequence[Turn] = (_ASKED,), **given: Any) -> TurnEnd:
+    """Find how `template` ends an answer after `turns`.
 
     Of what the template writes after an answer both when it is the last turn and when another follows, the end is the
     tokenizer's end-of-sequence token, else the last added token that does not also open turns. Where a template writes
@@ -88,19 +90,21 @@ def end_of_turn(
         InputError: the template refuses such a conversation, or leaves the answer out of it.
     """
     said: Turn = {"role": "assistant", "content": SENTINELS[0]}
-    tail = _after(template.render([*before, said], **given))
-    follow = _after(template.render([*before, said, _ASKED], **given))
-    opened = template.render(before, answer_next=True, **given)
-    opener = opened[shared_size(opened, template.render(before, **given)) :]
-    return _decide(tail, follow, opener, added, str(template.tokenizer.eos_token or ""))
+    before, tail = _around(template.render([*turns, said], **given))
+    _, follow = _around(template.render([*turns, said, _ASKED], **given))
+    opened, unopened = (template.render(turns, answer_next=asks, **given) for asks in (True, False))
+    answer_opener = opened[shared_size(opened, unopened) :]
+    turn_opener = _shared_ending(before.partition(_ASKED["content"])[0], follow.partition(_ASKED["content"])[0])
+    opens = [{token for _, token in added.within(text)} for text in (answer_opener, turn_opener)]
+    return _decide(tail, follow, opens, added, str(template.tokenizer.eos_token or ""))
 
 
-def _decide(tail: str, follow: str, opener: str, added: AddedTokens, eos: str) -> TurnEnd:
-    opens = {token for _, token in added.within(opener)}
-    shared = [found for found in added.within(added.common_prefix(tail, follow)) if found[1] not in opens]
-    candidates = shared or added.within(tail)
-    if candidates:
-        end = next((found for found in candidates if found[1] == eos), candidates[-1] if shared else candidates[0])
+def _decide(tail: str, follow: str, opens: list[set[str]], added: AddedTokens, eos: str) -> TurnEnd:
+    """`opens`: tokens that open an answer, and those that may open any turn."""
+    both = [found for found in added.within(added.common_prefix(tail, follow)) if found[1] not in opens[0]]
+    closers = [found for found in both if found[1] not in opens[1]] or both or added.within(tail)[:1]
+    end = next((found for found in both or added.within(tail) if found[1] == eos), closers[-1] if closers else None)
+    if end:
         return TurnEnd(tail, tail[: end[0] + len(end[1])])
     following = added.within(follow)
     if following and not follow[: following[0][0]].strip():
@@ -108,11 +112,16 @@ def _decide(tail: str, follow: str, opener: str, added: AddedTokens, eos: str) -
     return TurnEnd(tail, tail.rstrip() + eos if eos else "")
 
 
-def _after(text: str) -> str:
-    start = text.rfind(SENTINELS[0])
-    if start < 0:
+def _around(text: str) -> tuple[str, str]:
+    """What stands before and after the answer."""
+    before, said, after = text.rpartition(SENTINELS[0])
+    if not said:
         raise InputError("the model's chat template leaves out what the assistant says when it is plain text")
-    return text[start + len(SENTINELS[0]) :]
+    return before, after
+
+
+def _shared_ending(one: str, other: str) -> str:
+    return one[len(one) - shared_size(one[::-1], other[::-1]) :]
 
 
 _Found = tuple[str, AddedTokens, "TurnEnd | None"]
@@ -131,10 +140,18 @@ def usual_end(tokenizer: PreTrainedTokenizerBase) -> tuple[AddedTokens, TurnEnd 
 
 
 def _usual(tokenizer: PreTrainedTokenizerBase, added: AddedTokens) -> TurnEnd | None:
-    try:
-        return end_of_turn(ChatTemplate(tokenizer), added) if tokenizer.chat_template else None
-    except InputError:
-        return None
+    """With content as a text; where that is left out or refused, as a list of one part, which some templates want."""
+    for in_parts in (False, True) if tokenizer.chat_template else ():
+        with contextlib.suppress(InputError):
+            end = end_of_turn(ChatTemplate(tokenizer, in_parts=in_parts), added)
+            return replace(end, in_parts=in_parts)
+    return None
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> ChatTemplate:
+    """The tokenizer's chat template on a day (None: today), given turns in the form that it reads."""
+    _, end = usual_end(tokenizer)
+    return ChatTemplate(tokenizer, day or date.today(), in_parts=end is not None and end.in_parts)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, also: Any = None) -> list[int]:
