@@ -112,8 +112,8 @@ def _start(talk: Conversation, index: int, prompt: str, alone: str, is_only: boo
             f"{alone[shared : shared + 40]!r}: write it as the model would go on, or use another template"
         )
     raise InputError(
-        "the model's chat template writes what stands before an answer differently once the answer is there, so what "
-        f"leads to it is not in the row (it is asked with {_ending(prompt)!r}): use turns that the template keeps"
+        "the model's chat template writes earlier turns differently once the answer follows, so what leads to it is not in "
+        f"the row (it is asked for with {_ending(prompt)!r}): use turns that the template keeps as they are"
     )
 
 

@@ -23,9 +23,10 @@ from entrenar.core.errors import InputError
 Turn = dict[str, Any]
 
 # Real templates take a millisecond and some kilobytes a row; the limits are for those that never end.
-SECONDS = 10.0
+SECONDS = 3.0
 MOST_BYTES = 2**30
 MOST_CHARACTERS = 2**24
+_ENDLESS = f"it takes more than {SECONDS:.0f} seconds or more memory than a chat template may take"
 # Names that a turn's reasoning has been given; templates find it under each (as in transformers).
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
@@ -109,10 +110,13 @@ class _Worker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._known: dict[str, int] = {}
+        self._endless: set[str] = set()
 
     def ask(self, source: str, variables: dict[str, Any], day: date) -> dict[str, Any]:
         """One render: `text` and `clock`, or `error`."""
         with self._lock:
+            if source in self._endless:  # it would only take its time again
+                return {"error": _ENDLESS}
             process = self._running()
             request: dict[str, Any] = {"variables": variables, "day": day.isoformat()}
             if source not in self._known:
@@ -120,7 +124,10 @@ class _Worker:
                 request["source"] = source
             request["template"] = self._known[source]
             try:
-                return self._exchange(process, request)
+                answer = self._exchange(process, request)
+                if answer.get("error") == _ENDLESS:
+                    self._endless.add(source)
+                return answer
             except BaseException:  # an interrupt too: a half-read answer must not be taken for the next one's
                 self._stop()
                 raise
@@ -135,7 +142,7 @@ class _Worker:
             raise InputError(f"the model's chat template cannot be given this conversation: {error}") from None
         if not line:
             self._stop()
-            return {"error": f"it takes more than {SECONDS:.0f} seconds, or more memory than a template may take"}
+            return {"error": _ENDLESS}
         answer = json.loads(line)
         if not answer.get("text", "").isascii() and _has_half_pair(answer["text"]):
             return {"error": "it writes half of a surrogate pair, which is no text"}

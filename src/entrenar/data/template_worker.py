@@ -69,17 +69,19 @@ class Renderer:
         environment.globals["dict"] = lambda *args, **values: dict(*args, **values)
         environment.globals["namespace"] = _Namespace
         del environment.globals["lipsum"]  # words by chance
-        self.environment, self.templates = environment, {}
+        self.environment, self.sources, self.templates = environment, {}, {}
         self.day, self.clock = datetime.min, False
 
     def answer(self, request: dict[str, Any], most_characters: int) -> dict[str, Any]:
         """Render once; every mistake of the template becomes an `error`."""
         self.day, self.clock = datetime.fromisoformat(request["day"]), False
+        number = request["template"]
         try:
-            if "source" in request:
-                self.templates[request["template"]] = self.environment.from_string(request["source"])
+            if number not in self.templates:
+                self.sources.setdefault(number, request.get("source"))
+                self.templates[number] = self.environment.from_string(self.sources[number])
             pieces, total = [], 0
-            for piece in self.templates[request["template"]].generate(**request["variables"]):
+            for piece in self.templates[number].generate(**request["variables"]):
                 total += len(piece)
                 if total > most_characters:
                     return {"error": f"it writes more than {most_characters:,} characters"}
@@ -98,8 +100,9 @@ class Renderer:
 
 
 def _sentence(error: Exception) -> str:
-    words = " ".join(str(error).split()) or type(error).__name__
-    words = f"{words} (at line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else words
+    is_syntax = isinstance(error, jinja2.TemplateSyntaxError)
+    text = f"{error.message} at line {error.lineno}" if is_syntax else str(error)
+    words = " ".join(text.split()) or type(error).__name__
     return words if len(words) <= _MOST_ERROR else words[:_MOST_ERROR] + "…"
 
 

@@ -44,12 +44,13 @@ def shared_size(one: str, other: str) -> int:
 
 
 class AddedTokens:
-    """The tokens that a tokenizer takes as they stand wherever they are in a text, special ones and others."""
+    """The tokens that a tokenizer takes as they stand wherever they are in a text, special ones and others; but white
+    space, which some have tokens for (Gemma), marks nothing."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if str(token)}
         self.ids = {**added, **{token: int(_id_of(tokenizer, token)) for token in tokenizer.all_special_tokens}}
-        longest_first = sorted(self.ids, key=len, reverse=True)
+        longest_first = sorted((token for token in self.ids if token.strip(" \n\t▁")), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def split(self, text: str) -> list[str]:

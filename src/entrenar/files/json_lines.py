@@ -122,20 +122,24 @@ def _lines(text: io.TextIOWrapper, path: Path) -> Iterator[Line]:
 def _refuse_one_object(first: str, text: io.TextIOWrapper, path: Path) -> None:
     """A first line that is no row may be the beginning of an object over several lines, or of a CSV file."""
     if first.strip().startswith("{"):
-        try:
-            value, _ = _DECODER.raw_decode((first + text.read(_MOST_LINE)).strip())
-        except (ValueError, RecursionError):
-            return
-        finally:
-            _back_to_second(text, first)
-        keys = listing(sorted(value))
-        raise InputError(
-            f"data file {path} begins with one JSON object over several lines (keys: {keys}): write each row as an object "
-            "on a line of its own (jq -c), or all rows as one array"
-        )
+        value, end = _first_value(first + text.read(_MOST_LINE))
+        _back_to_second(text, first)
+        if end > len(first):
+            raise InputError(
+                f"data file {path} begins with one JSON object over several lines (keys: {listing(sorted(value))}): write "
+                "each row as an object on a line of its own (jq -c), or all rows as one array"
+            )
     header = [cell.strip().strip('"') for cell in first.split(",")]
     if len(header) > 1 and {"messages", "prompt", "completion", "instruction", "output", "text"} & set(header):
         raise InputError(f"data file {path} looks like CSV, by its first line: name it .csv, or write JSON lines")
+
+
+def _first_value(text: str) -> tuple[Any, int]:
+    """The JSON value that a text begins with and where it ends: 0 where there is none."""
+    try:
+        return _DECODER.raw_decode(text, _past_space(text, 0))
+    except (ValueError, RecursionError):
+        return {}, 0
 
 
 def _back_to_second(text: io.TextIOWrapper, first: str) -> None:

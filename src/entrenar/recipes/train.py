@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.atomic import write_text
 from entrenar.core.config import load_config
+from entrenar.core.errors import listing
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.adapter_io import save_adapter
@@ -183,6 +184,10 @@ def describe(data: PreparedData, path: str) -> str:
         parts.append(f"{len(data.validation)} held out")
     if data.truncated:
         parts.append(f"{data.truncated} truncated")
+    if data.silent_turns:
+        parts.append(f"{data.silent_turns} assistant turns without a word, not trained")
+    if data.unused:
+        parts.append(f"not used: {listing(data.unused)}")
     if data.rejected:
         first = data.rejected[0]
         parts.append(f"{len(data.rejected)} rejected (first: {first.file}:{first.line}: {first.reason})")
