@@ -137,7 +137,7 @@ def _is_given(value: Any) -> bool:
 def _unused(shape: str, row: Mapping[str, Any]) -> list[str]:
     keys, more, _ = _SHAPES[shape]
     used = {*keys, *more}
-    return [key for key, value in row.items() if key not in used and value is not None]
+    return [key for key, value in row.items() if key not in used and _is_given(value)]
 
 
 def _beside(row: Row, given: dict[str, Any]) -> Row | str:

@@ -117,7 +117,7 @@ def _around(text: str) -> tuple[str, str]:
     """What stands before and after the answer."""
     before, said, after = text.rpartition(SENTINELS[0])
     if not said:
-        raise InputError("the model's chat template leaves out what the assistant says when it is plain text")
+        raise InputError("the model's chat template leaves out or rewrites what the assistant says, whatever it is")
     return before, after
 
 
