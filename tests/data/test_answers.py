@@ -1,7 +1,7 @@
 """What is trained, for the ways in which chat templates open, write and end an answer; what is refused, with the cause.
 
-The right value is written by hand: the answer as the template writes it after the prompt that a server sends, and the one
-token that ends it.
+The right value is written by hand: the answer as the template writes it after the prompt that a server sends, and the
+one token that ends it.
 """
 
 import json
@@ -23,7 +23,8 @@ from entrenar.data.turn_end import end_ids, usual_end
 
 _TEXTS = ["a\n\nb\n\nc  \n x    y", "b\n\n", "assistant user system tool Roses are red. Blue. Green."] * 40
 _SPECIAL = (
-    "<eos>", "<|start|>", "<|end|>", "<|stop|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|reply|>", "[INST]", "[/INST]",
+    "<eos>", "<|start|>", "<|end|>", "<|stop|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>",
+    "<|reply|>", "[INST]", "[/INST]",
 )  # fmt: skip
 _PLAIN = ("<think>", "</think>", "<call>", "</call>", "\n\n\n")
 
@@ -44,8 +45,8 @@ def _make(template: str, *, eos: str | None = "<eos>", post: Any = None, split: 
 
 
 def _turns(open_turn: str, after: str, between: str = "", last: str = "", answer: str = "", prompt: str = "") -> str:
-    """A template: `open_turn` (with role), what an assistant's content is, `after` every turn, `between` after one that is
-    not last, `last` after the last; `prompt` opens an answer."""
+    """A template: `open_turn` (with role), what an assistant's content is, `after` every turn, `between` after one that
+    is not last, `last` after the last; `prompt` opens an answer."""
     content = answer or "{{ m.content }}"
     return (
         "{% for m in messages %}" + open_turn + "{% if m.role == 'assistant' %}" + content
@@ -74,7 +75,8 @@ _KINDS: dict[str, tuple[str, str, str | None]] = {
         "<think></think>\nBlue.<|user|>", "<think></think>\nBlue.<|user|><think></think>\nGreen.<|user|>",
     ),
     "end of sequence after answers": (
-        "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' ' + eos_token }}"
+        "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else "
+        "' ' + m.content + ' ' + eos_token }}"
         "{% endfor %}",
         " Blue. <eos>", " Blue. <eos> Green. <eos>",
     ),
@@ -100,7 +102,8 @@ _KINDS: dict[str, tuple[str, str, str | None]] = {
         "</think>Blue.<|end|>", None,
     ),
     "content in parts": (
-        "{% for m in messages %}<|start|>{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %}<|end|>{% endfor %}"
+        "{% for m in messages %}<|start|>{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %}<|end|>"
+        "{% endfor %}"
         "{% if add_generation_prompt %}<|start|>assistant:{% endif %}",
         "Blue.<|end|>", "Blue.<|end|>Green.<|end|>",
     ),
@@ -268,7 +271,7 @@ def test_a_tokenizer_that_cannot_spell_an_answer_is_refused() -> None:
 def test_a_prompt_that_answers_for_the_row_is_named() -> None:
     closed = _turns("<|start|>{{ m.role }}\n", "<|end|>\n", prompt="<|start|>assistant\n<think>\n\n</think>\n\n")
     assert _trained(_row("Hi", "Blue."), _make(closed)) == "Blue.<|end|>"
-    with pytest.raises(InputError, match="asks for an answer with .*begins otherwise, with 'Rayleigh"):
+    with pytest.raises(InputError, match=r"asks for an answer with .*begins otherwise, with 'Rayleigh"):
         encode(
             _row("Hi", "<think>\nRayleigh.\n</think>\n\nBlue."),
             _make(closed.replace("{{ m.content }}{% else %}", "<think>\n{{ m.content[8:] }}{% else %}")),
@@ -278,7 +281,8 @@ def test_a_prompt_that_answers_for_the_row_is_named() -> None:
 def test_a_template_that_drops_a_turn_before_an_answer_is_named() -> None:
     """Mistral's third template writes the system turn before a last question only."""
     template = (
-        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ messages[0].content if loop.last }}{{ m.content }}[/INST]"
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ messages[0].content if loop.last }}{{ m.content }}"
+        "[/INST]"
         "{% elif m.role == 'assistant' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     row = _row(
@@ -311,7 +315,8 @@ def test_generation_stops_at_what_training_ends_turns_with() -> None:
 _WITH_CALLS = (
     "{% if tools %}<|system|>{{ tools | tojson }}<|end|>{% endif %}{% for m in messages %}<|start|>{{ m.role }}\n"
     "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content or '' }}"
-    "{% for c in m.tool_calls or [] %}<call>{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}</call>"
+    "{% for c in m.tool_calls or [] %}<call>"
+    "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}</call>"
     "{% endfor %}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 _CALL = {"type": "function", "function": {"name": "dim", "arguments": {"room": "study", "level": 30}}}

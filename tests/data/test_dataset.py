@@ -226,7 +226,8 @@ def _with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrai
 
 
 _DATED = (
-    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -234,11 +235,11 @@ _DATED = (
 class _Clock(datetime.date):
     """A day of the test's own."""
 
-    day = datetime.date(2026, 11, 30)
+    now = datetime.date(2026, 11, 30)
 
     @classmethod
     def today(cls) -> Any:
-        return cls.day
+        return cls.now
 
 
 def test_the_day_that_a_template_writes_is_today_or_the_one_that_is_given(
@@ -249,7 +250,7 @@ def test_the_day_that_a_template_writes_is_today_or_the_one_that_is_given(
     first = _prepare(tmp_path, dated, [_SHORT])
     assert first.date == "2026-11-30"
     assert str(dated.decode(first.train.examples[0].ids)).startswith("30 Nov 2026")
-    monkeypatch.setattr(_Clock, "day", datetime.date(2026, 12, 1))
+    monkeypatch.setattr(_Clock, "now", datetime.date(2026, 12, 1))
     later = _prepare(tmp_path, dated, [_SHORT])
     assert (later.date, later.fingerprint == first.fingerprint) == ("2026-12-01", False)
     assert _prepare(tmp_path, dated, [_SHORT], date="2026-11-30").fingerprint == first.fingerprint
@@ -264,7 +265,7 @@ def test_what_is_measured_does_not_change_with_the_day(
     dated, path = _with_template(tiny_tokenizer, _DATED), _write(tmp_path / "data.jsonl", [_SHORT])
     monkeypatch.setattr("entrenar.data.turn_end.date", _Clock)
     first = load_evaluation(path, dated, 512)
-    monkeypatch.setattr(_Clock, "day", datetime.date(2026, 12, 1))
+    monkeypatch.setattr(_Clock, "now", datetime.date(2026, 12, 1))
     assert load_evaluation(path, dated, 512) == first
     assert first.date == under_test.EVALUATION_DAY
     assert load_evaluation(path, dated, 512, date="2026-12-01").dataset != first.dataset
@@ -272,8 +273,8 @@ def test_what_is_measured_does_not_change_with_the_day(
 
 
 _ALTERNATING = (
-    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}"
-    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('must alternate') }}{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

@@ -88,7 +88,7 @@ _BESIDE = [
     ({"prompt": [_USER], "completion": [_ASSISTANT]}, (_USER, _ASSISTANT)),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"text": "i"}]}, _ASSISTANT]},
      (_USER, _ASSISTANT)),
-    ({"messages": [turn | {"tool_calls": None, "weight": None, "reasoning_content": None} for turn in (_USER, _ASSISTANT)],
+    ({"messages": [turn | dict.fromkeys(("tool_calls", "weight", "reasoning_content")) for turn in (_USER, _ASSISTANT)],
       "tools": None}, (_USER, _ASSISTANT)),
 ]  # fmt: skip
 
@@ -109,8 +109,8 @@ def test_tools_calls_and_options_are_kept(tmp_path: Path) -> None:
         _ASSISTANT | {"reasoning_content": "so"},
     ]
     tools = [{"type": "function", "function": {"name": "f"}}]
-    for given in (tools, json.dumps(tools)):
-        row = {"messages": turns, "tools": given, "chat_template_kwargs": {"deep": True}}
+    for written in (tools, json.dumps(tools)):
+        row = {"messages": turns, "tools": written, "chat_template_kwargs": {"deep": True}}
         [read] = read_rows(_write(tmp_path / "data.jsonl", [row])).rows
         assert read.messages == (_USER, {"role": "assistant", "tool_calls": [call]}, *turns[2:])
         assert read.tools == tuple(tools)

@@ -26,7 +26,8 @@ _TOOLS = [{"type": "function", "function": {"name": "dim", "parameters": {"type"
 _ODD = (
     "{%- set ns = namespace(n=0) %}{% for m in messages %}{% if m.thinking %}{% continue %}{% endif %}\n"
     "{% generation %}{{ m | tojson(indent=1) }}{{ bos_token }}{{ loop.index }}{% endgeneration %}{% endfor %}"
-    "{{ dict(a=1) }}{{ tools | tojson if tools else 'none' }}{{ messages | map(attribute='role') | join(',') }}{{ x }}\n"
+    "{{ dict(a=1) }}{{ tools | tojson if tools else 'none' }}{{ messages | map(attribute='role') | join(',') }}"
+    "{{ x }}\n"
 )
 
 
@@ -104,7 +105,7 @@ def test_every_mistake_of_a_template_is_a_sentence_again_and_again(
     template = _with(tiny_tokenizer, source)
     messages = []
     for _ in range(2):
-        with pytest.raises(InputError, match="the model's chat template refuses this conversation: .") as caught:
+        with pytest.raises(InputError, match=r"the model's chat template refuses this conversation: .") as caught:
             template.render(_TURNS)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]

@@ -1,7 +1,8 @@
 """Where the assistant's turns stand in a rendered conversation: what leads to each, what it says, what ends it.
 
-Nothing is looked up by a model's name. A conversation is rendered up to a turn with the generation prompt, which is what a
-server would send, and up to and with the turn; both must begin the whole. What a row says must be in what is trained.
+Nothing is looked up by a model's name. A conversation is rendered up to a turn with the generation prompt, which is
+what a server would send, and up to and with the turn; both must begin the whole. What a row says must be in what is
+trained.
 """
 
 import json
@@ -108,12 +109,13 @@ def _start(talk: Conversation, index: int, prompt: str, alone: str, is_only: boo
         )
     if shared >= shared_size(prompt, talk.render(talk.turns[:index]) if index else ""):
         raise InputError(
-            f"the model's chat template asks for an answer with {_ending(prompt)!r}, and this answer begins otherwise, with "
+            f"the model's chat template asks for an answer with {_ending(prompt)!r}, and this answer begins "
+            f"otherwise, with "
             f"{alone[shared : shared + 40]!r}: write it as the model would go on, or use another template"
         )
     raise InputError(
-        "the model's chat template writes earlier turns differently once the answer follows, so what leads to it is not in "
-        f"the row (it is asked for with {_ending(prompt)!r}): use turns that the template keeps as they are"
+        "the model's chat template writes earlier turns differently once the answer follows, so what leads to it is "
+        f"not in the row (it is asked for with {_ending(prompt)!r}): use turns that the template keeps as they are"
     )
 
 
@@ -135,8 +137,8 @@ def _end(talk: Conversation, index: int, alone: str) -> tuple[AddedTokens, TurnE
         end = end_of_turn(talk.template, added, talk.turns[:index], **given)
     if not alone.endswith(end.tail):
         raise InputError(
-            f"the model's chat template ends this turn otherwise than an answer, with {_ending(alone)!r} where an answer "
-            f"ends with {end.tail!r}, so what ends it cannot be told"
+            f"the model's chat template ends this turn otherwise than an answer, with {_ending(alone)!r} where an "
+            f"answer ends with {end.tail!r}, so what ends it cannot be told"
         )
     if not end.closing:
         raise InputError(
@@ -154,7 +156,8 @@ def _closing(end: TurnEnd, added: AddedTokens, whole: str, stop: int, is_last: b
         return added.at(whole, stop)
     raise InputError(
         f"the model's chat template ends an answer with {end.closing!r} only when nothing follows, and here with "
-        f"{whole[stop : stop + 20]!r}, which generation does not stop at: train on rows that end at the first assistant turn"
+        f"{whole[stop : stop + 20]!r}, which generation does not stop at: train on rows that end at the first "
+        f"assistant turn"
     )
 
 
@@ -169,8 +172,8 @@ def _check_said(said: list[tuple[str, str]], text: str, added: AddedTokens, ends
         if found < 0 or (is_cut and not _pieces(text, added)[-1].endswith(piece)):
             shown = piece if len(piece) <= 40 else piece[:40] + "…"
             raise InputError(
-                f"the model's chat template leaves out or rewrites what the assistant says: {shown!r} of its {key} is not "
-                f"in the answer it writes, {_ending(text)!r}; mend the row, or use a template that keeps it"
+                f"the model's chat template leaves out or rewrites what the assistant says: {shown!r} of its {key} is "
+                f"not in the answer it writes, {_ending(text)!r}; mend the row, or use a template that keeps it"
             )
 
 
@@ -180,7 +183,8 @@ def _forms(piece: str) -> list[str]:
 
 
 def _said(turn: Turn, added: AddedTokens) -> Iterator[tuple[str, str]]:
-    """What a turn says, as (key, piece): the texts between tags that templates treat on their own, and what is called."""
+    """What a turn says, as (key, piece): the texts between tags that templates treat on their own, and what is
+    called."""
     reasoning = next((key for key in REASONING_KEYS if turn.get(key)), None)
     if reasoning:
         yield from ((reasoning, piece) for piece in _pieces(turn[reasoning], added))

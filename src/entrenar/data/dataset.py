@@ -97,7 +97,8 @@ def prepare(
         date: the day that a chat template is told, as 2026-11-30; None: today.
 
     Raises:
-        InputError: see `read_rows`; a row that is too long under `error`; rows that the template refuses, more than 1% of
+        InputError: see `read_rows`; a row that is too long under `error`; rows that the template refuses, more than 1%
+        of
             a file with those that cannot be read; a split without rows to train on.
     """
     template, tally = template_of(tokenizer, read_date(date) if date else None), _Tally()
@@ -142,8 +143,8 @@ def load_evaluation(
     date: str | None = None,
     remedy: str = "",
 ) -> EvaluationData:
-    """Read and encode one file for evaluation. `date`: see `prepare`; None: a fixed day (`EVALUATION_DAY`), so that what
-    is measured does not change with the calendar. `remedy`: what to do about a row that is too long."""
+    """Read and encode one file for evaluation. `date`: see `prepare`; None: a fixed day (`EVALUATION_DAY`), so that
+    what is measured does not change with the calendar. `remedy`: what to do about a row that is too long."""
     template, tally = template_of(tokenizer, read_date(date or EVALUATION_DAY)), _Tally()
     limit = _Limit(max_length, too_long, f"the limit is {max_length}: {remedy or 'raise it'}")
     dataset = _encode_file(read_rows(path), template, limit, tally)
@@ -160,8 +161,8 @@ def read_date(text: str) -> datetime.date:
 
 
 def _encode_file(file: RowFile, template: ChatTemplate, limit: _Limit, tally: _Tally) -> Dataset:
-    """Every row of a file that can be trained on. Rows that the template refuses are bad rows as those that cannot be read:
-    up to 1% of the file."""
+    """Every row of a file that can be trained on. Rows that the template refuses are bad rows as those that cannot be
+    read: up to 1% of the file."""
     bad, left_out = list(file.rejected), list[Rejected]()
     examples, kept = list[Example](), list[Row]()
     for row in file.rows:

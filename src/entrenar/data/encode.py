@@ -1,9 +1,9 @@
 """A row → token ids and the mask of trained tokens, with the tokenizer's own chat template.
 
-Trained are the assistant's tokens and the token that ends the turn, nothing else. Prompt and answer are tokenized as they
-are when the model is served: the ids before an answer are those of the prompt by itself, so no token lies across the
-border, and the answer's tokens are those that spell the answer from there on. No offsets are asked for: a post-processor
-may have cut them.
+Trained are the assistant's tokens and the token that ends the turn, nothing else. Prompt and answer are tokenized as
+they are when the model is served: the ids before an answer are those of the prompt by itself, so no token lies across
+the border, and the answer's tokens are those that spell the answer from there on. No offsets are asked for: a
+post-processor may have cut them.
 """
 
 import copy
@@ -26,8 +26,8 @@ Span = tuple[int, int]
 class Example:
     """Token ids (T,) and, for each, whether it is trained on; `line` of the source file.
 
-    `answer`: first and one past the last token of the answer that ends the conversation, if one does: what stands before
-    it is the prompt that is served.
+    `answer`: first and one past the last token of the answer that ends the conversation, if one does: what stands
+    before it is the prompt that is served.
     """
 
     line: int
@@ -43,8 +43,8 @@ class Example:
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None) -> Example:
     """Tokenize a row and mark its trained tokens; `template`: the tokenizer's, on a fixed day (default: today).
 
-    Of every trained turn three things are checked: its decoded tokens hold what the row says, the ids before it are those
-    of the prompt that a server sends, its last id is one that generation stops at.
+    Of every trained turn three things are checked: its decoded tokens hold what the row says, the ids before it are
+    those of the prompt that a server sends, its last id is one that generation stops at.
 
     Raises:
         InputError: a conversation without a chat template, a template that does not fit it, something that the row says
@@ -78,7 +78,8 @@ def _append(ids: list[int], answer: Answer, tokenizer: PreTrainedTokenizerBase) 
     if prompt[: len(ids)] != ids:
         raise InputError(
             "the tokenizer joins or splits the border between a prompt and its answer otherwise once the conversation "
-            "goes on, so this answer would follow other tokens than those served: end the row at the first assistant turn"
+            "goes on, so this answer would follow other tokens than those served: end the row at the first assistant "
+            "turn"
         )
     own = _own_tokens(answer, prompt, tokenizer)
     if own[-1] not in end_ids(tokenizer):
@@ -146,8 +147,8 @@ def _check_read(talk: Conversation, whole: str) -> None:
         for key in ("tool_calls", *REASONING_KEYS):
             if turn.get(key) and not _reads(talk, index, key, whole):
                 raise InputError(
-                    f"the model's chat template does not write {key} of turn {index + 1}: put it into the content as the "
-                    "model writes it, use another model, or remove the key"
+                    f"the model's chat template does not write {key} of turn {index + 1}: put it into the content as "
+                    f"the model writes it, use another model, or remove the key"
                 )
 
 

@@ -1,7 +1,7 @@
 """A model's chat template, rendered on a fixed day, in bounded time and size.
 
-Rendering happens in a process of its own (`data/template_worker.py`): there a template that never ends or never has enough
-is stopped, whatever it does. The text is that of transformers' `apply_chat_template`, to the character.
+Rendering happens in a process of its own (`data/template_worker.py`): there a template that never ends or never has
+enough is stopped, whatever it does. The text is that of transformers' `apply_chat_template`, to the character.
 """
 
 import atexit

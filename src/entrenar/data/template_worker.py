@@ -1,8 +1,9 @@
 """The process that renders chat templates; `data/template.py` starts it and speaks with it over its pipes.
 
-A template is a program that comes with a model, so from anybody. Jinja's sandbox keeps it from files and from Python, but
-not from loops without end or strings without bound, and neither can be stopped from within a process while C code runs.
-Here both are bounded by the kernel: processor seconds by a timer whose signal ends this process, bytes by RLIMIT_AS.
+A template is a program that comes with a model, so from anybody. Jinja's sandbox keeps it from files and from Python,
+but not from loops without end or strings without bound, and neither can be stopped from within a process while C code
+runs. Here both are bounded by the kernel: processor seconds by a timer whose signal ends this process, bytes by
+RLIMIT_AS.
 
 One JSON request a line: `template` (a number), `source` (with a number's first request), `variables`, `day`. One JSON
 answer a line: `text` and `clock` (whether the template asked for the date), or `error`. The functions that a template

@@ -156,8 +156,8 @@ def template_of(tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> 
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, also: Any = None) -> list[int]:
-    """Every token that generation stops at: the end of sequence, what the chat template ends an answer with, and `also`,
-    a model's own list (`generation_config.eos_token_id`: a number, a list or None)."""
+    """Every token that generation stops at: the end of sequence, what the chat template ends an answer with, and
+    `also`, a model's own list (`generation_config.eos_token_id`: a number, a list or None)."""
     added, end = usual_end(tokenizer)
     last = added.within(end.closing)[-1:] if end else []
     own = also if isinstance(also, list) else [also]

@@ -1,7 +1,7 @@
 """One turn of a conversation as rows give it → as chat templates take it, or what is wrong with it.
 
-Nothing that has a meaning is dropped: a key is passed on to the template, honoured here (`weight`, `train`), or refused by
-name. A key at null is not there.
+Nothing that has a meaning is dropped: a key is passed on to the template, honoured here (`weight`, `train`), or
+refused by name. A key at null is not there.
 """
 
 from collections.abc import Sequence

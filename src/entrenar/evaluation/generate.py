@@ -61,7 +61,8 @@ def spoken_text(ids: Sequence[int], model: PreTrainedModel, tokenizer: PreTraine
 
 
 def answer_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the model's own list, the end of sequence, what the chat template ends one with."""
+    """Every token that ends an answer: the model's own list, the end of sequence, what the chat template ends one
+    with."""
     return end_ids(tokenizer, getattr(model.generation_config, "eos_token_id", None))
 
 

@@ -21,7 +21,7 @@ from entrenar.core.errors import InputError, listing
 _MOST_LINE = 2**28  # characters of one line, and bytes of a file that is one JSON value
 _DECODER = json.JSONDecoder()
 _OTHERS = (
-    (b"PAR1", "a Parquet file", "write its rows as JSON lines: pandas.read_parquet(…).to_json(…, orient='records', lines=True)"),
+    (b"PAR1", "a Parquet file", "write its rows as JSON lines: pandas' to_json(orient='records', lines=True)"),
     (b"ARROW1", "an Arrow file", "write its rows as JSON lines: datasets' to_json"),
     (b"\xff\xff\xff\xff", "an Arrow stream", "write its rows as JSON lines: datasets' to_json"),
     (b"\x28\xb5\x2f\xfd", "compressed with Zstandard", "decompress it: zstd -d"),
@@ -126,8 +126,8 @@ def _refuse_one_object(first: str, text: io.TextIOWrapper, path: Path) -> None:
         _back_to_second(text, first)
         if end > len(first):
             raise InputError(
-                f"data file {path} begins with one JSON object over several lines (keys: {listing(sorted(value))}): write "
-                "each row as an object on a line of its own (jq -c), or all rows as one array"
+                f"data file {path} begins with one JSON object over several lines (keys: {listing(sorted(value))}): "
+                f"write each row as an object on a line of its own (jq -c), or all rows as one array"
             )
     header = [cell.strip().strip('"') for cell in first.split(",")]
     if len(header) > 1 and {"messages", "prompt", "completion", "instruction", "output", "text"} & set(header):

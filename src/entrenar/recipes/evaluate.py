@@ -47,9 +47,9 @@ def evaluate(
 
     Args:
         against: another model with the same vocabulary; `kl` is then KL(against ‖ model). match: answer every
-            conversation that ends with an answer greedily and compare. dtype: as for `load`. max_length: tokens; a longer
-            row is an error, cut, or left out, by `too_long`. date: the day that a chat template is told, as 2026-11-30;
-            None: data.dataset.EVALUATION_DAY, on every day.
+            conversation that ends with an answer greedily and compare. dtype: as for `load`. max_length: tokens; a
+            longer row is an error, cut, or left out, by `too_long`. date: the day that a chat template is told, as
+            2026-11-30; None: data.dataset.EVALUATION_DAY, on every day.
     """
     loaded, tokenizer = open_model(model, adapter, quantize, dtype)
     remedy = "raise --max-length (max_length), or choose truncate or drop with --too-long (too_long)"
