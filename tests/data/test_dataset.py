@@ -1,6 +1,7 @@
 """From files to splits of encoded rows: the length policy, the seeded split, what was left out, the fingerprint."""
 
 import copy
+import datetime
 import json
 import random
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
-from entrenar.data.dataset import Dataset, PreparedData, load_dataset, prepare
+from entrenar.data import dataset as under_test
+from entrenar.data.dataset import Dataset, PreparedData, load_dataset, load_evaluation, prepare
 
 _SHORT, _LONG = {"prompt": "Hi", "completion": "on"}, {"prompt": "Hi", "completion": "on " * 60}
 
@@ -215,3 +217,108 @@ def test_a_file_for_evaluation_must_fit(tiny_data: Path, tiny_tokenizer: PreTrai
     assert len(dataset) == 24
     with pytest.raises(InputError, match=r"train\.jsonl:1: the row has"):
         load_dataset(tiny_data, tiny_tokenizer, max_length=8)
+
+
+def _with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+_DATED = (
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class _Clock(datetime.date):
+    """A day of the test's own."""
+
+    now = datetime.date(2026, 11, 30)
+
+    @classmethod
+    def today(cls) -> Any:
+        return cls.now
+
+
+def test_the_day_that_a_template_writes_is_today_or_the_one_that_is_given(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated = _with_template(tiny_tokenizer, _DATED)
+    monkeypatch.setattr("entrenar.data.turn_end.date", _Clock)
+    first = _prepare(tmp_path, dated, [_SHORT])
+    assert first.date == "2026-11-30"
+    assert str(dated.decode(first.train.examples[0].ids)).startswith("30 Nov 2026")
+    monkeypatch.setattr(_Clock, "now", datetime.date(2026, 12, 1))
+    later = _prepare(tmp_path, dated, [_SHORT])
+    assert (later.date, later.fingerprint == first.fingerprint) == ("2026-12-01", False)
+    assert _prepare(tmp_path, dated, [_SHORT], date="2026-11-30").fingerprint == first.fingerprint
+    assert _prepare(tmp_path, tiny_tokenizer, [_SHORT]).date is None
+    with pytest.raises(InputError, match="write it as 2026-11-30"):
+        _prepare(tmp_path, dated, [_SHORT], date="yesterday")
+
+
+def test_what_is_measured_does_not_change_with_the_day(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dated, path = _with_template(tiny_tokenizer, _DATED), _write(tmp_path / "data.jsonl", [_SHORT])
+    monkeypatch.setattr("entrenar.data.turn_end.date", _Clock)
+    first = load_evaluation(path, dated, 512)
+    monkeypatch.setattr(_Clock, "now", datetime.date(2026, 12, 1))
+    assert load_evaluation(path, dated, 512) == first
+    assert first.date == under_test.EVALUATION_DAY
+    assert load_evaluation(path, dated, 512, date="2026-12-01").dataset != first.dataset
+    assert load_evaluation(path, tiny_tokenizer, 512).date is None
+
+
+_ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('must alternate') }}{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _conversation(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": "Hi"} for role in roles]}
+
+
+@pytest.mark.parametrize("split", [0.0, 0.5])
+def test_rows_that_the_template_refuses_count_with_those_that_cannot_be_read(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, split: float
+) -> None:
+    strict, good = _with_template(tiny_tokenizer, _ALTERNATING), _conversation("user", "assistant")
+    refused, unread = _conversation("user", "user", "assistant"), _conversation("user")
+    data = _prepare(tmp_path, strict, [good] * 150 + [refused] + [good] * 48 + [unread], validation_fraction=0.0)
+    assert len(data.train) == 198
+    assert [row.line for row in data.rejected] == [151, 200]
+    assert "must alternate" in data.rejected[0].reason
+    rows = [good] * 100 + [unread] + [good] * 97 + [refused] * 2
+    with pytest.raises(
+        InputError, match=r"data\.jsonl:101: no assistant turn.*; 3 of 200 rows are unusable, more than 1%"
+    ):
+        _prepare(tmp_path, strict, rows, validation_fraction=split)
+
+
+def test_columns_and_turns_that_are_not_used_are_told(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [
+        {"role": "user", "content": "Hi", "id": 4, "lang": "en"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "Well?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    reads = _with_template(tiny_tokenizer, f"{{# lang #}}{tiny_tokenizer.chat_template}")
+    data = _prepare(tmp_path, reads, [{"messages": turns, "source": "web"}])
+    assert data.unused == ["source", "messages.id"]
+    assert data.silent_turns == 1
+
+
+def test_rows_left_out_of_a_measurement_are_told(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    path = _write(tmp_path / "data.jsonl", [_SHORT] * 99 + [{"prompt": "Hi", "completion": ""}, _LONG])
+    with pytest.raises(InputError, match=r"data\.jsonl:101: the row has \d+ tokens, the limit is 60: use --max-length"):
+        load_evaluation(path, tiny_tokenizer, 60, remedy="use --max-length")
+    read = load_evaluation(path, tiny_tokenizer, 60, "drop")
+    assert [(row.line, len(read.dataset)) for row in read.rejected] == [(100, 99), (101, 99)]
+    cut = load_evaluation(path, tiny_tokenizer, 60, "truncate")
+    assert (len(cut.dataset), cut.truncated) == (100, 1)
+    assert [example.answer is None for example in cut.dataset.examples] == [False] * 99 + [True]

@@ -34,6 +34,27 @@ _BAD_ROWS = [
     ({"instruction": "Hi", "input": 5, "output": "Hello"}, "an input that is not text"),
     ({"instruction": None, "input": "x", "output": "Hello"}, "not text"),
     ({"text": ""}, "empty"),
+    ({"messages": [_USER, _ASSISTANT | {"weight": 0}]}, "every assistant turn has weight 0"),
+    ({"messages": [_USER, _ASSISTANT | {"weight": 0.5}]}, "weight 0.5: allowed are 0 and 1"),
+    ({"messages": [_USER, _ASSISTANT | {"train": "no"}]}, "train 'no'"),
+    ({"messages": [_USER | {"train": True}, _ASSISTANT]}, "train: true in a turn of user"),
+    ({"messages": [_USER, _ASSISTANT | {"loss_mask": 0, "mask": 1}]}, "with mask, which is not supported"),
+    ({"messages": [_USER, _ASSISTANT | {"function_call": {"name": "f"}}]}, "with function_call"),
+    ({"messages": [_USER, _ASSISTANT | {"tool_calls": "f()"}]}, "tool_calls that are not a list"),
+    ({"messages": [_USER, _ASSISTANT | {"tool_calls": [{"function": {"arguments": {}}}]}]}, "tool_calls that are not"),
+    ({"messages": [_USER | {"tool_calls": [{"function": {"name": "f"}}]}, _ASSISTANT]}, "tool_calls in a turn of user"),
+    ({"messages": [_USER, _ASSISTANT | {"reasoning_content": ["x"]}]}, "reasoning_content that is not text"),
+    ({"messages": [_USER, _ASSISTANT | {"reasoning": "a", "thinking": "b"}]}, "reasoning, thinking, which differ"),
+    ({"messages": [_USER, _ASSISTANT | {"content": [{"type": "image", "url": "x"}]}]}, "not text (image)"),
+    ({"messages": [_USER, _ASSISTANT], "tools": "[{"}, "tools that are not a list of objects"),
+    ({"messages": [_USER, _ASSISTANT], "tools": ["f"]}, "tools that are not a list of objects"),
+    ({"messages": [_USER, _ASSISTANT], "functions": [{"name": "f"}]}, "a row with functions"),
+    ({"messages": [_USER, _ASSISTANT], "images": ["x.png"]}, "a row with images"),
+    ({"messages": [_USER, _ASSISTANT], "chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs that are not"),
+    ({"messages": [{"role": "system", "content": "x"}, _USER, _ASSISTANT], "system": "y"}, "another system text"),
+    ({"prompt": "Hi", "completion": "Hello", "label": False}, "a row with label"),
+    ({"prompt": "Hi", "completion": "Hello", "system": 3}, "a system that is not text"),
+    ({"instruction": "Hi", "output": "Hello", "history": [["a"]]}, "a history that is not a list"),
     ({"text": 3}, "not a string"),
 ]
 
@@ -54,6 +75,74 @@ def test_every_shape_of_conversation_is_recognised(tmp_path: Path, row: dict[str
     assert file.shape == shape
     assert file.rows == [Row(1, (_USER, _ASSISTANT))]
     assert file.rejected == []
+
+
+_SYSTEM = {"role": "system", "content": "Be brief."}
+_BESIDE = [
+    ({"prompt": "Hi", "completion": "Hello", "system": "Be brief."}, (_SYSTEM, _USER, _ASSISTANT)),
+    ({"instruction": "Hi", "output": "Hello", "system_prompt": "Be brief."}, (_SYSTEM, _USER, _ASSISTANT)),
+    ({"messages": [_USER, _ASSISTANT], "system": "Be brief."}, (_SYSTEM, _USER, _ASSISTANT)),
+    ({"messages": [_USER, _ASSISTANT], "system": "", "images": [], "label": None}, (_USER, _ASSISTANT)),
+    ({"instruction": "Hi", "output": "Hello", "history": [["Hi", "Hello"]]}, (_USER, _ASSISTANT) * 2),
+    ({"instruction": "Hi", "output": "Hello", "history": [], "system": None}, (_USER, _ASSISTANT)),
+    ({"prompt": [_USER], "completion": [_ASSISTANT]}, (_USER, _ASSISTANT)),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"text": "i"}]}, _ASSISTANT]},
+     (_USER, _ASSISTANT)),
+    ({"messages": [turn | dict.fromkeys(("tool_calls", "weight", "reasoning_content")) for turn in (_USER, _ASSISTANT)],
+      "tools": None}, (_USER, _ASSISTANT)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "turns"), _BESIDE)
+def test_what_stands_beside_the_turns_is_honoured(tmp_path: Path, row: dict[str, Any], turns: Any) -> None:
+    file = read_rows(_write(tmp_path / "data.jsonl", [row]))
+    assert file.rows == [Row(1, turns)]
+    assert file.unused == []
+
+
+def test_tools_calls_and_options_are_kept(tmp_path: Path) -> None:
+    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        _USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "1", "name": "f"},
+        _ASSISTANT | {"reasoning_content": "so"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for written in (tools, json.dumps(tools)):
+        row = {"messages": turns, "tools": written, "chat_template_kwargs": {"deep": True}}
+        [read] = read_rows(_write(tmp_path / "data.jsonl", [row])).rows
+        assert read.messages == (_USER, {"role": "assistant", "tool_calls": [call]}, *turns[2:])
+        assert read.tools == tuple(tools)
+        assert read.options == {"deep": True}
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}])
+def test_turns_are_marked_not_to_be_trained(tmp_path: Path, mark: dict[str, Any]) -> None:
+    turns = [_USER, _ASSISTANT | mark, _USER, _ASSISTANT | {"weight": 1, "train": True}]
+    plain = (_USER, _ASSISTANT, _USER, _ASSISTANT)
+    [read] = read_rows(_write(tmp_path / "data.jsonl", [{"messages": turns}])).rows
+    assert read == Row(1, plain, untrained=frozenset([1]))
+    [read] = read_rows(_write(tmp_path / "data.jsonl", [{"messages": turns, "system": "Be brief."}])).rows
+    assert read == Row(1, (_SYSTEM, *plain), untrained=frozenset([2]))
+    [read] = read_rows(_write(tmp_path / "data.jsonl", [{"prompt": turns[:3], "completion": turns[3:]}])).rows
+    assert read == Row(1, plain, untrained=frozenset([1]))
+
+
+def test_of_a_prompt_of_turns_no_answer_is_trained(tmp_path: Path) -> None:
+    [read] = read_rows(
+        _write(tmp_path / "data.jsonl", [{"prompt": [_USER, _ASSISTANT, _USER], "completion": [_ASSISTANT]}])
+    ).rows
+    assert read.untrained == frozenset([1])
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [_USER, _ASSISTANT], "id": 3, "score": float("nan"), "note": None},
+        {"messages": [_USER, _ASSISTANT], "id": 4, "source": "web", "tools": None},
+    ]
+    assert read_rows(_write(tmp_path / "data.jsonl", rows)).unused == ["id", "score", "source"]
+    assert read_rows(_write(tmp_path / "data.jsonl", [{"text": "x", "url": "y"}])).unused == ["url"]
 
 
 def test_plain_text_is_recognised(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Arguments that several verbs share."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -15,5 +16,30 @@ QuantizeOption = Annotated[
     typer.Option(
         "--quantize",
         help="Base: nf4, fp4, int4, int8, none, keep [default: as the adapter says, or keep for a .gguf].",
+    ),
+]
+
+
+class Dtype(StrEnum):
+    """Number types that a model computes in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class TooLong(StrEnum):
+    """What becomes of a row that is too long."""
+
+    ERROR = "error"
+    TRUNCATE = "truncate"
+    DROP = "drop"
+
+
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype", case_sensitive=False, help="Computes in; auto: bfloat16 where the machine has it natively."
     ),
 ]

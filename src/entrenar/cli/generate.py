@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from entrenar.cli.arguments import AdapterOption, ModelArgument, QuantizeOption
+from entrenar.cli.arguments import AdapterOption, Dtype, DtypeOption, ModelArgument, QuantizeOption
 from entrenar.core.terminal import PROSE, printable, write_line
 
 
@@ -15,6 +15,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     quantize: QuantizeOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Answer one prompt in the model's own chat template (or continue it, where there is none)."""
     from entrenar.recipes.inputs import check_adapter, check_model, check_quantize
@@ -25,7 +26,7 @@ def generate(
     from entrenar.evaluation.generate import generate as run
     from entrenar.recipes.open_model import open_model
 
-    loaded, tokenizer = open_model(model, adapter, quantize)
+    loaded, tokenizer = open_model(model, adapter, quantize, dtype.value)
     messages = [[{"role": "user", "content": prompt}]]
     answer = run(loaded, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature)[0]
     write_line(printable(answer, PROSE))

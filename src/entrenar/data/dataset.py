@@ -1,7 +1,7 @@
 """From files to encoded examples: length policy, validation split, rejected rows, a hash of it all."""
 
+import datetime
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,10 +9,16 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
+from entrenar.data.answers import says_something
 from entrenar.data.encode import Example, encode
-from entrenar.data.rows import Rejected, Row, read_rows
+from entrenar.data.rows import Rejected, Row, RowFile, check_share, read_rows
+from entrenar.data.template import ChatTemplate
+from entrenar.data.turn_end import template_of
+from entrenar.data.turns import unused_keys
 
 TooLong = Literal["error", "truncate", "drop"]
+# The day that chat templates are told when a model is measured: a fixed one, so that the numbers stay what they are.
+EVALUATION_DAY = "2026-01-01"
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,11 @@ class Dataset:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What training needs: both splits, and what was said and left out on the way."""
+    """What training needs: both splits, and what was said and left out on the way.
+
+    `date`: the day that the chat template wrote into the rows, None if it asks for none. `unused`: columns that nothing
+    reads. `silent_turns`: assistant turns without a word, which are context and not trained.
+    """
 
     train: Dataset
     validation: Dataset | None
@@ -37,6 +47,28 @@ class PreparedData:
     rejected: list[Rejected]
     truncated: int
     fingerprint: str
+    date: str | None = None
+    unused: list[str] = field(default_factory=list)
+    silent_turns: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """A file to measure on, what was left out of it, and the day that the chat template wrote (None: none)."""
+
+    dataset: Dataset
+    rejected: list[Rejected]
+    truncated: int
+    date: str | None
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """The longest row in tokens, what becomes of longer ones, and how the user names both."""
+
+    max_length: int
+    too_long: TooLong
+    remedy: str
 
 
 @dataclass
@@ -54,6 +86,7 @@ def prepare(
     max_length: int = 1024,
     too_long: TooLong = "error",
     seed: int = 0,
+    date: str | None = None,
 ) -> PreparedData:
     """Read, split and encode the data.
 
@@ -61,82 +94,138 @@ def prepare(
         validation: a file of its own; or `validation_fraction` of the training file, chosen by a seeded hash of each
             row, so that a row keeps its side whatever else the file holds.
         max_length: tokens; a longer row is an error, cut, or left out, by `too_long`.
+        date: the day that a chat template is told, as 2026-11-30; None: today.
 
     Raises:
-        InputError: see `read_rows`; a row that is too long under `error`; a split without rows to train on.
+        InputError: see `read_rows`; a row that is too long under `error`; rows that the template refuses, more than 1%
+        of
+            a file with those that cannot be read; a split without rows to train on.
     """
+    template, tally = template_of(tokenizer, read_date(date) if date else None), _Tally()
+    limit = _Limit(
+        max_length, too_long, f"data.max_length is {max_length}: raise it, or set data.too_long to truncate or drop"
+    )
     file = read_rows(train)
-    tally = _Tally(rejected=list(file.rejected))
-    fraction = validation_fraction if validation is None else 0.0
-    held_out = [row for row in file.rows if _chosen(row, seed, fraction)]
-    kept = [row for row in file.rows if not _chosen(row, seed, fraction)]
-    training = _encode_rows(kept, train, tokenizer, max_length, too_long, tally)
+    training = _encode_file(file, template, limit, tally)
+    files = [file]
     if validation is not None:
-        other = read_rows(validation)
-        tally.rejected += other.rejected
-        held_out, source = other.rows, validation
+        files.append(read_rows(validation))
+        evaluating, source = _encode_file(files[1], template, limit, tally), validation
     else:
+        training, evaluating = _split(training, seed, validation_fraction)
         source = train
-    evaluating = _encode_rows(held_out, source, tokenizer, max_length, too_long, tally) if held_out else None
     for path, dataset, purpose in ((train, training, "train"), (source, evaluating, "validate")):
         if dataset is not None and not len(dataset):
             raise InputError(f"{path} leaves no row to {purpose} on: check max_length and the rejected rows")
-    fingerprint = _fingerprint(training, evaluating)
-    return PreparedData(training, evaluating, file.shape, tally.rejected, tally.truncated, fingerprint)
+    return PreparedData(
+        training,
+        evaluating,
+        file.shape,
+        tally.rejected,
+        tally.truncated,
+        _fingerprint(training, evaluating),
+        template.day.isoformat() if template.reads_clock else None,
+        _unused(files, template),
+        sum(_silent_turns(row) for dataset in (training, evaluating) if dataset for row in dataset.rows),
+    )
 
 
 def load_dataset(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Read and encode one file for evaluation; every row must fit."""
-    return _encode_rows(read_rows(path).rows, path, tokenizer, max_length, "error", _Tally())
+    """Read and encode one file; every row must fit. See `load_evaluation`."""
+    return load_evaluation(path, tokenizer, max_length).dataset
 
 
-def _encode_rows(
-    rows: Iterable[Row],
+def load_evaluation(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    too_long: TooLong,
-    tally: _Tally,
-) -> Dataset:
-    examples, kept = [], []
-    rejected: list[Rejected] = []
-    for row in rows:
-        example = _fit(_encode_row(row, path, tokenizer), path, max_length, too_long, tally)
+    too_long: TooLong = "error",
+    date: str | None = None,
+    remedy: str = "",
+) -> EvaluationData:
+    """Read and encode one file for evaluation. `date`: see `prepare`; None: a fixed day (`EVALUATION_DAY`), so that
+    what is measured does not change with the calendar. `remedy`: what to do about a row that is too long."""
+    template, tally = template_of(tokenizer, read_date(date or EVALUATION_DAY)), _Tally()
+    limit = _Limit(max_length, too_long, f"the limit is {max_length}: {remedy or 'raise it'}")
+    dataset = _encode_file(read_rows(path), template, limit, tally)
+    day = template.day.isoformat() if template.reads_clock else None
+    return EvaluationData(dataset, tally.rejected, tally.truncated, day)
+
+
+def read_date(text: str) -> datetime.date:
+    """2026-11-30 → a date; InputError for anything else."""
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise InputError(f"the date {text!r} is none: write it as 2026-11-30") from None
+
+
+def _encode_file(file: RowFile, template: ChatTemplate, limit: _Limit, tally: _Tally) -> Dataset:
+    """Every row of a file that can be trained on. Rows that the template refuses are bad rows as those that cannot be
+    read: up to 1% of the file."""
+    bad, left_out = list(file.rejected), list[Rejected]()
+    examples, kept = list[Example](), list[Row]()
+    for row in file.rows:
+        try:
+            example = encode(row, template.tokenizer, template)
+        except InputError as error:
+            bad.append(Rejected(str(file.path), row.line, str(error)))
+            check_share(bad, file.total)
+            continue
+        example = _fit(example, file.path, limit, tally)
         if example is None:
-            rejected.append(Rejected(str(path), row.line, f"longer than max_length {max_length}, dropped"))
+            left_out.append(Rejected(str(file.path), row.line, f"longer than max_length {limit.max_length}, dropped"))
         elif not any(example.trained[1:]):
-            rejected.append(Rejected(str(path), row.line, "no token to train on within max_length"))
+            left_out.append(Rejected(str(file.path), row.line, "no token to train on within max_length"))
         else:
             examples.append(example)
             kept.append(row)
-    tally.rejected += rejected
+    tally.rejected += sorted(bad + left_out, key=lambda row: row.line)
     return Dataset(examples, kept)
 
 
-def _encode_row(row: Row, path: Path, tokenizer: PreTrainedTokenizerBase) -> Example:
-    try:
-        return encode(row, tokenizer)
-    except InputError as error:
-        raise InputError(f"{path}:{row.line}: {error}") from None
-
-
-def _fit(example: Example, path: Path, max_length: int, too_long: TooLong, tally: _Tally) -> Example | None:
-    if len(example) <= max_length:
-        return example
-    if too_long == "error":
-        raise InputError(
-            f"{path}:{example.line}: the row has {len(example)} tokens, data.max_length is {max_length}: raise it, "
-            "or set data.too_long to truncate or drop"
+def _split(data: Dataset, seed: int, fraction: float) -> tuple[Dataset, Dataset | None]:
+    """The rows that train, and those held out: None where no row was chosen."""
+    chosen = [_chosen(row, seed, fraction) for row in data.rows]
+    sides = [
+        Dataset(
+            [example for example, held in zip(data.examples, chosen, strict=True) if held is side],
+            [row for row, held in zip(data.rows, chosen, strict=True) if held is side],
         )
-    if too_long == "drop":
+        for side in (False, True)
+    ]
+    return sides[0], sides[1] if any(chosen) else None
+
+
+def _unused(files: list[RowFile], template: ChatTemplate) -> list[str]:
+    """Columns that nothing reads, and keys of turns that the template does not mention."""
+    columns = [name for file in files for name in file.unused]
+    keys = [key for file in files for row in file.rows for key in unused_keys(row.messages)]
+    source = template.source() if keys else ""
+    return list(dict.fromkeys(columns + [f"messages.{key}" for key in dict.fromkeys(keys) if key not in source]))
+
+
+def _silent_turns(row: Row) -> int:
+    return sum(turn["role"] == "assistant" and not says_something(turn) for turn in row.messages)
+
+
+def _fit(example: Example, path: Path, limit: _Limit, tally: _Tally) -> Example | None:
+    most = limit.max_length
+    if len(example) <= most:
+        return example
+    if limit.too_long == "error":
+        raise InputError(f"{path}:{example.line}: the row has {len(example)} tokens, {limit.remedy}")
+    if limit.too_long == "drop":
         return None
     tally.truncated += 1
-    return Example(example.line, example.ids[:max_length], example.trained[:max_length])
+    answer = example.answer if example.answer and example.answer[1] <= most else None
+    return Example(example.line, example.ids[:most], example.trained[:most], answer)
 
 
 def _chosen(row: Row, seed: int, fraction: float) -> bool:
     """Whether a row is held out: a hash of its content and the seed, as a number in [0, 1), is below the fraction."""
-    digest = hashlib.sha256(f"{seed}|{row.text}|{row.messages!r}".encode()).digest()
+    beside = f"|{row.tools!r}" if row.tools else ""
+    digest = hashlib.sha256(f"{seed}|{row.text}|{row.messages!r}{beside}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 

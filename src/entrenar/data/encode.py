@@ -1,97 +1,208 @@
 """A row → token ids and the mask of trained tokens, with the tokenizer's own chat template.
 
-Trained are the assistant's tokens and the token that ends the turn, nothing else. The text is rendered once and
-tokenized once, exactly as it is served; where an assistant turn begins and ends is found by rendering the
-conversation's prefixes: `render(turns before, generation prompt)` ends where the answer begins.
+Trained are the assistant's tokens and the token that ends the turn, nothing else. Prompt and answer are tokenized as
+they are when the model is served: the ids before an answer are those of the prompt by itself, so no token lies across
+the border, and the answer's tokens are those that spell the answer from there on. No offsets are asked for: a
+post-processor may have cut them.
 """
 
+import copy
+import json
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
-from entrenar.data.rows import Message, Row
+from entrenar.data.answers import Answer, Conversation, find_answers, says_something
+from entrenar.data.rows import Row
+from entrenar.data.template import REASONING_KEYS, ChatTemplate, Turn
+from entrenar.data.turn_end import end_ids, template_of
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids (T,) and, for each, whether it is trained on; `line` of the source file."""
+    """Token ids (T,) and, for each, whether it is trained on; `line` of the source file.
+
+    `answer`: first and one past the last token of the answer that ends the conversation, if one does: what stands
+    before it is the prompt that is served.
+    """
 
     line: int
     ids: list[int]
     trained: list[bool]
+    answer: Span | None = None
 
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.ids)
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenize a row and mark its trained tokens.
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None) -> Example:
+    """Tokenize a row and mark its trained tokens; `template`: the tokenizer's, on a fixed day (default: today).
+
+    Of every trained turn three things are checked: its decoded tokens hold what the row says, the ids before it are
+    those of the prompt that a server sends, its last id is one that generation stops at.
 
     Raises:
-        InputError: a conversation without a chat template, or a template that does not fit it.
+        InputError: a conversation without a chat template, a template that does not fit it, something that the row says
+            and the template leaves out.
     """
     if row.text:
         ids = tokenizer(row.text, return_attention_mask=False)["input_ids"]
         ids = _end_of_text(_one_bos(list(ids), tokenizer), tokenizer)
         return Example(row.line, ids, [i != tokenizer.bos_token_id or n > 0 for n, i in enumerate(ids)])
-    messages = list(row.messages)
-    text = render(messages, tokenizer)
-    spans = _assistant_spans(messages, text, tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    trained = [any(start <= a and b <= end for start, end in spans) and b > a for a, b in offsets]
-    _cut_after_end_of_turn(ids, trained, tokenizer)
-    return Example(row.line, ids, trained)
+    talk = _conversation(row, template or template_of(tokenizer))
+    wanted = [i for i, turn in enumerate(talk.turns) if i not in row.untrained and _is_answer(turn)]
+    if not wanted:
+        raise InputError("no assistant turn with text is trained, so there is nothing to train on")
+    answers, rest = find_answers(talk, wanted)
+    ids, trained, start = list[int](), list[bool](), 0
+    for answer in answers:
+        ids, start = _append(ids, answer, tokenizer)
+        trained += [False] * (start - len(trained)) + [True] * (len(ids) - start)
+    span = (start, len(ids)) if wanted[-1] == len(talk.turns) - 1 else None
+    ids += _after_end(rest, answers[-1], tokenizer)
+    return Example(row.line, ids, trained + [False] * (len(ids) - len(trained)), span)
 
 
-def render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, answer_next: bool = False) -> str:
-    """The conversation as the model's own template writes it; `answer_next` opens an assistant turn at the end."""
-    if not tokenizer.chat_template:
+def _is_answer(turn: Turn) -> bool:
+    return turn["role"] == "assistant" and says_something(turn)
+
+
+def _append(ids: list[int], answer: Answer, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """The ids up to and with `answer`, and where it begins in them; `ids` end with the answer before."""
+    prompt = _tokens(answer.prompt, tokenizer)
+    if prompt[: len(ids)] != ids:
         raise InputError(
-            "this model's tokenizer has no chat template, so it cannot be trained on conversations: use rows with "
-            "`text`, or an instruct model"
+            "the tokenizer joins or splits the border between a prompt and its answer otherwise once the conversation "
+            "goes on, so this answer would follow other tokens than those served: end the row at the first assistant "
+            "turn"
         )
-    try:
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise InputError(f"the model's chat template refuses this conversation: {error}") from None
-    return text
-
-
-def _assistant_spans(messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """Character ranges of the assistant turns in the rendered text, each with all that closes the turn."""
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(messages[:index], tokenizer, answer_next=True)
-        after = text if index + 1 == len(messages) else render(messages[: index + 1], tokenizer)
-        if not (text.startswith(before) and text.startswith(after) and len(after) > len(before)):
+    own = _own_tokens(answer, prompt, tokenizer)
+    if own[-1] not in end_ids(tokenizer):
+        raise InputError(f"the answer ends with {answer.end!r}, which generation does not stop at")
+    spoken = _bare(_text(own, tokenizer))
+    for piece in answer.said:
+        if not any(_bare(form) in spoken for form in _as_written(piece, tokenizer)):
             raise InputError(
-                "the model's chat template writes earlier turns differently once later ones follow, so the assistant's "
-                "tokens cannot be told apart: train on rows that end at the first assistant turn"
+                f"the tokenizer does not spell what the assistant says: {piece[:40]!r} is not in its tokens"
             )
-        spans.append((len(before), len(after)))
-    return spans
+    return prompt + own, len(prompt)
 
 
-def _cut_after_end_of_turn(ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Within each run of trained tokens, what follows the last special token (a newline, usually) is not trained."""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    for start, end in _runs(trained):
-        last = next((i for i in range(end - 1, start - 1, -1) if ids[i] in special), end - 1)
-        trained[last + 1 : end] = [False] * (end - 1 - last)
+def _own_tokens(answer: Answer, prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The answer's tokens after those of its prompt.
+
+    Where prompt and answer make a token together, the answer is tokenized behind something that never joins with it (a
+    tokenizer may write a space before the first word of a text); the right one spells the same text as the whole does.
+    """
+    whole = _tokens(answer.prompt + answer.text, tokenizer)
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    spelled = _text(whole, tokenizer)
+    for anchor in (answer.end, "", "\n", ".", "a"):
+        before, both = _tokens(anchor, tokenizer), _tokens(anchor + answer.text, tokenizer)
+        own = both[len(before) :]
+        if both[: len(before)] == before and _text(prompt + own, tokenizer) == spelled:
+            return own
+    raise InputError("prompt and answer make a token together, and the answer cannot be spelled without it")
 
 
-def _runs(flags: list[bool]) -> list[Span]:
-    edges = [i for i in range(len(flags) + 1) if (i < len(flags) and flags[i]) != (i > 0 and flags[i - 1])]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+def _after_end(rest: str, answer: Answer, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of what stands after an answer; its end is a token of its own whatever follows."""
+    if not rest:
+        return []
+    end, both = _tokens(answer.end, tokenizer), _tokens(answer.end + rest, tokenizer)
+    return both[len(end) :]
+
+
+def _conversation(row: Row, template: ChatTemplate) -> Conversation:
+    """The row as its template takes it. Arguments of calls that are JSON in a string are given as objects, as servers
+    give them; a template that joins strings gets the string."""
+    source = template.source(row.tools)
+    for key in row.options:
+        if key not in source:
+            raise InputError(f"the model's chat template does not read {key} of chat_template_kwargs: leave it out")
+    turns = [_known_role(turn, source) for turn in row.messages]
+    talk = Conversation([_with_objects(turn) for turn in turns], template, row.tools, row.options)
+    try:
+        whole = talk.render(talk.turns)
+    except InputError:
+        if talk.turns == turns:
+            raise
+        talk = Conversation(turns, template, row.tools, row.options)
+        whole = talk.render(talk.turns)
+    _check_read(talk, whole)
+    return talk
+
+
+def _check_read(talk: Conversation, whole: str) -> None:
+    """Tools, calls and reasoning must change what is written; a template that knows none would drop them."""
+    if talk.tools and talk.template.render(talk.turns, options=talk.options) == whole:
+        raise InputError("the model's chat template does not read tools: use a model with tools, or remove the key")
+    for index, turn in enumerate(talk.turns):
+        for key in ("tool_calls", *REASONING_KEYS):
+            if turn.get(key) and not _reads(talk, index, key, whole):
+                raise InputError(
+                    f"the model's chat template does not write {key} of turn {index + 1}: put it into the content as "
+                    f"the model writes it, use another model, or remove the key"
+                )
+
+
+def _reads(talk: Conversation, index: int, key: str, whole: str) -> bool:
+    """Whether the template writes `key` of a turn when it is the last: of earlier ones it may leave thoughts out."""
+    turns = list(talk.turns[: index + 1])
+    if key in REASONING_KEYS and index + 1 < len(talk.turns):
+        whole = talk.render(turns)
+    else:
+        turns = list(talk.turns)
+    turns[index] = {name: value for name, value in turns[index].items() if name != key}
+    try:
+        return talk.render(turns) != whole
+    except InputError:  # it cannot do without
+        return True
+
+
+def _known_role(turn: Turn, source: str) -> Turn:
+    return {**turn, "role": "system"} if turn["role"] == "developer" and "developer" not in source else turn
+
+
+def _with_objects(turn: Turn) -> Turn:
+    if not turn.get("tool_calls"):
+        return turn
+    turn = copy.deepcopy(turn)
+    for call in turn["tool_calls"]:
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), str):
+            try:
+                function["arguments"] = json.loads(function["arguments"])
+            except ValueError:
+                continue  # a call in the model's own words
+    return turn
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]) if text else []
+
+
+def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _bare(text: str) -> str:
+    """Without white space, which decoders treat in their own ways (▁ is SentencePiece's)."""
+    return "".join(text.replace("▁", " ").split())
+
+
+def _as_written(piece: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A piece in the forms that a template may give it, as the tokenizer's normalizer leaves them."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    forms = dict.fromkeys([piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1]])
+    normal = backend.normalizer if backend is not None else None
+    return [normal.normalize_str(form) if normal else form for form in forms]
 
 
 def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,13 +1,17 @@
-"""Exact match: the share of rows whose greedy answer is the expected text, white space at its ends aside."""
+"""Exact match: the share of rows whose greedy answer is the expected text, white space at its ends aside.
+
+Expected is what the model was trained to write: the decoded tokens of the row's answer, with all that its chat template
+makes of it (an empty thought before it, say). Asked is with the very tokens that stand before the answer in training.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entrenar.core.errors import InputError
-from entrenar.data.rows import Row
-from entrenar.evaluation.generate import generate
+from entrenar.data.dataset import Dataset
+from entrenar.data.encode import Example
+from entrenar.evaluation.generate import generate_ids, spoken_text
 
 
 @dataclass(frozen=True)
@@ -25,24 +29,28 @@ class Answer:
 
 
 def exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int = 32
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, batch_size: int = 32
 ) -> list[Answer]:
-    """Answer every row's last assistant turn greedily; an answer may be twice the expected one's tokens long.
-
-    Raises:
-        InputError: rows that do not end with an assistant turn.
-    """
-    conversations = [_question_and_answer(row) for row in rows]
-    longest = max(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for _, answer in conversations)
-    questions = [question for question, _ in conversations]
-    texts = generate(model, tokenizer, questions, max_new_tokens=2 * longest, batch_size=batch_size)
+    """Answer every conversation that ends with an answer greedily; an answer may be twice the longest expected one's
+    tokens long. Rows of plain text, those that end with another turn, and those whose answer is not trained or was cut
+    have none to match and are left out."""
+    asked = [
+        (row.messages[-2]["content"] if len(row.messages) > 1 else "", example)
+        for row, example in zip(dataset.rows, dataset.examples, strict=True)
+        if example.answer is not None
+    ]
+    if not asked:
+        return []
+    examples = [example for _, example in asked]
+    longest = max(len(_answer(example)) for example in examples)
+    prompts = [example.ids[: example.answer[0]] for example in examples if example.answer]
+    texts = generate_ids(model, tokenizer, prompts, max_new_tokens=2 * longest, batch_size=batch_size)
     return [
-        Answer(question[-1]["content"], expected, text)
-        for (question, expected), text in zip(conversations, texts, strict=True)
+        Answer(question or "", spoken_text(_answer(example), model, tokenizer), text)
+        for (question, example), text in zip(asked, texts, strict=True)
     ]
 
 
-def _question_and_answer(row: Row) -> tuple[list[dict[str, str]], str]:
-    if len(row.messages) < 2 or row.messages[-1]["role"] != "assistant":
-        raise InputError(f"line {row.line} does not end with an assistant turn, so there is no answer to match")
-    return list(row.messages[:-1]), row.messages[-1]["content"]
+def _answer(example: Example) -> Sequence[int]:
+    start, end = example.answer or (0, 0)
+    return example.ids[start:end]

@@ -67,9 +67,8 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     """
     directory = open_run_directory(load_config(RunConfig, Path(config_path), overrides))
     source = open_for(directory.config)
-    directory = with_date(directory, source.tokenizer)
-    config = directory.config
-    data = prepare_data(config, source.tokenizer)
+    data = prepare_data(directory.config, source.tokenizer)
+    config = with_date(directory, data).config
     model, libraries = load_adapted(config, source)
     refuse_foreign_tokens(data, model, config)
     plan = make_plan(config, data)

@@ -1,6 +1,5 @@
 """Fine-tune: config → data → model → loop → adapter."""
 
-import datetime
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import write_text
 from entrenar.core.config import load_config
-from entrenar.core.errors import InputError
+from entrenar.core.errors import InputError, listing
 from entrenar.core.run_log import read_metrics
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
@@ -96,11 +95,11 @@ class _Ran:
 def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> _Ran:
     asked = directory.config
     source = open_for(asked)
-    directory = with_date(directory, source.tokenizer)
-    if directory.config.data.date:
-        say(f"a date that the chat template writes is {directory.config.data.date}, for the whole run")
-    data = prepare_data(directory.config, source.tokenizer)
+    data = prepare_data(asked, source.tokenizer)
+    directory = with_date(directory, data)
     say(describe(data, asked.data.train))
+    if data.date:
+        say(f"the chat template writes the day's date: it is {data.date} for the whole run (data.date)")
     model, libraries = load_adapted(directory.config, source)
     refuse_foreign_tokens(data, model, directory.config)
     where = "machine"
@@ -168,12 +167,9 @@ def make_optimizer(config: RunConfig, model: PreTrainedModel) -> torch.optim.Opt
     return make_adamw(groups, options.lr, (options.beta1, options.beta2), options.eps, options.weight_decay)
 
 
-def with_date(directory: RunDirectory, tokenizer: PreTrainedTokenizerBase) -> RunDirectory:
-    """A chat template that writes the day's date gets one that stays the run's: that of its first start, unless the
-    config names one."""
-    if directory.config.data.date is not None or "strftime_now" not in str(tokenizer.chat_template):
-        return directory
-    return directory.fixing("data", date=datetime.date.today().isoformat())
+def with_date(directory: RunDirectory, data: PreparedData) -> RunDirectory:
+    """A day that the chat template wrote into the rows stays the run's."""
+    return directory.fixing("data", date=data.date) if data.date else directory
 
 
 def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
@@ -187,6 +183,7 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepa
         max_length=section.max_length,
         too_long=section.too_long,
         seed=config.training.seed,
+        date=section.date,
     )
     if section.validation_fraction and data.validation is None:
         raise InputError(
@@ -238,6 +235,10 @@ def describe(data: PreparedData, path: str) -> str:
         parts.append(f"{len(data.validation)} held out")
     if data.truncated:
         parts.append(f"{data.truncated} truncated")
+    if data.silent_turns:
+        parts.append(f"{data.silent_turns} assistant turns without a word, not trained")
+    if data.unused:
+        parts.append(f"not used: {listing(data.unused)}")
     if data.rejected:
         first = data.rejected[0]
         parts.append(f"{len(data.rejected)} rejected (first: {first.file}:{first.line}: {first.reason})")

@@ -1,0 +1,165 @@
+"""What ends an answer in a model's chat template, found by rendering a small conversation; and where generation stops.
+
+Everybody who needs it asks here: the mask of trained tokens, generation, exact match.
+"""
+
+import contextlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedTokenizerBase
+
+from entrenar.core.errors import InputError
+from entrenar.data.template import ChatTemplate, Turn
+
+# Words that no template writes; they differ in their first letter and their last, so that a common prefix or suffix of
+# two renders holds nothing of them.
+SENTINELS = ("Zq7", "Kx3")
+_ASKED: Turn = {"role": "user", "content": "Hm?"}
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How a template goes on after an answer's text.
+
+    `tail`: what it writes when nothing follows. `closing`: what ends the turn, up to and with the token that generation
+    stops at; it begins `tail`, unless the template closes no turn. Then it is the token that opens the next turn
+    (`opens_next`), or the end-of-sequence token. Empty: nothing ends an answer.
+    `in_parts`: the template reads content as a list of parts only.
+    """
+
+    tail: str
+    closing: str
+    opens_next: bool = False
+    in_parts: bool = False
+
+
+def shared_size(one: str, other: str) -> int:
+    """Characters that both texts begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+class AddedTokens:
+    """The tokens that a tokenizer takes as they stand wherever they are in a text, special ones and others; but white
+    space, which some have tokens for (Gemma), marks nothing."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if str(token)}
+        self.ids = {**added, **{token: int(_id_of(tokenizer, token)) for token in tokenizer.all_special_tokens}}
+        longest_first = sorted((token for token in self.ids if token.strip(" \n\t▁")), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def split(self, text: str) -> list[str]:
+        """The text between added tokens."""
+        return self._pattern.split(text)
+
+    def within(self, text: str) -> list[tuple[int, str]]:
+        """Every added token of `text` and where it begins."""
+        return [(match.start(), match[0]) for match in self._pattern.finditer(text)]
+
+    def at(self, text: str, start: int) -> str:
+        """The added token that stands at `start`, or nothing."""
+        match = self._pattern.match(text, start)
+        return match[0] if match else ""
+
+    def common_prefix(self, one: str, other: str) -> str:
+        """The longest common beginning that cuts no added token of either in two."""
+        size = shared_size(one, other)
+        for text in (one, other):
+            cut = [start for start, token in self.within(text) if start < size < start + len(token)]
+            size = min([size, *cut])
+        return one[:size]
+
+
+def _id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    index: Any = tokenizer.convert_tokens_to_ids(token)
+    return index if isinstance(index, int) else -1
+
+
+def end_of_turn(template: ChatTemplate, added: AddedTokens, turns: Sequence[Turn] = (_ASKED,), **given: Any) -> TurnEnd:
+    """Find how `template` ends an answer after `turns`.
+
+    Of what the template writes after an answer both when it is the last turn and when another follows, the end is the
+    tokenizer's end-of-sequence token, else the last added token that does not also open turns. Where a template writes
+    no such token, its own words decide: what it writes after a last answer, or what opens the next turn.
+
+    Raises:
+        InputError: the template refuses such a conversation, or leaves the answer out of it.
+    """
+    said: Turn = {"role": "assistant", "content": SENTINELS[0]}
+    before, tail = _around(template.render([*turns, said], **given))
+    _, follow = _around(template.render([*turns, said, _ASKED], **given))
+    opened, unopened = (template.render(turns, answer_next=asks, **given) for asks in (True, False))
+    answer_opener = opened[shared_size(opened, unopened) :]
+    turn_opener = _shared_ending(before.partition(_ASKED["content"])[0], follow.partition(_ASKED["content"])[0])
+    opens = [{token for _, token in added.within(text)} for text in (answer_opener, turn_opener)]
+    return _decide(tail, follow, opens, added, str(template.tokenizer.eos_token or ""))
+
+
+def _decide(tail: str, follow: str, opens: list[set[str]], added: AddedTokens, eos: str) -> TurnEnd:
+    """`opens`: tokens that open an answer, and those that may open any turn."""
+    both = [found for found in added.within(added.common_prefix(tail, follow)) if found[1] not in opens[0]]
+    closers = [found for found in both if found[1] not in opens[1]] or both or added.within(tail)[:1]
+    end = next((found for found in both or added.within(tail) if found[1] == eos), closers[-1] if closers else None)
+    if end:
+        return TurnEnd(tail, tail[: end[0] + len(end[1])])
+    following = added.within(follow)
+    if following and not follow[: following[0][0]].strip():
+        return TurnEnd(tail, follow[: following[0][0] + len(following[0][1])], opens_next=True)
+    return TurnEnd(tail, tail.rstrip() + eos if eos else "")
+
+
+def _around(text: str) -> tuple[str, str]:
+    """What stands before and after the answer."""
+    before, said, after = text.rpartition(SENTINELS[0])
+    if not said:
+        raise InputError("the model's chat template leaves out or rewrites what the assistant says, whatever it is")
+    return before, after
+
+
+def _shared_ending(one: str, other: str) -> str:
+    return one[len(one) - shared_size(one[::-1], other[::-1]) :]
+
+
+_Found = tuple[str, AddedTokens, "TurnEnd | None"]
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, _Found] = WeakKeyDictionary()
+
+
+def usual_end(tokenizer: PreTrainedTokenizerBase) -> tuple[AddedTokens, TurnEnd | None]:
+    """The tokenizer's added tokens, and how its template ends a first answer: None where it has no template, or one
+    that refuses a question and an answer. Found once for a tokenizer, again when its tokens or its template change."""
+    state = repr((tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map))
+    known = _KNOWN.get(tokenizer)
+    if known is None or known[0] != state:
+        added = AddedTokens(tokenizer)
+        known = _KNOWN[tokenizer] = (state, added, _usual(tokenizer, added))
+    return known[1], known[2]
+
+
+def _usual(tokenizer: PreTrainedTokenizerBase, added: AddedTokens) -> TurnEnd | None:
+    """With content as a text; where that is left out or refused, as a list of one part, which some templates want."""
+    for in_parts in (False, True) if tokenizer.chat_template else ():
+        with contextlib.suppress(InputError):
+            end = end_of_turn(ChatTemplate(tokenizer, in_parts=in_parts), added)
+            return replace(end, in_parts=in_parts)
+    return None
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> ChatTemplate:
+    """The tokenizer's chat template on a day (None: today), given turns in the form that it reads."""
+    _, end = usual_end(tokenizer)
+    return ChatTemplate(tokenizer, day or date.today(), in_parts=end is not None and end.in_parts)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, also: Any = None) -> list[int]:
+    """Every token that generation stops at: the end of sequence, what the chat template ends an answer with, and
+    `also`, a model's own list (`generation_config.eos_token_id`: a number, a list or None)."""
+    added, end = usual_end(tokenizer)
+    last = added.within(end.closing)[-1:] if end else []
+    own = also if isinstance(also, list) else [also]
+    ids = [*own, tokenizer.eos_token_id, *(added.ids[token] for _, token in last)]
+    return sorted({index for index in ids if isinstance(index, int) and index >= 0})

@@ -1,0 +1,139 @@
+"""One turn of a conversation as rows give it → as chat templates take it, or what is wrong with it.
+
+Nothing that has a meaning is dropped: a key is passed on to the template, honoured here (`weight`, `train`), or
+refused by name. A key at null is not there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from entrenar.core.errors import listing
+
+Message = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Keys that say something about what is trained or shown, in a way that is not honoured.
+_REFUSED = (
+    "function_call", "train_detail", "loss_mask", "mask", "masked", "loss", "trainable", "training", "label", "labels",
+    "prefix", "images", "image", "videos", "video", "audio", "audios", "refusal",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The turns of a row, and which assistant turns it says not to train on."""
+
+    messages: tuple[Message, ...]
+    untrained: frozenset[int]
+
+
+def read_turns(given: Any, name: str = "messages") -> Turns | str:
+    """The turns of the list `given`, which the row calls `name`; or what is wrong with one."""
+    if not isinstance(given, list) or not given:
+        return f"{name} is not a list of turns"
+    messages, untrained = [], set[int]()
+    for index, turn in enumerate(given):
+        read = _read_turn(turn)
+        if isinstance(read, str):
+            return read
+        message, is_trained = read
+        messages.append(message)
+        if not is_trained:
+            untrained.add(index)
+    return Turns(tuple(messages), frozenset(untrained))
+
+
+def _read_turn(turn: Any) -> tuple[Message, bool] | str:
+    bad = f"a turn that is not {{role: {' | '.join(ROLES)}, content: text}}"
+    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+        return bad
+    given = {key: value for key, value in turn.items() if value is not None}
+    refused = [key for key in _REFUSED if given.get(key)]
+    if refused:
+        return f"a turn with {listing(refused)}, which is not supported: leave it out, or write it into the content"
+    problem = _calls_problem(given) or _reasoning_problem(given)
+    if problem:
+        return problem
+    if "content" in given:
+        content = _text_of(given["content"])
+        if content is None:
+            return _content_problem(given["content"], bad)
+        given["content"] = content
+    elif not given.get("tool_calls"):
+        return bad
+    return _trained(given)
+
+
+def _trained(given: Message) -> tuple[Message, bool] | str:
+    """Without `weight` and `train`, and what they say."""
+    weight, train = given.pop("weight", 1), given.pop("train", given["role"] == "assistant")
+    if type(weight) not in (bool, int, float) or weight not in (0, 1):
+        return f"a turn with weight {weight!r}: allowed are 0 and 1"
+    if not isinstance(train, bool):
+        return f"a turn with train {train!r}: allowed are true and false"
+    if train and given["role"] != "assistant":
+        return f"train: true in a turn of {given['role']}: only what the assistant says is trained on"
+    message = {key: given[key] for key in ("role", "content") if key in given} | given
+    return message, given["role"] != "assistant" or (bool(weight) and train)
+
+
+def _text_of(content: Any) -> str | None:
+    """A text, or parts that are all text, joined; None if it is neither."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        return None
+    texts = [part["text"] for part in content if _is_text(part) and isinstance(part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(content) else None
+
+
+def _is_text(part: Any) -> bool:
+    others = {key for key, value in part.items() if value is not None} if isinstance(part, dict) else {"?"}
+    return others <= {"type", "text"} and part.get("type", "text") == "text"
+
+
+def _content_problem(content: Any, bad: str) -> str:
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return bad
+    kinds = sorted({str(part.get("type", "a part without type")) for part in content if not _is_text(part)})
+    return (
+        f"a turn whose content has parts that are not text ({listing(kinds)}): only text is trained on"
+        if kinds
+        else bad
+    )
+
+
+def _calls_problem(given: Message) -> str:
+    calls = given.get("tool_calls")
+    if not calls:
+        given.pop("tool_calls", None)
+        return ""
+    if given["role"] != "assistant":
+        return f"tool_calls in a turn of {given['role']}: only the assistant calls tools"
+    if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
+        return "tool_calls that are not a list of {function: {name: text, arguments: object or JSON text}}"
+    return ""
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return (
+        isinstance(function, dict)
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("arguments", {}), str | dict)
+    )
+
+
+def _reasoning_problem(given: Message) -> str:
+    keys = [key for key in ("reasoning_content", "reasoning", "thinking") if given.get(key)]
+    if not all(isinstance(given[key], str) for key in keys):
+        return f"{listing(keys)} that is not text"
+    if len({given[key] for key in keys}) > 1:
+        return f"a turn with {listing(keys)}, which differ: keep one"
+    return f"{listing(keys)} in a turn of {given['role']}" if keys and given["role"] != "assistant" else ""
+
+
+def unused_keys(messages: Sequence[Message]) -> list[str]:
+    """Keys of turns whose meaning is not known here; a template may read them."""
+    known = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"}
+    return sorted({key for message in messages for key in message if key not in known})
