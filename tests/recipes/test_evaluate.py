@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from entrenar.cli.main import app
+from entrenar.cli.app import app
 from entrenar.data.dataset import load_dataset
 from entrenar.evaluation.exact_match import Answer, exact_match
 from entrenar.evaluation.generate import generate

@@ -155,11 +155,16 @@ def template_of(tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> 
     return ChatTemplate(tokenizer, day or date.today(), in_parts=end is not None and end.in_parts)
 
 
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the chat template ends an answer with; None where there is none."""
+    added, end = usual_end(tokenizer)
+    last = added.within(end.closing)[-1:] if end else []
+    return added.ids[last[0][1]] if last else None
+
+
 def end_ids(tokenizer: PreTrainedTokenizerBase, also: Any = None) -> list[int]:
     """Every token that generation stops at: the end of sequence, what the chat template ends an answer with, and
     `also`, a model's own list (`generation_config.eos_token_id`: a number, a list or None)."""
-    added, end = usual_end(tokenizer)
-    last = added.within(end.closing)[-1:] if end else []
     own = also if isinstance(also, list) else [also]
-    ids = [*own, tokenizer.eos_token_id, *(added.ids[token] for _, token in last)]
+    ids = [*own, tokenizer.eos_token_id, turn_end_id(tokenizer)]
     return sorted({index for index in ids if isinstance(index, int) and index >= 0})

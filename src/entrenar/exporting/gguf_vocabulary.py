@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError, listing
-from entrenar.data.encode import render
+from entrenar.data.turn_end import turn_end_id
 from entrenar.models.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from entrenar.models.pre_tokenizers import name_of
 
@@ -139,22 +139,10 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> tup
         "mask": tokenizer.mask_token_id,
     }  # fmt: skip
     special = {name: index for name, index in found.items() if isinstance(index, int)}
-    turn_end = end_of_turn(tokenizer)
+    turn_end = turn_end_id(tokenizer)
     wanted = dict.fromkeys([turn_end, *ends] if turn_end is not None else ends)
     others = [index for index in wanted if index != special.get("eos")]
     return special | dict(zip(("eot", "eom"), others, strict=False)), others[2:]
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The added token that the chat template writes right after an answer; None where there is none."""
-    answer = "Xyzzy"
-    try:
-        text = render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], tokenizer)
-    except InputError:
-        return None
-    after = text.rpartition(answer)[2].strip()
-    added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-    return added[max(starts, key=len)] if (starts := [token for token in added if after.startswith(token)]) else None
 
 
 def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError, listing
-from entrenar.exporting.gguf_vocabulary import added_around, end_of_turn, tokenizer_state
+from entrenar.data.turn_end import turn_end_id
+from entrenar.exporting.gguf_vocabulary import added_around, tokenizer_state
 from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
 
 PROBES = (
@@ -93,7 +94,7 @@ def _check_added(
     tokenizer: PreTrainedTokenizerBase, back: PreTrainedTokenizerBase, state: dict[str, Any], say: Say
 ) -> None:
     """Added tokens in a text; what differs beside one is said, for llama.cpp's converter writes it so as well."""
-    end = end_of_turn(tokenizer)
+    end = turn_end_id(tokenizer)
     added = sorted(state.get("added_tokens", []), key=lambda token: token["id"] != end)
     strips = [one["content"] for one in added if one["lstrip"] or one["rstrip"] or one["single_word"]]
     if strips:
