@@ -17,8 +17,8 @@ from entrenar.lora.attach import (
     kept_embedding,
     make_layers,
     match_targets,
-    refuse_breaking,
     refuse_adapted,
+    refuse_breaking,
     replace_modules,
 )
 from entrenar.lora.embedding import EmbeddingLoRALayer

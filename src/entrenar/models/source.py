@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from entrenar.core.errors import InputError
 from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
-from entrenar.files.peft import whole_rows
 from entrenar.files.gguf_split import GGUFModel
+from entrenar.files.peft import whole_rows
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.models.gguf_config import config_from_metadata

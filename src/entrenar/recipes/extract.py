@@ -46,8 +46,8 @@ def extract_adapter(
     """Write the adapter that makes `tuned` of `base` as well as its rank allows; one weight at a time is in memory.
 
     Raises:
-        InputError: models of different shapes or without a difference, targets that are no linear layers, a rank that fits none
-            of them, a taken output.
+        InputError: models of different shapes or without a difference, targets that are no linear layers, a rank that
+            fits none of them, a taken output.
     """
     refuse_existing(Path(output))
     first, second = open_source(base, with_tokenizer=False), open_source(tuned, with_tokenizer=False)
