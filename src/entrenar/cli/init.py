@@ -35,6 +35,7 @@ lora:
   alpha: 32                    # scale = alpha / rank
   dropout: 0.0
   targets: all-linear          # or a list of names (q_proj, v_proj), or a regular expression
+  # exclude: [shared_expert_gate]      # left out of the targets
   rslora: false                # scale = alpha / sqrt(rank)
   dora: false                  # train the length of each row of the adapted weights as well
   init: default                # default | gaussian | pissa | pissa_niter_4 | loftq_5

@@ -175,6 +175,9 @@ def _check_keys(file: Path, found: AdapterTensors, strange: list[str]) -> None:
             f"{file} has keys that are not {_PREFIX}<layer>.lora_A|B.weight or another part of an adapter that its "
             f"config names: {listing(sorted(strange), 3)}"
         )
+    stretched = [layer for layer, parts in found.layers.items() if parts.keys() > {*EMBEDDING_ENDS}]
+    if stretched:
+        raise InputError(f"{file} has DoRA over an embedding, {listing(stretched)}, which this version does not read")
     halves = [layer for layer, parts in found.layers.items() if parts.keys() not in _TOGETHER]
     if halves or not (found.layers or found.saved):
         what = f"only one of lora_A and lora_B for {listing(halves, 3)}" if halves else "no tensors"
