@@ -10,8 +10,8 @@ from entrenar.models.gguf_special import CONTROL, NORMAL, USER_DEFINED, special_
 _PLAIN = [*"abcdefghijklmnop"]  # 16: token 11 is `l`
 
 
-def _metadata(*added: str, kind: str = "gpt2", **ids: Any) -> dict[str, Any]:
-    named = {f"tokenizer.ggml.{name}_token_id": index for name, index in ids.items()}
+def _metadata(*added: str, kind: str = "gpt2", ids: dict[str, int] | None = None) -> dict[str, Any]:
+    named = {f"tokenizer.ggml.{name}_token_id": index for name, index in (ids or {}).items()}
     return {"tokenizer.ggml.model": kind, "tokenizer.ggml.tokens": [*_PLAIN, *added]} | named
 
 
@@ -34,11 +34,11 @@ def _ends(metadata: dict[str, Any]) -> list[str]:
 ], ids=["llama 3", "gemma", "qwen", "eot", "eom", "fim", "gpt-oss", "gemma 4", "none", "beyond", "-1"])  # fmt: skip
 def test_ends_are_those_of_llama_cpp(added: list[str], ids: dict[str, int], expected: list[str]) -> None:
     """A byte-level file that names no eos has token 11 there: Falcon's, once."""
-    assert _ends(_metadata(*added, **ids)) == expected
+    assert _ends(_metadata(*added, ids=ids)) == expected
 
 
 def test_what_looks_like_an_end_is_a_control_token_whatever_its_type() -> None:
-    metadata = _metadata("<|eot_id|>", "<|fim_middle|>", "<|channel|>", "plain", eos=0)
+    metadata = _metadata("<|eot_id|>", "<|fim_middle|>", "<|channel|>", "plain", ids={"eos": 0})
     metadata["tokenizer.ggml.token_type"] = [NORMAL] * 18 + [CONTROL, NORMAL]
     special = special_tokens(metadata, "x.gguf")
     assert special.types[16:] == [CONTROL, CONTROL, USER_DEFINED, NORMAL]

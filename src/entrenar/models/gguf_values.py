@@ -21,7 +21,8 @@ _SIZES = (
     "rope.scaling.original_context_length",
 )  # fmt: skip
 _A_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # one number, or one a layer
-_POSITIVE = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.attn_factor")
+_POSITIVE = ("attention.layer_norm_rms_epsilon", "rope.scaling.attn_factor")
+_BASES = ("rope.freq_base", "rope.freq_base_swa")
 _NOT_NEGATIVE = (
     "rope.scaling.factor", "rope.scale_linear", "attn_logit_softcapping", "final_logit_softcapping",
 )  # fmt: skip
@@ -53,6 +54,7 @@ def checked_keys(keys: Mapping[str, Any], architecture: str, source: str) -> dic
         (_COUNTS, _is_count, f"a whole number from 0 to {_MOST}"),
         (_PATTERNS, lambda value: _is_count(value) or isinstance(value, list), "a whole number or a list"),
         (_POSITIVE, lambda value: _is_number(value) and value > 0, "a number above 0"),
+        (_BASES, lambda value: _is_number(value) and 1e-6 < value < 1e18, "a number from 1e-6 to 1e18"),
         (_NOT_NEGATIVE, lambda value: _is_number(value) and value >= 0, "a number, 0 or above"),
         (_NOT_ZERO.get(architecture, ()), lambda value: value > 0, "above 0"),
         (("rope.scaling.type",), lambda value: value in _SCALINGS, f"one of {', '.join(_SCALINGS)}"),
@@ -77,7 +79,7 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, float) and math.isfinite(value)  # llama.cpp refuses whole numbers there too
 
 
 def _one_for_all(keys: Mapping[str, Any], key: str, architecture: str, source: str) -> Any:
@@ -155,6 +157,6 @@ def _differs(value: Any, wanted: Any) -> bool:
     """Whether a key's value, or one of several, is another; numbers to the precision of float32."""
     if isinstance(value, list):
         return any(_differs(one, wanted) for one in value)
-    if isinstance(wanted, bool) or not _is_number(value):
+    if isinstance(wanted, bool) or isinstance(value, bool) or not isinstance(value, int | float):
         return value is not wanted
     return not math.isclose(value, wanted, rel_tol=1e-6)
