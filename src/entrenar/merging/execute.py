@@ -97,6 +97,8 @@ def _merge_all(
 ) -> None:  # fmt: skip
     left = sorted((tensor for tensor in plan.tensors if tensor.name not in done), key=lambda t: -t.bytes)
     sizes = {tensor.name: tensor.bytes for tensor in plan.tensors}
+    if done:
+        progress(sum(sizes[name] for name in done), sum(sizes.values()))
     local = threading.local()
 
     def merge(tensor: PlannedTensor) -> tuple[str, Note]:

@@ -57,10 +57,11 @@ class Journal:
         found: dict[str, Note] = {}
         for text in lines:
             line = self._parsed(text)
-            if line is None or [len(row) for row in line.note] != [sizes.get(line.name)] * len(line.note):
+            size = sizes.get(line.name) if line else None
+            if line is None or size is None or [len(row) for row in line.note] != [size] * size:
                 break
             found[line.name] = line.note
-        return {name: note for name, note in found.items() if len(note) == sizes[name]}
+        return found
 
     def _lines(self) -> Iterator[bytes]:
         size = os.fstat(self._file).st_size

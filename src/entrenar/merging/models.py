@@ -5,6 +5,7 @@ read here. transformers is not needed for directories.
 """
 
 import hashlib
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -177,7 +178,7 @@ def open_model(label: str) -> InputModel:
 
 def split_label(label: str) -> tuple[str, str | None]:
     """A model's path or id, and its adapter's if there is one."""
-    if Path(label).exists() or "+" not in label:
+    if os.path.exists(label) or "+" not in label:  # noqa: PTH110 - Path's raises for a name that is too long
         return label, None
     path, _, adapter = label.rpartition("+")
     return path, adapter
@@ -185,7 +186,7 @@ def split_label(label: str) -> tuple[str, str | None]:
 
 def _open_directory(label: str, path: str) -> InputModel:
     directory = Path(path)
-    if not directory.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112 - as above
         from entrenar.models.source import local_directory  # imports transformers
 
         directory = local_directory(path)
