@@ -52,7 +52,7 @@ def test_another_config_shows(tiny_model_dir: Path, copy: Path) -> None:
 
 def test_a_ggufs_blocks_and_keys_are_told_apart(tiny_model_dir: Path, tmp_path: Path) -> None:
     files = [export(str(tiny_model_dir), tmp_path / f"{t}.gguf", to="gguf", type=t) for t in ("q8_0", "q4_0")]
-    again = shutil.copy(files[0], tmp_path / "copy.gguf")
+    again = Path(shutil.copy(files[0], tmp_path / "copy.gguf"))
     assert identity(again) == identity(files[0]) != identity(files[1])
 
 

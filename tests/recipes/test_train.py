@@ -165,3 +165,21 @@ def test_a_few_bad_rows_are_noted_beside_the_run(make_config: MakeConfig, tiny_d
     (rejected,) = (Path(result.run_dir) / "rejected.jsonl").read_text().splitlines()
     assert json.loads(rejected)["line"] == 121
     assert "1 rejected" in said[0]
+
+
+def test_memory_changes_no_bit_and_the_micro_batch_only_the_order_of_sums(make_config: MakeConfig) -> None:
+    """At one micro-batch, what layers keep and compute again is the same to the last bit; another adds the same
+    gradients up in another order, which AdamW's first steps, of the size of lr whatever the gradient, enlarge."""
+    changes = {"lora.dropout": 0.0, "training.max_steps": 3}
+    runs = [
+        train(
+            make_config(f"run-{rows}-{memory}", **changes, **{"training.micro_batch": rows, "training.memory": memory})
+        )
+        for rows, memory in ((8, "auto"), (8, "min"), (3, "auto"))
+    ]
+    one, lean, other = (load_file(Path(run.adapter) / WEIGHTS_NAME) for run in runs)
+    assert all(torch.equal(one[name], lean[name]) for name in one)
+    assert numbers(runs[0].run_dir) == numbers(runs[1].run_dir)
+    for first, second in zip(numbers(runs[0].run_dir), numbers(runs[2].run_dir), strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
