@@ -17,7 +17,7 @@ from entrenar.files.peft import BaseFormat, PeftAdapter
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.lora.attach import adapt, adaptable_names, expected_layers, refuse_breaking
 from entrenar.lora.experts import expert_factors
-from entrenar.lora.grown import new_rows
+from entrenar.lora.grown import check_tokens, new_rows
 from entrenar.lora.initial import start_again
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.matching import check_complete, named_by
@@ -223,6 +223,7 @@ class StreamedModel:
         """Weights of a vocabulary that has grown → the rows that the base had there, where the adapter says so."""
         if self._adapter is None or self._adapter.needs_rows <= self._rows_before:
             return {}
+        check_tokens(self._adapter, self._rows_before, "the adapter")
         return new_rows(self._pair, self._adapter, self._rows_before, "the adapter", tied=self._tied)
 
     def _with_new_rows(self, name: str, weight: Tensor) -> Tensor:

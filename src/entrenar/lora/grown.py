@@ -27,7 +27,7 @@ def make_room(model: nn.Module, adapter: PeftAdapter, source: str) -> None:
     embedding, head = embedding_and_head(model)
     if adapter.needs_rows <= embedding.num_embeddings:
         return
-    _check_tokens(adapter, embedding.num_embeddings, source)
+    check_tokens(adapter, embedding.num_embeddings, source)
     names = [f"{name}.weight" for part in (embedding, head) for name, module in model.named_modules() if module is part]
     tied, before = head is not None and is_tied(embedding, head), embedding.num_embeddings
     found = new_rows(names, adapter, before, source, tied=tied)
@@ -38,18 +38,14 @@ def make_room(model: nn.Module, adapter: PeftAdapter, source: str) -> None:
             parameters[name][before:] = rows.to(parameters[name])
 
 
-def _check_tokens(adapter: PeftAdapter, before: int, source: str) -> None:
+def check_tokens(adapter: PeftAdapter, before: int, source: str) -> None:
     """InputError for tokens without rows in the file, or so far beyond the model's that they are no next ones."""
+    rows = {len(tensor) for name, tensor in adapter.tensors.saved.items() if name.endswith(ROWS)}
     for name, tokens in adapter.token_indices.items():
-        rows = [
-            t
-            for key, t in adapter.tensors.saved.items()
-            if key.endswith(ROWS) and name in key and len(t) == len(tokens)
-        ]
-        if not rows or max(tokens) >= before + len(tokens) + _GAP:
+        if len(tokens) not in rows or max(tokens) >= before + len(tokens) + _GAP:
             raise InputError(
                 f"{source} names token {max(tokens)} for {name or 'the embedding'}, which has {before} rows here and "
-                f"{'too few new ones' if rows else 'none for it'} in the adapter's file: save it again"
+                f"{'too few new ones' if len(tokens) in rows else 'none for it'} in the adapter's file: save it again"
             )
 
 
