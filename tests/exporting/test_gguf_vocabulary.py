@@ -2,6 +2,7 @@
 
 import random
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ def test_ids_are_the_same_there_and_back(kind: str) -> None:
     texts = [random_text(source) for _ in range(2000)]
     if kind == "llama 2 in transformers 5":  # it alone puts no space before one that follows a special token
         texts = [re.sub("(?<=>) +", "", text) for text in texts]
+    if kind == "qwen2":  # it alone composes characters, which llama.cpp does not with any file
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
     for text, expected, found in zip(texts, ours(texts)["input_ids"], back(texts)["input_ids"], strict=True):  # pyright: ignore
         assert found == expected, text
     assert back.special_tokens_map == ours.special_tokens_map

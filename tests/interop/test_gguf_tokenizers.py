@@ -123,6 +123,7 @@ def test_ends_and_special_tokens_are_llama_cpps(name: str, typed: bool, tmp_path
     text = "a x".join(added) + "xx"
     with _llama_cpp(metadata, tmp_path / "v.gguf") as theirs:
         vocabulary = llama_cpp.llama_model_get_vocab(theirs.model)
+        assert vocabulary is not None
         ends = {index for index in range(len(ours.texts)) if llama_cpp.llama_vocab_is_eog(vocabulary, index)}
         tokens = theirs.tokenize(text.encode(), add_bos=False, special=True)
     assert set(ours.ends) == ends

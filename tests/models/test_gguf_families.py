@@ -346,7 +346,7 @@ def test_a_key_that_one_family_does_not_compute_with_is_an_error(name: str, key:
     ("rope.freq_base", float("inf")), ("rope.freq_base", -1.0), ("rope.scaling.factor", -2.0),
     ("rope.scaling.type", "dynamic"), ("rope.scaling.type", 1), ("rope.scaling.factor", "2"),
     ("attention.head_count_kv", [2, 2]), ("attention.head_count_kv", [2, 1, 2]), ("feed_forward_length", []),
-    ("attention.head_count_kv", ["a", 2, 2]), ("attention.head_count_kv", [[2]] * 3),
+    ("rope.dimension_count", 3), ("attention.head_count_kv", ["a", 2, 2]), ("attention.head_count_kv", [[2]] * 3),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["llama", "smollm3", "gemma3_text"])
 def test_a_value_that_nothing_can_be_computed_with_is_an_error(name: str, key: str, value: object) -> None:

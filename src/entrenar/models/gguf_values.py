@@ -121,6 +121,10 @@ def check_computed(keys: Mapping[str, Any], family: Family, longrope: bool, sour
                 f"only with {wanted}: load the model's Hugging Face directory"
             )
     _check_value_length(keys, architecture, source)
+    head = keys.get("attention.key_length", keys["embedding_length"] // keys["attention.head_count"])
+    rotated = keys.get("rope.dimension_count", 2)
+    if rotated % 2 or rotated > head:
+        raise InputError(f"{source}: the key {architecture}.rope.dimension_count is {rotated}, not pairs within a head")
 
 
 def _computed(keys: Mapping[str, Any], family: Family, longrope: bool) -> dict[str, Any]:
