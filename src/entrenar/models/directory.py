@@ -1,7 +1,7 @@
 """A Hugging Face directory before transformers opens it: only regular files, and a config that its weights can be of.
 
-transformers opens whatever lies under a file's name (it would wait for ever at a named pipe) and builds whatever a config
-asks for. So both are looked at first.
+transformers opens whatever lies under a file's name (it would wait for ever at a named pipe) and builds whatever a
+config asks for. So both are looked at first.
 """
 
 import os
@@ -31,7 +31,7 @@ def check_files(directory: Path) -> None:
     """InputError if something in a directory is neither a file nor a directory, or is too large to be read whole."""
     try:
         with os.scandir(directory) as entries:
-            found = sorted((entry.name, entry.stat()) for entry in entries if os.path.exists(entry.path))
+            found = sorted((entry.name, entry.stat()) for entry in entries if Path(entry.path).exists())
     except OSError as error:
         raise InputError(f"{directory} cannot be read: {error.strerror}") from None
     for name, status in found:
@@ -52,13 +52,14 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     names = {path.name for pattern in _TOKENIZERS for path in directory.glob(pattern)}
     if not names:
         raise InputError(
-            f"{directory} has no tokenizer (tokenizer.json): copy the tokenizer's files of the model it was made of to it"
+            f"{directory} has no tokenizer (tokenizer.json): copy the tokenizer's files of the model it was made of "
+            "there"
         )
     missing = [name for name in ("sentencepiece", "google.protobuf") if _is_missing(name)]
     if missing and _SENTENCEPIECE in names and "tokenizer.json" not in names:
         raise InputError(
-            f"{directory} has its tokenizer as {_SENTENCEPIECE} alone (SentencePiece), which transformers reads with the "
-            "packages sentencepiece and protobuf: install both, or put a tokenizer.json beside it (transformers: "
+            f"{directory} has its tokenizer as {_SENTENCEPIECE} alone (SentencePiece), which transformers reads with "
+            "the packages sentencepiece and protobuf: install both, or put a tokenizer.json beside it (transformers: "
             "AutoTokenizer.from_pretrained, then save_pretrained)"
         )
     # False, not unset: unset, transformers asks on the terminal whether to run the directory's own code.

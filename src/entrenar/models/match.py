@@ -26,8 +26,8 @@ def match_tensors(model: PreTrainedModel, source: ModelSource) -> dict[str, Stor
     that the source holds quantized (`ModelSource.packed`) it is the tensor of its codes.
 
     Raises:
-        InputError: a parameter or saved buffer without a tensor or the reverse, a shape or dtype that does not fit, or a tied tensor
-            with values of its own.
+        InputError: a parameter or saved buffer without a tensor or the reverse, a shape or dtype that does not fit, or
+            a tied tensor with values of its own.
     """
     _check_names(model, source)
     names, packed = set(source.weights.names()), source.packed.packed() if source.packed else {}
@@ -124,9 +124,7 @@ def _renamed_by_transformers(model: PreTrainedModel, names: list[str]) -> dict[s
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     state = model.state_dict()
-    return {
-        name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] for name in names
-    }
+    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] for name in names}
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -1,8 +1,8 @@
 """The sizes that a config.json gives, against the files it lies beside, before anything is built of them.
 
-transformers builds what a config asks for in Python loops: a layer count that lies keeps it busy for hours. No model has
-more layers than its files have tensors. Sizes that are only too large cost nothing (models are built on `meta`), and the
-tensors' shapes tell them.
+transformers builds what a config asks for in Python loops: a layer count that lies keeps it busy for hours. No model
+has more layers than its files have tensors. Sizes that are only too large cost nothing (models are built on `meta`):
+the tensors' shapes tell them.
 """
 
 import re
@@ -14,7 +14,7 @@ from entrenar.core.errors import InputError
 _LAYERS = re.compile(r".*layers?|depth", re.IGNORECASE)
 _COUNTS = re.compile(r".*(heads?|experts?|labels?|groups?|blocks?|stages?)", re.IGNORECASE)
 _POSITIVE = (
-    "vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", 
+    "vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size",
     "num_attention_heads", "n_head", "num_key_value_heads", "max_position_embeddings", "n_positions",
 )  # fmt: skip
 _FEW_LAYERS = 256  # more than any model has had
