@@ -220,6 +220,7 @@ def test_what_a_tokenizer_lacks_is_said(
     ({"model_type": "qwen2_5_vl"}, "is a qwen2_5_vl, which transformers has no causal language model for"),
     ({"vocab_size": 10**4000}, "vocab_size|not JSON|model"),
     ({"layer_types": "x" * 10**6}, "model"),
+    ({"pad_token_id": 10**6}, "pad_token_id is 1000000, but the embedding has"),
 ], ids=lambda value: str(value)[:40])  # fmt: skip
 def test_sizes_that_lie_are_named_at_once(
     tmp_path: Path, tiny_model_dir: Path, changes: dict[str, Any], message: str

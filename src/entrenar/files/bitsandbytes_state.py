@@ -100,6 +100,7 @@ def _problem(state: QuantState, format: str) -> str | None:
         return f"it has {stray[0]} and no nested_blocksize" if stray else None
     if state.nested_blocksize != GROUP or state.nested_dtype != "float32":
         return f"its scales are of another layout than blocks of {GROUP} in float32, which are read"
+    # Below zero it may be: a search for better scales (ours) finds some of them there.
     if state.nested_offset is None or not math.isfinite(state.nested_offset):
         return f"nested_offset is {state.nested_offset}, not a finite number"
     return None

@@ -51,7 +51,10 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     check_files(directory)
     names = {path.name for pattern in _TOKENIZERS for path in directory.glob(pattern)}
     if not names:
-        raise InputError(f"{directory} has no tokenizer (tokenizer.json): copy those of the model it was made of to it")
+        raise InputError(
+            f"{directory} has no tokenizer (tokenizer.json): copy the tokenizer's files of the model it was made of "
+            "there"
+        )
     missing = [name for name in ("sentencepiece", "google.protobuf") if _is_missing(name)]
     if missing and _SENTENCEPIECE in names and "tokenizer.json" not in names:
         raise InputError(

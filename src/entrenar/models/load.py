@@ -175,6 +175,12 @@ def build_on_meta(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(source.config, dtype=dtype)
     except Exception as error:
+        text = source.config.get_text_config()
+        pad, rows = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+            raise InputError(
+                f"{source.path}: pad_token_id is {pad}, but the embedding has {rows} rows: set it to one of its tokens"
+            ) from None
         reason = f"{error}".strip().split("\n")[0]
         raise InputError(f"{source.path} is not a causal language model that transformers knows: {reason}") from None
     model.generation_config.update(**(source.generation.to_diff_dict() if source.generation else {}))

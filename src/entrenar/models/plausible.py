@@ -1,8 +1,8 @@
 """The sizes that a config.json gives, against the files it lies beside, before anything is built of them.
 
 transformers builds what a config asks for in Python loops: a layer count that lies keeps it busy for hours. No model
-has more layers than its files have tensors. Sizes that are only too large cost nothing (models are built on `meta`),
-and the tensors' shapes tell them.
+has more layers than its files have tensors. Sizes that are only too large cost nothing (models are built on `meta`):
+the tensors' shapes tell them.
 """
 
 import re
