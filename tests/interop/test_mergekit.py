@@ -98,8 +98,41 @@ def configs(models: dict[str, str]) -> dict[str, dict[str, Any]]:
         "ram": listed("ram", "abc", None, epsilon=0.01),
         "slices": {"merge_method": "slerp", "base_model": models["a"], "slices": slices,
                    "parameters": {"t": [0.1, 0.6]}, "dtype": "float32"},
+        **edges(models, listed, source),
         "passthrough": {"merge_method": "passthrough", "slices": stacked, "dtype": "float32"},
     }  # fmt: skip
+
+
+def edges(models: dict[str, str], listed: Any, source: Any) -> dict[str, dict[str, Any]]:
+    """Parameters at the ends of what they may be, and values as mergekit reads them."""
+    found: dict[str, dict[str, Any]] = {}
+    for method in ("ties", "dare_ties", "della", "breadcrumbs", "breadcrumbs_ties"):
+        found[f"{method}-density-0"] = listed(method, "ab", {"weight": 0.7, "density": 0}, rescale=True)
+    for method in ("ties", "breadcrumbs"):
+        found[f"{method}-density-tiny"] = listed(method, "ab", {"weight": 0.7, "density": 1e-9}, rescale=False)
+    for number, scale in enumerate((0, -1.5, 3)):
+        found[f"ties-lambda-{number}"] = listed("ties", "ab", {"weight": 0.7, "density": 0.5}, **{"lambda": scale})
+    for number, t in enumerate((-0.5, 0, 1, 1.5)):
+        found[f"slerp-t-{number}"] = listed("slerp", "a", None, t=t)
+    text = {"weight": ["0.2", "1e-1", 0.9]}
+    own = [source("a", 1, 3, weight=[{"filter": "layers.1.", "value": 0.2}, {"value": 1}]),
+           source("b", 0, 2, weight=[{"filter": "layers.0.", "value": 0.9}, {"value": 1}])]  # fmt: skip
+    with_base = listed("ties", "a", {"weight": 0.5, "density": 0.5})
+    with_base["models"].append({"model": models["base"], "parameters": {"weight": 1, "density": 1}})
+    return found | {
+        "breadcrumbs-gamma-1": listed("breadcrumbs", "ab", {"weight": 0.7, "density": 0.3, "gamma": 1}, rescale=True),
+        "nearswap-0": listed("nearswap", "a", None, t=0),
+        "nearswap-tiny": listed("nearswap", "a", None, t=1e-9),
+        "sce-0": listed("sce", "ab", None, select_topk=0),
+        "karcher-text": listed("karcher", "ab", None, max_iter="5", tol="1e-3"),
+        "model-stock-rows": listed("model_stock", "ab", None, filter_wise=True),
+        "multislerp-no-weights": listed("multislerp", "ab", {"weight": 0.0}, normalize_weights=False),
+        "truth-along-layers": listed("linear", "ab", {"weight": 0.9}, normalize=[True, False, True]),
+        "truth-as-text": listed("linear", "ab", {"weight": 0.9}, normalize="false"),
+        "numbers-as-text": listed("linear", "ab", text),
+        "base-with-parameters": with_base,
+        "filters-of-own-layers": {"merge_method": "linear", "slices": [{"sources": own}], "dtype": "float32"},
+    }
 
 
 @pytest.fixture(scope="module")

@@ -145,3 +145,34 @@ def test_what_is_written_names_no_place_of_this_machine(tmp_path: Path) -> None:
     assert shown_names(["hub/id", str(tmp_path)]) == {"hub/id": "hub/id", str(tmp_path): tmp_path.name}
     kept = "chat: '</think>' a/b https://x.org/tmp/y 1/2"
     assert without_paths(kept, {}) == kept
+
+
+def test_a_stack_of_one_models_layers_is_not_called_equal_to_it(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "a", tensors(0))
+    assert merge(stack((path, 0, 2), (path, 1, 3)), tmp_path / "out").remarks == []
+    assert merge(stack((path, 0, 3)), tmp_path / "same").remarks == ["the result is equal to a: nothing was merged"]
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (1.0, -1.0 + 1e-9)])
+def test_weights_that_cancel_are_refused(tmp_path: Path, weights: tuple[float, float]) -> None:
+    asked = linear(*(write_model(tmp_path / name, tensors(seed)) for seed, name in enumerate("ab")))
+    for model, weight in zip(asked["models"], weights, strict=True):
+        model["parameters"] = {"weight": weight}
+    with pytest.raises(InputError, match="add up to 0"):
+        merge(asked, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("merge_method: linear\n---\nmerge_method: slerp\n", "several YAML documents"),
+        ("experts: []\ngate_mode: hidden\n", "mergekit-moe"),
+        ("merge_method: linear\nmodels: []\ntokenizer: {pad_to_multiple_of: 64}\n", "pad_to_multiple_of is not read"),
+        (None, "does not exist: check the path; the least that it holds is\n  merge_method"),
+    ],
+)
+def test_configs_that_are_none_of_a_merge_are_named(tmp_path: Path, text: str | None, sentence: str) -> None:
+    if text is not None:
+        (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(InputError, match=sentence):
+        merge(tmp_path / "m.yaml", tmp_path / "out")

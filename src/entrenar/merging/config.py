@@ -92,8 +92,15 @@ class TokenizerConfig(Section):
     """mergekit's newer way to say `tokenizer_source`."""
 
     source: str = "union"
-    tokens: None = None
-    pad_to_multiple_of: None = None
+    tokens: Any = None
+    pad_to_multiple_of: Any = None
+
+    @model_validator(mode="after")
+    def _is_the_source_alone(self) -> "TokenizerConfig":
+        for name in ("tokens", "pad_to_multiple_of"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"tokenizer.{name} is not read by this version: only tokenizer.source is, remove it")
+        return self
 
 
 class MergeConfig(Section):

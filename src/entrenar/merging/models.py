@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrenar.core.documents import read_json
+from entrenar.core.documents import read_json, reason
 from entrenar.core.errors import InputError, listing
 from entrenar.files.bitsandbytes import BitsandbytesWeights, PackedWeight, is_bitsandbytes
 from entrenar.files.foreign import refuse_foreign
@@ -189,7 +189,12 @@ def _open_directory(label: str, path: str) -> InputModel:
     if not os.path.isdir(path):  # noqa: PTH112 - as above
         from entrenar.models.source import local_directory  # imports transformers
 
-        directory = local_directory(path)
+        try:
+            directory = local_directory(path)
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:  # such as a name that is too long
+            raise InputError(f"model path {path[:80]!r} cannot be looked for: {reason(error)}") from None
     _refuse_pickles(directory)
     checkpoint = SafetensorsCheckpoint(directory)
     config = _read_config(directory)

@@ -79,9 +79,12 @@ def _remarks(plan: MergePlan, notes: dict[str, Any]) -> list[str]:
         ]
         if base is not None and all(float(gram[index, index]) == 0 for gram, index in pairs):
             remarks.append(f"{plan.shown[label]} is equal to the base: it adds nothing")
+        if plan.origins != list(range(plan.models[label].layers)):
+            continue  # other layers, or in another order: nobody's equal
         if len(pairs) == len(plan.tensors) and all(_is_equal(gram, index) for gram, index in pairs):
             remarks.append(f"the result is equal to {plan.shown[label]}: nothing was merged")
-    if base is not None and all(float(torch.tensor(note)[-1, -1]) == 0 for note in notes.values()):
+    is_whole = plan.origins == list(range(plan.reference.layers))
+    if base is not None and is_whole and all(float(torch.tensor(note)[-1, -1]) == 0 for note in notes.values()):
         remarks.append("the result is equal to the base: nothing was merged")
     return remarks
 

@@ -6,12 +6,14 @@ from entrenar.core.errors import InputError
 from entrenar.merging.stack import Combine, Options, Piece, Stack
 from entrenar.ops.merge_sums import weighted_sum
 
+_CANCELLED = 2.0**-24  # of what was added: nothing is left in float32, and dividing by it makes numbers of nothing
+
 
 def linear(stack: Stack, options: Options) -> Combine:
     """Σ weight · x, over Σ weight with `normalize`."""
     weights: tuple[float, ...] = options["weight"]
     total = sum(weights) if options["normalize"] else 1.0
-    if total == 0:
+    if total == 0 or abs(total) < _CANCELLED * sum(map(abs, weights)):
         raise InputError(f"linear: the weights of {stack.name} add up to 0: change one, or set normalize: false")
     return weighted([weight / total for weight in weights])
 
