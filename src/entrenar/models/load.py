@@ -239,7 +239,9 @@ def _compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     for module in model.modules():
         computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in computed:
-            module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu").fill_(torch.nan)
+            empty = torch.empty_like(module.get_buffer(name), device="cpu")
+            # Of integers it cannot be seen whether they are filled.
+            module._buffers[name] = empty.fill_(torch.nan) if empty.is_floating_point() else empty.zero_()
         if computed:
             model._init_weights(module)
         if any(module.get_buffer(name).isnan().any() for name in computed):
