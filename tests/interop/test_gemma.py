@@ -1,4 +1,4 @@
-"""Gemma 3 270M as its GGUF comes: transformers' loss in both dtypes, three steps of training, and llama.cpp's logits."""
+"""Gemma 3 270M as its GGUF comes: transformers' loss in both dtypes, three steps, and llama.cpp's logits."""
 
 from pathlib import Path
 from typing import Any
