@@ -91,16 +91,16 @@ def bent(change: str, wanted: str) -> Any:
 
     source = textwrap.dedent(inspect.getsource(LlamaAttention.forward))
     assert source.count(change) == 1, change
-    names = vars(modeling_llama)
+    names = modeling_llama.__dict__
     local: dict[str, Any] = {}
     exec(source.replace(change, wanted), names, local)
     return local["forward"]
 
 
-TAKEN = "cos, sin = position_embeddings\n"
 QUERY = "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)\n"
+COS = "cos, sin = position_embeddings\n"
 ODD = {
-    "clipped": (TAKEN, TAKEN.rstrip() + "; query_states = query_states.clamp(-8, 8)\n"),
+    "clipped": (COS, COS.rstrip() + "; query_states = query_states.clamp(-8, 8)\n"),
     "scaled after the rotation": (QUERY, QUERY.rstrip() + "; query_states = query_states * 1.001\n"),
     "keys for values": ("        value_states,\n        attention_mask", "        key_states,\n        attention_mask"),
     "not rotated keys": (QUERY, "query_states, _ = apply_rotary_pos_emb(query_states, key_states, cos, sin)\n"),
@@ -110,7 +110,7 @@ ODD = {
     "no mask": ("        attention_mask,\n", "        None if attention_mask is None else ~attention_mask,\n"),
     "gated": ("attn_output = self.o_proj(attn_output)", "attn_output = self.o_proj(attn_output.sigmoid())"),
     "scaled output": ("attn_output = self.o_proj(attn_output)", "attn_output = self.o_proj(attn_output) * 0.5"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [name for name in ODD if name != "no mask"])

@@ -187,7 +187,8 @@ def _agree_planted(made: Experts, original: nn.Module) -> bool:
     pairs = [(gate, up), (up, gate), (turns[:, :inner], turns[:, inner:])]
     found = []
     for first, second in pairs:
-        ours = Experts(*(ExpertStack(list(each)) for each in (first, second, down)), made.act_fn)
+        stacks = [ExpertStack(list(each)) for each in (first, second, down)]
+        ours = Experts(stacks[0], stacks[1], stacks[2], made.act_fn)
         found.append(ours(x, index, share))
     floor = 1e-9 * float(expected.abs().max(dim=-1).values.min())
     return told_apart(expected, found, floor) == 0

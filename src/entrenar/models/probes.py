@@ -67,14 +67,19 @@ class _Sent:
 
 @torch.no_grad()
 def projects_its_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call's q, k and v are projections of its very input, each made once."""
+    """Whether this call's q, k and v are projections of its very input, each made once, and then left as they are.
+
+    What is written to in place (OLMo's clip) cannot be one of several outputs that autograd has made together.
+    """
     hidden = args[0] if args else kwargs.get("hidden_states")
     seen: list[Any] = []
+    made: list[tuple[Tensor, int]] = []
 
     def noting(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         def call(x: Tensor) -> Tensor:
             seen.append((layer, x))
-            return layer(x)
+            made.append(((y := layer(x)), y._version))
+            return y
 
         return call
 
@@ -82,7 +87,8 @@ def projects_its_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     q, k, v = map(noting, layers)
     type(module).forward(Stand(module, q_proj=q, k_proj=k, v_proj=v), *args, **kwargs)  # pyright: ignore[reportArgumentType]
     each_once = sorted(id(layer) for layer, _ in seen) == sorted(map(id, layers))
-    return each_once and all(x is hidden for _, x in seen)
+    untouched = all(y._version == version for y, version in made)
+    return each_once and untouched and all(x is hidden for _, x in seen)
 
 
 @torch.no_grad()
