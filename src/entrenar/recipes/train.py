@@ -151,6 +151,7 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepa
         max_length=section.max_length,
         too_long=section.too_long,
         seed=config.training.seed,
+        date=getattr(section, "date", None),
     )
 
 
