@@ -27,7 +27,8 @@ $(GEMMA): .venv/.setup
 	$(BIN)/python examples/fetch_model.py $@ $(PARTS)
 
 # llama.cpp's AMX products crash on more than one token (0.3.36), so it is built without them, and here: a wheel that pip
-# has kept may have them. Triton comes with torch for CUDA; its interpreter and compiler need no GPU. Of TRL only the chat templates are read.
+# has kept may have them. Triton comes with torch for CUDA; its interpreter and compiler need no GPU. Of TRL only the chat
+# templates are read.
 NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
 
 .venv/.peers: .venv/.setup

@@ -103,7 +103,9 @@ def test_a_gzipped_file_is_read(tmp_path: Path, text: bytes) -> None:
     assert [row for _, row, _ in _lines(tmp_path, gzip.compress(text))] == [{"a": 1}, {"a": 2}]
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], b"\x1f\x8bnot"], ids=["cut", "wrong"])
+@pytest.mark.parametrize(
+    "content", [gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], b"\x1f\x8bnot"], ids=["cut", "wrong"]
+)
 def test_a_gzipped_file_that_is_cut_or_wrong_is_an_input_error(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         _lines(tmp_path, content)

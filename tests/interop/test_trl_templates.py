@@ -1,8 +1,8 @@
 """The chat templates that TRL ships: what is trained of one and of two answers, or the true reason why not.
 
 The right value is written by hand for each family: what the template writes between the prompt that a server sends and
-the answer, and what ends it. Where TRL marks what the assistant says (`{% generation %}`), transformers' mask is a second
-one. TRL itself is not imported: only its files are read.
+the answer, and what ends it. Where TRL marks what the assistant says (`{% generation %}`), transformers' mask is a
+second one. TRL itself is not imported: only its files are read.
 """
 
 import re
@@ -30,8 +30,8 @@ _REWRITES = "writes earlier turns differently once later ones follow"
 _BORDER = "joins or splits the border"
 _OPENS = "asks for an answer with .* and writes the turn without all of that"
 _THOUGHT = "<think>\n\n</think>\n\n"
-# Beginning of a file's name (the longest counts) → what stands before the answer, the end of sequence, what ends the turn
-# (where it is another), and why two answers are refused. As the families' own files have them.
+# Beginning of a file's name (the longest counts) → what stands before the answer, the end of sequence, what ends the
+# turn (where it is another), and why two answers are refused. As the families' own files have them.
 _FAMILIES: dict[str, tuple[str, str, str, str]] = {
     "cohere": ("", "<|END_OF_TURN_TOKEN|>", "", ""),
     "cohere2": ("", "<|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", ""),
