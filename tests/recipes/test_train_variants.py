@@ -74,7 +74,7 @@ def test_quantize_may_be_a_mapping(make_config: MakeConfig) -> None:
         ({"model.quantize": "int4", "model.search": True}, "search is for nf4 and fp4"),
         ({"lora.init": "pisa"}, "unknown initialisation 'pisa'"),
         ({"lora.rank_pattern": {"qq_proj": 4}}, "'qq_proj' matches no adapted layer"),
-        ({"lora.modules_to_save": ["q_proj"]}, "cannot be a target and in modules_to_save"),
+        ({"lora.modules_to_save": ["q_proj"]}, "is quantized, and quantized weights are not trained"),
         ({"lora.modules_to_save": ["nothing"]}, "has nothing, which this model does not have"),
     ],
 )

@@ -145,6 +145,9 @@ def match_targets(model: nn.Module, targets: Targets, *, exclude: Targets = (), 
     else:
         named = named_by(adaptable, targets)
         chosen = allowed(named, exclude, saved)
+        twice = [name for name in allowed(named, exclude, ()) if name not in chosen]
+        if twice:
+            raise InputError(f"{listing(twice, 3)} cannot be a target and in modules_to_save: choose one")
         words = [targets] if isinstance(targets, str) else targets
         missing = unused(named, words, has_suffix) if not isinstance(targets, str) else []
         if missing or not named:
