@@ -50,7 +50,7 @@ def _print_sizes(console: "Console", report: "CheckReport") -> None:
 
 def _print_doubts(console: "Console", report: "CheckReport") -> None:
     for sentence in report.doubts:
-        console.print(f"  note: {sentence}", markup=False)
+        console.print(f"  note: {printable(sentence)}")
 
 
 def _print_data(console: "Console", report: "CheckReport") -> None:

@@ -88,16 +88,6 @@ def parse_json(text: str | bytes, source: str, kind: type[Kind] = JsonObject) ->
     raise InputError(f"{source}: {shown}{more}")
 
 
-def check_json(values: Any, source: str, kind: type[Kind]) -> Kind:
-    """The same for what has been parsed already."""
-    try:
-        return cast(Kind, _adapter(kind).validate_python(values, strict=True))
-    except ValidationError as error:
-        raise InputError(
-            f"{source}: {'; '.join(_problem(detail) for detail in error.errors()[:_MAX_PROBLEMS])}"
-        ) from None
-
-
 def reason(error: Exception) -> str:
     """What went wrong, without the path that the system's own text repeats."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
