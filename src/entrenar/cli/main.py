@@ -5,13 +5,22 @@ It imports next to nothing itself, so that Ctrl-C is answered while everything e
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from entrenar.core.errors import EntrenarError
 from entrenar.core.terminal import plain_streams, printable
 
 # What PyTorch and the system say, in exceptions of their own, when there is no memory left.
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory")
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, typer's application, once somebody asks for it."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from entrenar.cli.app import app
+
+    return app
 
 
 def main() -> NoReturn:
