@@ -130,6 +130,7 @@ def test_broken_models_are_one_sentence(config: Callable[..., Path], tmp_path: P
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert_refused(entrenar("train", config(model={"path": str(broken)})), "not a complete safetensors file")
+    weights.write_bytes((tiny_model_dir / weights.name).read_bytes())
     settings = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**settings, "model_type": "llamma"}))
     assert_refused(entrenar("train", config(model={"path": str(broken)})), "is not a model that transformers .* knows")

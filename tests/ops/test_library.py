@@ -69,7 +69,7 @@ def test_a_gpu_kernel_serves_once_it_agrees(
     args = (torch.ones(1, dtype=torch.bfloat16),)
     for _ in range(2):
         assert gpu_kernels.serves("twice", gpu_kernels.GpuKernel(kernel, sample), torch.sin, args) is (said is None)
-    assert len(samples) <= 2  # tried once
+    assert len(samples) <= 4  # tried once, in float32 and in bfloat16
     assert (said or "") in caplog.text
     assert bool(caplog.text) is (said is not None)
 
