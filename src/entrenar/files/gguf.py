@@ -190,6 +190,8 @@ def _read_start(cursor: _Cursor) -> tuple[int, int, int]:
     if magic != b"GGUF":
         raise cursor.error(f"it starts with {magic!r} instead of b'GGUF'")
     version = cursor.number("I")
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3):
+        raise InputError(f"{cursor.path} is a big-endian GGUF file, which is not read: take the little-endian one")
     if version not in (2, 3):
         raise cursor.error(f"its version is {version}; little-endian versions 2 and 3 are read")
     return version, cursor.number("Q"), cursor.number("Q")

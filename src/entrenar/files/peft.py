@@ -267,5 +267,11 @@ def _check_kinds(directory: Path, tensors: AdapterTensors, *, dora: bool) -> Non
 def _weights_file(directory: Path) -> Path:
     file = directory / WEIGHTS_NAME
     if not file.is_file():
+        others = [name for name in ("adapter_model.bin", "adapters.safetensors") if (directory / name).is_file()]
+        if others:
+            raise InputError(
+                f"{directory} holds {others[0]}, and adapters are read from {WEIGHTS_NAME} as PEFT writes it (never "
+                "from pickles): load it in the tool that wrote it and save it as PEFT's safetensors"
+            )
         raise InputError(f"{file} does not exist: point to a PEFT adapter directory ({CONFIG_NAME}, {WEIGHTS_NAME})")
     return file

@@ -99,6 +99,11 @@ def _other_names(model: PreTrainedModel, source: ModelSource, missing: list[str]
     kind = type(model).__name__
     renamed = _renamed_by_transformers(model, unexpected)
     found = next((name for name in unexpected if renamed.get(name) in missing), None)
+    if found is not None and type(model.config.get_text_config()) is not type(model.config):
+        return (
+            f"{source.path} is a {kind}, a model of several kinds of input, whose files name their tensors otherwise; "
+            "such models are not read: take a checkpoint of its language model alone"
+        )
     if found is not None:
         return (
             f"{source.path} names its tensors otherwise than {kind}: {found} is {renamed[found]} there. transformers "

@@ -204,7 +204,10 @@ class GGUFWeights:
             return self._zeros[name]
         found = self._in_our_order(name, self._file.stored(self._names[name]))
         offset = self._family.offset(name)
-        return replace(found, decode=lambda raw: found.decode(raw) - offset) if offset else found
+        if not offset:
+            return found
+        # In float32: of a norm that is stored in 16 bits, 1 taken off in those would cost what lies beside the 1.
+        return replace(found, dtype=torch.float32, decode=lambda raw: found.decode(raw).float() - offset)
 
     def packed(self, name: str) -> StoredTensor:
         """The same tensor's bytes as they stand, in transformers' row order: (..., bytes of a row) uint8."""
@@ -256,6 +259,10 @@ def _download(model_id: str) -> Path:
     """The local snapshot of a hub id; whatever stops it, the user hears one sentence."""
     from huggingface_hub import snapshot_download
 
+    if "@" in model_id:
+        raise InputError(
+            f"model {model_id!r}: revisions (@…) are not read: download that revision and point to its directory"
+        )
     if model_id.count("/") > 1 or model_id.startswith((".", "/", "~")):
         raise InputError(
             f"model path {model_id!r} does not exist: point to a model directory, a .gguf file or a hub id"
