@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from entrenar.core.config import load_config
 from entrenar.core.errors import InputError
 from entrenar.files.peft import read_base_format
 from entrenar.lora.attach import attach_lora
+from entrenar.models import compute
 from entrenar.models.load import load
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.evaluate import evaluate
@@ -63,3 +65,14 @@ def test_an_embedding_in_blocks_is_not_adapted_and_the_user_hears_why(base: str)
     model, _ = load(base)
     with pytest.raises(InputError, match=r"embed_tokens is held in its file's own blocks.*quantize: nf4"):
         attach_lora(model, targets=["q_proj", "embed_tokens"])
+
+
+@pytest.mark.parametrize("native", ["float32", "bfloat16"])
+def test_the_dtype_that_a_run_notes_is_the_one_it_computes_in(
+    make_config: MakeConfig, base: str, monkeypatch: pytest.MonkeyPatch, native: str
+) -> None:
+    monkeypatch.setattr(compute, "native_dtype", lambda _: getattr(torch, native))
+    said: list[str] = []
+    result = train(make_config(**{"model.path": base, "model.dtype": "auto"}), say=said.append)
+    assert load_config(RunConfig, Path(result.run_dir) / "config.yaml").model.dtype == native
+    assert any(sentence.startswith("computing in float32") for sentence in said) == (native == "float32")

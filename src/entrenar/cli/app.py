@@ -68,5 +68,5 @@ def run(arguments: list[str]) -> int:
             raise
         where = getattr(error, "ctx", None)
         verb = where.command_path if where is not None else "entrenar"
-        raise InputError(f"{told().rstrip('.')}: see `{verb} --help`") from None
+        raise InputError(f"{told().replace('Value error, ', '').rstrip('.')}: see `{verb} --help`") from None
     return 0

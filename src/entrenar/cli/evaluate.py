@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option("--data", help="JSONL rows to measure on.")],
+    data: Annotated[str, typer.Option("--data", help="Rows to measure on: JSON lines, a JSON array or CSV.")],
     adapter: AdapterOption = None,
     against: Annotated[str | None, typer.Option(help="Another model: prints KL(OTHER ‖ MODEL).")] = None,
     quantize: QuantizeOption = None,

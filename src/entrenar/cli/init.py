@@ -10,7 +10,7 @@ from entrenar.core.terminal import printable, write_line
 
 TEMPLATE = """\
 # Fine-tune with: entrenar train {name}       (look first with: entrenar check {name})
-output: runs/my-run            # config, metrics, checkpoints and the adapter go here; must be new
+output: runs/my-run            # config, metrics, checkpoints and the adapter go here; new, or this run's, to go on
 
 model:
   path: path/to/model          # Hugging Face directory or id, or a .gguf file
@@ -18,11 +18,11 @@ model:
   double_quant: false          # hold the block scales in 8 bits: 4.13 instead of 4.5 bits a weight
   search: false                # nf4, fp4: choose each block's scale for the least error; slower to load, no other cost
   block_size: 64               # weights that share a scale: a power of two from 16 to 4096
-  dtype: auto                  # auto: bfloat16 where CPU or GPU have it natively, else float32 | float16
+  dtype: auto                  # auto (bfloat16 where it is native, else float32) | float32 | bfloat16 | float16
   device: auto                 # auto: a GPU where torch sees one | cpu | cuda | cuda:1
 
 data:
-  train: path/to/train.jsonl   # rows of messages | prompt, completion | instruction, input, output | text
+  train: path/to/train.jsonl   # rows of messages | prompt, completion | instruction, input, output | text; or a CSV
   # validation: path/to/validation.jsonl
   validation_fraction: 0.05    # or a share of the training rows, chosen by a hash of each row
   max_length: 1024             # tokens
@@ -45,7 +45,8 @@ lora:
 
 optimizer:
   lr: 2e-4
-  lora_plus_ratio: 1.0         # learning rate of B as a multiple of lr (LoRA+: 16); adapted embeddings: 1e-6
+  lora_plus_ratio: 1.0         # learning rate of B as a multiple of lr (LoRA+: 16)
+  # lora_plus_embedding_lr: 1e-6       # with LoRA+: the learning rate of adapted embeddings
   schedule: cosine             # cosine | linear | constant
   warmup_steps: 5
   weight_decay: 0.0

@@ -199,7 +199,8 @@ def _refuse_large(source: ModelSource, config: RunConfig, dtype: torch.dtype, de
     if budget is not None and base_bytes > budget:
         raise InputError(
             f"the weights of {config.model.path} alone take {base_bytes:,} bytes as {config.model.quantize}, and "
-            f"training.memory or this machine allows {budget:,}: choose a smaller model or a smaller model.quantize"
+            f"training.memory or this machine allows {budget:,} bytes: choose a smaller model or a smaller "
+            "model.quantize, or allow more (a size is written as 6GB)"
         )
 
 

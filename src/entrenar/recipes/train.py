@@ -20,7 +20,7 @@ from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.models.activations import set_keep
-from entrenar.models.compute import resolve_device
+from entrenar.models.compute import resolve_device, resolve_dtype
 from entrenar.models.device_memory import peak_memory
 from entrenar.models.head import vocabulary_size
 from entrenar.models.isolation import isolates_documents
@@ -106,9 +106,11 @@ def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> 
     if model.device.type == "cuda":
         where = "GPU"
         say(f"computing on {torch.cuda.get_device_name(model.device)}")
-    if asked.model.dtype == "auto" and model.dtype is torch.float32:
+    # Not the model's own answer: that is its first parameter's dtype, over a kept GGUF a factor's, always float32.
+    dtype = resolve_dtype(directory.config.model.dtype, model.device)
+    if asked.model.dtype == "auto" and dtype is torch.float32:
         say(f"computing in float32: this {where} has no native bfloat16")
-    directory = directory.fixing("model", dtype=str(model.dtype).removeprefix("torch."))
+    directory = directory.fixing("model", dtype=str(dtype).removeprefix("torch."))
     config = directory.config
     plan = make_plan(config, data)
     if plan.pack_to and not isolates_documents(model):
@@ -116,7 +118,7 @@ def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> 
         plan = replace(plan, pack_to=0)
     optimizer = make_optimizer(config, model)
     base = base_identity(source)
-    state = State(data.fingerprint, base, loss_scale=first_scale(model.dtype))
+    state = State(data.fingerprint, base, loss_scale=first_scale(dtype))
     if directory.checkpoint:
         state = load_checkpoint(directory.checkpoint, model, optimizer, data.fingerprint, base)
         say(f"resuming from step {state.step}")
