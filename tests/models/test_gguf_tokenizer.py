@@ -1,5 +1,6 @@
 """Tokenizers rebuilt from GGUF metadata give the ids of those they were made from."""
 
+import copy
 import json
 import random
 from itertools import pairwise, product
@@ -16,6 +17,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
+from entrenar.exporting.gguf import vocabulary_metadata
 from entrenar.files.gguf import GGUFFile
 from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
 from entrenar.models.pre_tokenizers import PRE_TOKENIZERS
@@ -134,6 +136,28 @@ def test_an_eos_is_added_where_the_file_says_so() -> None:
     assert _ids(tokenizer_from_metadata(metadata, "x.gguf"), "The")[-1] == 2
     both = tokenizer_from_metadata(metadata | {"tokenizer.ggml.add_bos_token": True}, "x.gguf")
     assert [_ids(both, "The")[place] for place in (0, -1)] == [1, 2]
+
+
+@pytest.mark.parametrize("names", [["default", "tool_use"], ["default"], ["rag", "tool_use"], []])
+def test_templates_with_names_come_back_as_they_were_written(
+    names: list[str], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Which of them transformers then chooses is its own business."""
+    written = copy.copy(tiny_tokenizer)
+    templates = {name: f"{name}: {{{{ messages[0].content }}}}" for name in names}
+    written.chat_template = templates or None  # pyright: ignore[reportAttributeAccessIssue]
+    back = tokenizer_from_metadata(vocabulary_metadata(written, len(written)), "x.gguf")
+    assert back.chat_template == (templates["default"] if names == ["default"] else templates or None)
+    if "default" in names:
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+        assert back.get_chat_template(tools=tools) == written.get_chat_template(tools=tools)  # pyright: ignore
+        assert back.get_chat_template() == templates["default"]
+
+
+def test_a_template_with_a_name_that_is_no_text_is_refused() -> None:
+    metadata = _metadata(_byte_level("gpt-2"), "gpt-2") | {"tokenizer.chat_template.rag": 3}
+    with pytest.raises(InputError, match=r"x\.gguf has a chat template that is no text"):
+        tokenizer_from_metadata(metadata, "x.gguf")
 
 
 @pytest.mark.parametrize("named", [True, False])

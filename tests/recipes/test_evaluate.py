@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from entrenar.cli.app import app
+from entrenar.core.errors import InputError
 from entrenar.data.dataset import load_dataset
 from entrenar.evaluation.exact_match import Answer, exact_match
 from entrenar.evaluation.generate import generate
@@ -82,9 +83,10 @@ class _Scripted:
     def __init__(self, says: list[list[int]], eos: Any = None) -> None:
         self.says, self.asked, self.device = says, [], "cpu"
         self.generation_config = SimpleNamespace(eos_token_id=eos)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=400))
 
     def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: Any) -> torch.Tensor:
-        self.config = generation_config
+        self.given = generation_config
         rows = [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
         start = len(self.asked)
         self.asked += rows
@@ -119,7 +121,7 @@ def test_what_the_template_makes_of_an_answer_is_expected_and_measures_its_limit
         assert found.expected == "<think>\n\n</think>\n\non"
         assert found.is_exact is exact
         assert model.asked == [example.ids[: len(example.ids) - len(answer) - 2]]
-        assert model.config.max_new_tokens == 2 * (len(answer) + 1)
+        assert model.given.max_new_tokens == 2 * (len(answer) + 1)
 
 
 def test_generation_stops_at_the_templates_end_whatever_the_end_of_sequence_is(
@@ -130,7 +132,7 @@ def test_generation_stops_at_the_templates_end_whatever_the_end_of_sequence_is(
     hello: Any = tokenizer("on", add_special_tokens=False)["input_ids"]
     model: Any = _Scripted([[*hello, 2, *hello, *hello]], eos=7)
     assert generate(model, tokenizer, [[{"role": "user", "content": "Please"}]], max_new_tokens=9) == ["on"]
-    assert model.config.eos_token_id == [0, 2, 7]
+    assert model.given.eos_token_id == [0, 2, 7]
 
 
 def test_rows_that_end_without_an_answer_cost_only_their_match(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -161,6 +163,42 @@ def test_a_model_computes_in_the_type_that_is_asked_for(
     monkeypatch.setattr("entrenar.recipes.evaluate.perplexity", measured)
     evaluate(str(tiny_model_dir), tiny_data, quantize="none", match=False, dtype=dtype)
     assert seen == [f"torch.{dtype}"]
+
+
+@pytest.fixture
+def larger_tokenizer(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """The tiny model beside a tokenizer with one token more than it has rows, which also fills batches up."""
+    shutil.copytree(tiny_model_dir, tmp_path / "larger")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "larger")
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.pad_token = "<more>"
+    tokenizer.save_pretrained(tmp_path / "larger")
+    return tmp_path / "larger"
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("Please <more>", "on"), ("Please", "on <more>")])
+def test_a_token_that_the_model_lacks_is_refused_in_a_sentence(
+    larger_tokenizer: Path, tmp_path: Path, prompt: str, completion: str
+) -> None:
+    path = _rows(
+        tmp_path / "data.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": prompt, "completion": completion}
+    )
+    message = r"line 2: the tokenizer makes token (\d+) of this text, and the model has \1 tokens"
+    with pytest.raises(InputError, match=message):
+        evaluate(str(larger_tokenizer), path, quantize="none")
+    if "<more>" in prompt:
+        model, tokenizer = load(str(larger_tokenizer))
+        messages = [[{"role": "user", "content": text}] for text in ("a", prompt)]
+        with pytest.raises(InputError, match=message.replace("line 2", "prompt 2 of 2")):
+            generate(model, tokenizer, messages, max_new_tokens=2)
+
+
+def test_a_padding_token_that_the_model_lacks_harms_nothing(
+    larger_tokenizer: Path, tiny_model_dir: Path, tiny_data: Path
+) -> None:
+    found, expected = (evaluate(str(path), tiny_data, quantize="none") for path in (larger_tokenizer, tiny_model_dir))
+    assert found.loss == expected.loss
+    assert [answer.actual for answer in found.answers] == [answer.actual for answer in expected.answers]
 
 
 def _cli(*arguments: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from entrenar.core.config import load_config
 from entrenar.core.errors import InputError
 from entrenar.files.peft import read_base_format
+from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import attach_lora
 from entrenar.models import compute
 from entrenar.models.load import load
@@ -16,6 +17,7 @@ from entrenar.recipes.config import RunConfig
 from entrenar.recipes.evaluate import evaluate
 from entrenar.recipes.export import export
 from entrenar.recipes.inspect import inspect
+from entrenar.recipes.open_model import open_model
 from entrenar.recipes.train import train
 
 MakeConfig = Callable[..., Path]
@@ -50,6 +52,26 @@ def test_a_run_trains_on_the_blocks_and_its_adapter_remembers_them(
     before = evaluate(base, tiny_data, match=False)
     after = evaluate(base, tiny_data, adapter=result.adapter, match=False)
     assert after.loss < before.loss - 0.05
+
+
+def test_another_base_than_the_adapters_is_told_once(
+    base: str, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapters = {base: tmp_path / "kept", str(tiny_model_dir): tmp_path / "plain"}
+    for name, adapter in adapters.items():
+        model, _ = load(name)
+        attach_lora(model, rank=2)
+        save_adapter(model, adapter)
+    for _ in range(2):
+        open_model(base, str(adapters[base]), "nf4")
+    told = [record.getMessage() for record in caplog.records if "trained over a base" in record.getMessage()]
+    assert len(told) == 1
+    assert f"the adapter was trained over a base held as keep, and {base} is held as nf4 here" in told[0]
+    caplog.clear()
+    for quantize in (None, "keep"):
+        open_model(base, str(adapters[base]), quantize)
+    open_model(str(tiny_model_dir), str(adapters[str(tiny_model_dir)]), "nf4")  # over no format that it could note
+    assert "trained over a base" not in caplog.text
 
 
 def test_inspect_tells_bits_per_weight_by_place(base: str, tiny_model_dir: Path) -> None:

@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import entrenar
+from entrenar.cli.merge import _show_report
 from entrenar.core.errors import InputError
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.merging.registry import METHODS
+from entrenar.merging.report import KindRow, MergeReport, ParentRow
 from entrenar.recipes import export as export_recipe
 from entrenar.recipes.export import export
 from entrenar.recipes.merge_export import REPORT_NAME
@@ -205,6 +207,32 @@ def test_a_target_that_is_not_there_is_refused_before_anything_is_merged(
         with pytest.raises(InputError, match=message):
             run(config(tiny_model_dir, neighbour), tmp_path / "out", to=to, type=type)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("name", "to", "message"), [
+    ("out", "gguf", r"out does not end in \.gguf, by which tools know such a file: write .*out\.gguf"),
+    ("out.gguf", "safetensors", r"out\.gguf is the name of a GGUF: give --to gguf"),
+])  # fmt: skip
+def test_a_name_of_the_other_kind_is_refused_before_anything_is_merged(
+    tmp_path: Path, name: str, to: str, message: str
+) -> None:
+    for run in (entrenar.merge, entrenar.merge.plan):
+        with pytest.raises(InputError, match=message):
+            run({"not": "even read"}, tmp_path / name, to=to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kind_may_be_named_in_capitals(tiny_model_dir: Path, neighbour: str, tmp_path: Path) -> None:
+    entrenar.merge(config(tiny_model_dir, neighbour), tmp_path / "merged.gguf", to="GGUF")
+    assert sorted(file.name for file in tmp_path.glob("merged*")) == ["merged.gguf", "merged.merge-report.json"]
+
+
+def test_what_a_merge_says_is_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    row = KindRow("q\x1b]0;title\x07", 1, 4, [ParentRow("m", 1.0, 1.0)])
+    _show_report(MergeReport("weights", [row], ["model \x1b[2J\nadds nothing"]))
+    printed = capsys.readouterr().out
+    assert r"q\x1b]0;title\x07" in printed
+    assert printed.endswith("note: model \\x1b[2J\\nadds nothing\n")
 
 
 def test_a_result_may_be_called_exported(tiny_model_dir: Path, neighbour: str, tmp_path: Path) -> None:

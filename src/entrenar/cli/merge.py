@@ -8,6 +8,7 @@ import typer
 
 from entrenar.cli.numbers import human_bytes, human_seconds
 from entrenar.core.errors import InputError
+from entrenar.core.terminal import printable, write_line
 
 if TYPE_CHECKING:
     from entrenar.merging.plan import PlannedTensor
@@ -46,17 +47,17 @@ def merge(
         tenth = done * 10 // max(size, 1)
         if tenth > last:
             last = tenth
-            typer.echo(f"{human_bytes(done)} of {human_bytes(size)}")
+            _say(f"{human_bytes(done)} of {human_bytes(size)}")
 
     _show_report(run(config, output, to=to, type=type, seed=seed, max_shard_bytes=max_shard_bytes, progress=progress))
-    typer.echo(f"wrote {output}")
+    _say(f"wrote {output}")
 
 
 def _show_plan(outlook: "MergeOutlook") -> None:
     for tensor in outlook.tensors:
         shape = " × ".join(map(str, tensor.shape))
-        typer.echo(f"  {tensor.name}  {shape}  {str(tensor.dtype).removeprefix('torch.')}  {_inputs(tensor)}")
-    typer.echo(
+        _say(f"  {tensor.name}  {shape}  {str(tensor.dtype).removeprefix('torch.')}  {_inputs(tensor)}")
+    _say(
         f"{outlook.method}: {len(outlook.tensors)} tensors from {human_bytes(outlook.input_bytes)} into "
         f"{human_bytes(outlook.output_bytes)} in {outlook.files} file{'s' if outlook.files > 1 else ''}; "
         f"about {human_bytes(outlook.memory_bytes)} of memory beside the libraries, about "
@@ -79,12 +80,17 @@ def _inputs(tensor: "PlannedTensor") -> str:
 
 
 def _show_report(report: "MergeReport") -> None:
-    typer.echo(f"cosine and norm of the result's {report.of} against each parent's (from a sample):")
+    _say(f"cosine and norm of the result's {report.of} against each parent's (from a sample):")
     for row in report.kinds:
         told = "  ".join(f"{_number(parent.cosine)} {_number(parent.norm_ratio)}" for parent in row.parents)
-        typer.echo(f"  {row.kind:<48} {row.tensors:>4}  {told}")
+        _say(f"  {row.kind:<48} {row.tensors:>4}  {told}")
     for remark in report.remarks:
-        typer.echo(f"note: {remark}")
+        _say(f"note: {remark}")
+
+
+def _say(text: str) -> None:
+    """A line in which names from files are shown, never obeyed."""
+    write_line(printable(text))
 
 
 def _number(value: float | None) -> str:

@@ -38,9 +38,10 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def write_line(text: str) -> None:
-    """One line on standard output, in its own encoding (typer's echo writes UTF-8 to a stream of ASCII)."""
+    """One line on standard output, in its own encoding (typer's echo writes UTF-8 to a stream of ASCII), at once."""
     if sys.stdout is not None:
         sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 def plain_streams() -> None:

@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from entrenar.data.rows import Message
 from entrenar.data.turn_end import end_ids, template_of
+from entrenar.models.head import padding_id, refuse_foreign
 
 
 def prompt_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -43,7 +44,9 @@ def generate_ids(
     batch_size: int = 32,
     temperature: float = 0.0,
 ) -> list[str]:
-    """The same to prompts that are token ids already."""
+    """The same to prompts that are token ids already; InputError where one has a token that the model lacks."""
+    for place, prompt in enumerate(prompts, 1):
+        refuse_foreign(prompt, model, f"prompt {place} of {len(prompts)}")
     answers: dict[int, str] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
@@ -80,7 +83,7 @@ def _generate_batch(
 ) -> list[str]:
     longest = max(map(len, rows))
     ends = answer_ends(model, tokenizer)
-    pad = ends[0] if ends else 0
+    pad = padding_id(model, *ends)
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
     attention = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

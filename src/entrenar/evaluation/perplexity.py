@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from entrenar.data.batches import micro_batches
 from entrenar.data.dataset import Dataset
 from entrenar.models.forward import target_logits, target_loss
+from entrenar.models.head import refuse_foreign
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, dataset: Dataset, micro_batch: int, pad_id: int) -> Perplexity:
-    """Mean loss of `model` over the target tokens of `dataset`."""
+    """Mean loss of `model` over the target tokens of `dataset`; InputError for a token that the model lacks."""
+    for example in dataset.examples:
+        refuse_foreign(example.ids, model, f"the row at line {example.line}")
     batches = micro_batches(dataset.examples, micro_batch, pad_id)
     tokens = sum(batch.target_count for batch in batches)
     total = sum(target_loss(model, batch.ids, batch.positions, batch.targets).item() for batch in batches)

@@ -26,6 +26,7 @@ from entrenar.models.pre_tokenizers import by_name
 
 __all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "tokenizer_from_metadata"]
 
+_TEMPLATE = "tokenizer.chat_template"
 # Blanks behind these do not belong to a special token of Phi-3, behind all others they do (llama.cpp, by model name).
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
@@ -130,9 +131,6 @@ def _wrap(
     backend: Tokenizer, metadata: dict[str, Any], special: SpecialTokens, adds_bos: bool, source: str
 ) -> PreTrainedTokenizerFast:
     """`adds_bos`: whether llama.cpp adds one where the file does not say."""
-    template = metadata.get("tokenizer.chat_template")
-    if not isinstance(template, str | None):
-        raise InputError(f"{source} has a chat template that is no text: export it again")
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos)) and "bos" in special.ids
     adds_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False)) and "eos" in special.ids
     named: dict[str, Any] = {}
@@ -147,8 +145,21 @@ def _wrap(
     )  # fmt: skip
     if adds_bos or adds_eos:
         _add_ends(wrapped.backend_tokenizer, special, adds_bos, adds_eos)
-    wrapped.chat_template = template
+    wrapped.chat_template = _chat_template(metadata, source)  # pyright: ignore[reportAttributeAccessIssue]
     return wrapped
+
+
+def _chat_template(metadata: dict[str, Any], source: str) -> str | dict[str, str] | None:
+    """The file's one template; where it has others under names (`tool_use`), all by name, as transformers has them."""
+    found = {
+        key.removeprefix(_TEMPLATE).removeprefix(".") or "default": value
+        for key, value in metadata.items()
+        if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
+    }
+    for template in found.values():
+        if not isinstance(template, str):
+            raise InputError(f"{source} has a chat template that is no text: export it again")
+    return found if found.keys() - {"default"} else found.get("default")
 
 
 def _add_ends(backend: Tokenizer, special: SpecialTokens, bos: bool, eos: bool) -> None:

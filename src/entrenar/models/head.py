@@ -6,7 +6,7 @@ and softcapping are read off whatever the architecture calls them, and anything 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from entrenar.core.errors import InputError
 from entrenar.models.linear_cross_entropy import LogitRule
 
 _SMALL, _LARGE = 2.0**-10, 1e30  # where softcapping does nothing, and where it has reached its cap
@@ -39,6 +40,22 @@ def output_head(model: PreTrainedModel) -> nn.Module:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Logits that the head makes."""
     return model.config.get_text_config().vocab_size
+
+
+def refuse_foreign(ids: Sequence[int], model: PreTrainedModel, where: str) -> None:
+    """InputError when one of a text's tokens has no row in the model; `where` the text is from."""
+    size = vocabulary_size(model)
+    if max(ids, default=0) >= size:
+        raise InputError(
+            f"{where}: the tokenizer makes token {max(ids)} of this text, and the model has {size} tokens: the "
+            "tokenizer is not this model's, put the model's own beside it"
+        )
+
+
+def padding_id(model: PreTrainedModel, *wanted: Any) -> int:
+    """The first of the `wanted` tokens that the model has, else 0: which, does not matter, as padding is masked."""
+    size = vocabulary_size(model)
+    return next((index for index in wanted if isinstance(index, int) and 0 <= index < size), 0)
 
 
 def head_input(model: PreTrainedModel, **inputs: Any) -> HeadInput | None:

@@ -8,6 +8,7 @@ from entrenar.data.dataset import TooLong, load_evaluation
 from entrenar.data.rows import Rejected
 from entrenar.evaluation.exact_match import Answer, exact_match
 from entrenar.evaluation.perplexity import kl_divergence, perplexity
+from entrenar.models.head import padding_id
 from entrenar.recipes.open_model import open_model
 
 
@@ -57,7 +58,7 @@ def evaluate(
     dataset = read.dataset
     if not len(dataset):
         raise InputError(f"{data} leaves no row to evaluate on: check its rows and max_length {max_length}")
-    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    pad = padding_id(loaded, tokenizer.pad_token_id)
     measured = perplexity(loaded, dataset, batch_size, pad)
     answers = exact_match(loaded, tokenizer, dataset, batch_size=4 * batch_size) if match else []
     kl = None

@@ -13,6 +13,7 @@ from entrenar.exporting.fidelity import Fidelity
 from entrenar.exporting.safetensors_output import FOUR_BIT, export_streamed
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.peft import BaseFormat, largest_token, read_adapter
+from entrenar.models.head import padding_id
 from entrenar.models.load import KEEP, UNQUANTIZED, load
 from entrenar.models.source import open_source, with_tokenizer_of
 from entrenar.recipes.export_request import BASES
@@ -78,7 +79,7 @@ def _measured(
 ) -> dict[str, float]:
     """Loss and perplexity of the live and the written model, and KL(live ‖ written), in nats per token."""
     live, (made, _) = open_live(), load(str(written))
-    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    pad = padding_id(live, tokenizer.pad_token_id)
     losses = {name: perplexity(each, dataset, 4, pad) for name, each in (("live", live), ("written", made))}
     found = {f"{name}_loss": measured.loss for name, measured in losses.items()}
     found |= {f"{name}_perplexity": measured.perplexity for name, measured in losses.items()}

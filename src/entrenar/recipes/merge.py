@@ -92,7 +92,8 @@ class Merge:
         self, config: str | Path | dict[str, Any], output: Path, to: str, type: str | None, seed: int,
         max_shard_bytes: int, progress: Progress,
     ) -> MergeReport:  # fmt: skip
-        chosen = check_target(to, type)
+        to = to.lower()
+        chosen = check_target(to, type, output)
         opened = _open(config, seed)
         if chosen is None:
             refuse_existing(output)
@@ -112,7 +113,8 @@ class Merge:
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> MergeOutlook:
         """Read headers only; everything that would be refused is refused here too."""
-        chosen = check_target(to, type)
+        to = to.lower()
+        chosen = check_target(to, type, Path(output))
         opened = _open(config, seed=0)
         plan = opened.plan
         if chosen is not None:

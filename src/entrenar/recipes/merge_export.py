@@ -17,16 +17,19 @@ from entrenar.merging.directory import merged_config
 from entrenar.merging.place import clear, discard, disk_full, export_directory, own_directory
 from entrenar.merging.plan import MergePlan
 from entrenar.merging.report import MergeReport
+from entrenar.recipes.export_request import check_name
 
 REPORT_NAME = "merge-report.json"
 
 
-def check_target(to: str, type: str | None) -> str | None:
+def check_target(to: str, type: str | None, output: Path) -> str | None:
     """The type to export to; None where the merge itself writes the result.
 
     Raises:
-        InputError: a kind or type that is not there.
+        InputError: a kind or type that is not there, or an output whose name is not of that kind.
     """
+    if to == "safetensors" and output.suffix.lower() == ".gguf":
+        raise InputError(f"{output} is the name of a GGUF: give --to gguf (to), or leave out the .gguf")
     if to == "safetensors" and type is None:
         return None
     if to == "gguf-adapter":
@@ -34,6 +37,7 @@ def check_target(to: str, type: str | None) -> str | None:
     from entrenar.recipes.export import chosen_type  # imports transformers, which a merge does not need
 
     chosen = chosen_type(to, type)
+    check_name(output, to)
     if to == "safetensors" and chosen != "nf4":
         raise InputError(f"a merge writes {chosen} when its config says so: set out_dtype there, and leave --type out")
     return chosen
