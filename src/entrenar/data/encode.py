@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from entrenar.core.errors import InputError
 from entrenar.data.answers import Answer, Conversation, find_answers, says_something
 from entrenar.data.rows import Row
-from entrenar.data.template import REASONING_KEYS, ChatTemplate, Turn
+from entrenar.data.template import REASONING_KEYS, ChatTemplate, Turn, mentions
 from entrenar.data.turn_end import end_ids, template_of
 
 Span = tuple[int, int]
@@ -124,7 +124,7 @@ def _conversation(row: Row, template: ChatTemplate) -> Conversation:
     give them; a template that joins strings gets the string."""
     source = template.source(row.tools)
     for key in row.options:
-        if key not in source:
+        if not mentions(source, key):
             raise InputError(f"the model's chat template does not read {key} of chat_template_kwargs: leave it out")
     turns = [_known_role(turn, source) for turn in row.messages]
     talk = Conversation([_with_objects(turn) for turn in turns], template, row.tools, row.options)
