@@ -63,7 +63,8 @@ def export(
     """
     request = ExportRequest(
         model=str(model), output=Path(output), adapter=None if adapter is None else str(adapter), to=to, type=type,
-        quantize=quantize, base=base, lossy=lossy, text=text, ollama=ollama, verifies=on_verified is not None, verify_on=verify_on, calibrate_on=calibrate_on,
+        quantize=quantize, base=base, lossy=lossy, text=text, ollama=ollama, verifies=on_verified is not None,
+        verify_on=verify_on, calibrate_on=calibrate_on,
     )  # fmt: skip
     return run(request, on_verified=on_verified, say=say)
 
