@@ -393,3 +393,50 @@ def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
     for template, role in ((_CHATML, "system"), ("{# developer #}" + _CHATML, "developer")):
         tokenizer = _make(template)
         assert str(tokenizer.decode(encode(row, tokenizer).ids)).startswith(f"<|start|>{role}\nBe brief.")
+
+
+_CALLS = (
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments|tojson }}</call>{% endfor %}"
+)
+_ASKED, _BLUE = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Blue."}
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([{"role": "system", "content": "Be brief."}, _ASKED, _BLUE], r"turn 1 \(system\)"),
+        ([_ASKED, _BLUE, {"role": "tool", "content": "A result that is long."}, _BLUE], r"turn 3 \(tool\)"),
+        ([{"role": "user", "content": "Cut ## here"}, _BLUE], r"turn 1 \(user\)"),
+    ],
+)
+def test_what_the_others_say_is_in_the_row_or_it_is_refused(turns: list[dict[str, Any]], reason: str) -> None:
+    """A template of two roles that cuts what the user says: a server would leave the same out."""
+    template = (
+        "{% for m in messages if m.role in ['user', 'assistant'] %}<|{{ m.role }}|>{{ m.content.split(' ##')[0] }}"
+        "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    with pytest.raises(InputError, match=f"leaves out what {reason} says"):
+        encode(Row(1, tuple(turns)), _make(template))
+
+
+@pytest.mark.parametrize(
+    ("written", "is_whole"),
+    [
+        (_CALLS, True),
+        (_CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), False),
+        (_CALLS.replace("c.function.arguments|tojson", "c.function.arguments|list|tojson"), False),
+    ],
+)
+def test_every_call_is_written_with_its_numbers_or_refused(written: str, is_whole: bool) -> None:
+    calls = [{"function": {"name": "f", "arguments": {"a": number}}} for number in (1, 2)]
+    row = Row(1, (_ASKED, {"role": "assistant", "content": "", "tool_calls": calls}))
+    tokenizer = _make(
+        _turns("<|start|>{{ m.role }}\n", written + "<|end|>\n", prompt="<|start|>assistant\n"),
+    )
+    if is_whole:
+        example = encode(row, tokenizer)
+        trained = [i for i, flag in zip(example.ids, example.trained, strict=True) if flag]
+        assert tokenizer.decode(trained) == '<call>f{"a": 1}</call><call>f{"a": 2}</call><|end|>'
+    else:
+        with pytest.raises(InputError, match="does not write call"):
+            encode(row, tokenizer)

@@ -38,7 +38,14 @@ _BAD_ROWS = [
     ({"messages": [_USER, _ASSISTANT | {"weight": 0.5}]}, "weight 0.5: allowed are 0 and 1"),
     ({"messages": [_USER, _ASSISTANT | {"train": "no"}]}, "train 'no'"),
     ({"messages": [_USER | {"train": True}, _ASSISTANT]}, "train: true in a turn of user"),
-    ({"messages": [_USER, _ASSISTANT | {"loss_mask": 0, "mask": 1}]}, "with mask, which is not supported"),
+    ({"messages": [_USER, _ASSISTANT | {"loss_mask": 0, "mask": 1}]}, "with loss_mask, mask, which is not supported"),
+    ({"messages": [_USER, _ASSISTANT | {"trainable": False}]}, "the content; weight: 0 leaves a turn untrained"),
+    ({"messages": [_USER, _ASSISTANT | {"loss": 0}]}, "with loss, which is not supported"),
+    ({"prompt": "Hi", "completion": "Hello", "train": False}, "a row with train"),
+    ({"prompt": "Hi", "completion": "Hello", "history": [["a", "b"]]}, "a row with history"),
+    ({"prompt": "Hi", "completion": "Hello", "tools": 0}, "tools that are not a list of objects"),
+    ({"instruction": "Hi", "input": 0, "output": "Hello"}, "an input that is not text"),
+    ({"instruction": "Hi", "history": 0, "output": "Hello"}, "a history that is not a list"),
     ({"messages": [_USER, _ASSISTANT | {"function_call": {"name": "f"}}]}, "with function_call"),
     ({"messages": [_USER, _ASSISTANT | {"tool_calls": "f()"}]}, "tool_calls that are not a list"),
     ({"messages": [_USER, _ASSISTANT | {"tool_calls": [{"function": {"arguments": {}}}]}]}, "tool_calls that are not"),
@@ -187,6 +194,25 @@ def test_a_bad_row_is_refused_with_file_line_and_reason(tmp_path: Path, row: dic
         read_rows(path)
     assert str(caught.value).startswith(f"{path}:2: ")
     assert reason in str(caught.value)
+
+
+def test_a_turn_that_is_not_the_assistants_may_say_that_it_is_not_trained(tmp_path: Path) -> None:
+    row = {"messages": [_USER | {"loss": False, "trainable": 0}, _ASSISTANT]}
+    assert len(read_rows(_write(tmp_path / "data.jsonl", [row])).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("data.jsonl", '{"prompt": "a", "prompt": "b", "completion": "c"}', "jsonl:1: an object with prompt twice"),
+        ("data.json", '[{"messages": [{"role": "user", "content": "a", "content": "b"}]}]', "with content twice"),
+        ("data.csv", "prompt,prompt,completion\na,b,c\n", "data.csv:1: a header that names prompt twice"),
+    ],
+)  # fmt: skip
+def test_one_name_for_two_values_is_refused(tmp_path: Path, name: str, content: str, reason: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=reason):
+        read_rows(tmp_path / name)
 
 
 def test_text_that_is_not_json_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.data import template as under_test
-from entrenar.data.template import ChatTemplate, Turn
+from entrenar.data.template import ChatTemplate, Turn, mentions
 
 _TEMPLATES = sorted((Path(__file__).parents[1] / "templates").glob("*.jinja"))
 _CALL = {"id": "a1", "type": "function", "function": {"name": "dim", "arguments": {"room": "<café>", "level": 30}}}
@@ -155,3 +155,17 @@ def test_a_process_that_has_died_is_started_again(small_limits: None, tiny_token
     process.kill()
     process.wait()
     assert template.render(_TURNS) == "4"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "is_read"),
+    [
+        ("{% if enable_thinking %}", "enable_thinking", True),
+        ("{% if enable_thinking %}", "thinking", False),
+        ("{{ m['end'] }}{% endif %}", "end", True),
+        ("{{ m.content }}{% endif %}", "end", False),
+        ("{{ m.a-1 }}", "a-1", True),
+    ],
+)
+def test_a_name_is_read_where_it_stands_as_a_word(source: str, name: str, is_read: bool) -> None:
+    assert mentions(source, name) is is_read

@@ -35,10 +35,10 @@ def test_transformers_loads_the_fused_directory_with_the_live_models_logits(
     tiny_model_dir: Path, adapter: str, tmp_path: Path
 ) -> None:
     live, tokenizer = open_model(str(tiny_model_dir), adapter, dtype="float32")
-    path = export(str(tiny_model_dir), tmp_path / "out", adapter=adapter, type="f32")
+    path = export(tiny_model_dir, tmp_path / "out", adapter=Path(adapter), type="f32")
     theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     torch.testing.assert_close(logits(theirs), logits(live), atol=1e-5, rtol=1e-5)
-    plain, _ = load(str(tiny_model_dir), dtype="float32")
+    plain, _ = load(tiny_model_dir, dtype="float32")
     assert not torch.allclose(logits(plain), logits(live), atol=1e-3)
     again = AutoTokenizer.from_pretrained(path)
     text = "Please switch on the lamp 123.\n"

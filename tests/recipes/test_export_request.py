@@ -55,6 +55,7 @@ def test_the_suffix_decides_and_capitals_are_taken(
         ("new", {"adapter": "nowhere"}, "adapter nowhere does not exist"),
         ("new", {"text": "nowhere.jsonl"}, "data file nowhere.jsonl does not exist"),
         ("new.gguf", {"verify_on": "nowhere.txt"}, "cannot read the text nowhere.txt to verify on"),
+        ("new.safetensors", {}, "is the name of one file, but a model is a directory"),
         ("taken", {}, "taken already exists"),
     ],
 )

@@ -12,7 +12,7 @@ from entrenar.core.errors import InputError
 from entrenar.data.answers import says_something
 from entrenar.data.encode import Example, encode
 from entrenar.data.rows import Rejected, Row, RowFile, check_share, read_rows
-from entrenar.data.template import ChatTemplate
+from entrenar.data.template import ChatTemplate, mentions
 from entrenar.data.turn_end import template_of
 from entrenar.data.turns import unused_keys
 
@@ -202,7 +202,9 @@ def _unused(files: list[RowFile], template: ChatTemplate) -> list[str]:
     columns = [name for file in files for name in file.unused]
     keys = [key for file in files for row in file.rows for key in unused_keys(row.messages)]
     source = template.source() if keys else ""
-    return list(dict.fromkeys(columns + [f"messages.{key}" for key in dict.fromkeys(keys) if key not in source]))
+    return list(
+        dict.fromkeys(columns + [f"messages.{key}" for key in dict.fromkeys(keys) if not mentions(source, key)])
+    )
 
 
 def _silent_turns(row: Row) -> int:

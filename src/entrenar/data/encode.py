@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from entrenar.core.errors import InputError
 from entrenar.data.answers import Answer, Conversation, find_answers, says_something
 from entrenar.data.rows import Row
-from entrenar.data.template import REASONING_KEYS, ChatTemplate, Turn
+from entrenar.data.template import ChatTemplate, Turn, mentions
+from entrenar.data.template_reads import check_context, check_read
 from entrenar.data.turn_end import end_ids, template_of
 
 Span = tuple[int, int]
@@ -59,6 +60,7 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate 
     if not wanted:
         raise InputError("no assistant turn with text is trained, so there is nothing to train on")
     answers, rest = find_answers(talk, wanted)
+    check_context(talk)
     ids, trained, start = list[int](), list[bool](), 0
     for answer in answers:
         ids, start = _append(ids, answer, tokenizer)
@@ -124,7 +126,7 @@ def _conversation(row: Row, template: ChatTemplate) -> Conversation:
     give them; a template that joins strings gets the string."""
     source = template.source(row.tools)
     for key in row.options:
-        if key not in source:
+        if not mentions(source, key):
             raise InputError(f"the model's chat template does not read {key} of chat_template_kwargs: leave it out")
     turns = [_known_role(turn, source) for turn in row.messages]
     talk = Conversation([_with_objects(turn) for turn in turns], template, row.tools, row.options)
@@ -135,35 +137,8 @@ def _conversation(row: Row, template: ChatTemplate) -> Conversation:
             raise
         talk = Conversation(turns, template, row.tools, row.options)
         whole = talk.render(talk.turns)
-    _check_read(talk, whole)
+    check_read(talk, whole)
     return talk
-
-
-def _check_read(talk: Conversation, whole: str) -> None:
-    """Tools, calls and reasoning must change what is written; a template that knows none would drop them."""
-    if talk.tools and talk.template.render(talk.turns, options=talk.options) == whole:
-        raise InputError("the model's chat template does not read tools: use a model with tools, or remove the key")
-    for index, turn in enumerate(talk.turns):
-        for key in ("tool_calls", *REASONING_KEYS):
-            if turn.get(key) and not _reads(talk, index, key, whole):
-                raise InputError(
-                    f"the model's chat template does not write {key} of turn {index + 1}: put it into the content as "
-                    f"the model writes it, use another model, or remove the key"
-                )
-
-
-def _reads(talk: Conversation, index: int, key: str, whole: str) -> bool:
-    """Whether the template writes `key` of a turn when it is the last: of earlier ones it may leave thoughts out."""
-    turns = list(talk.turns[: index + 1])
-    if key in REASONING_KEYS and index + 1 < len(talk.turns):
-        whole = talk.render(turns)
-    else:
-        turns = list(talk.turns)
-    turns[index] = {name: value for name, value in turns[index].items() if name != key}
-    try:
-        return talk.render(turns) != whole
-    except InputError:  # it cannot do without
-        return True
 
 
 def _known_role(turn: Turn, source: str) -> Turn:

@@ -24,7 +24,8 @@ _BESIDE = ("tools", "chat_template_kwargs", *_SYSTEM)
 # Columns that say what is trained or shown in a way that is not honoured.
 _REFUSED = (
     "functions", "function_call", "documents", "images", "image", "videos", "video", "audio", "audios", "loss_mask",
-    "labels", "label", "input_ids", "weight", "rejected",
+    "labels", "label", "input_ids", "weight", "loss_weight", "sample_weight", "train", "trainable", "mask", "masked",
+    "rejected", "history",
 )  # fmt: skip
 
 
@@ -117,13 +118,13 @@ def _convert(shape: str, line: Line) -> Row | str:
     """The row, or what is wrong with it."""
     if line.row is None:
         return line.problem
-    keys, _, convert = _SHAPES[shape]
+    keys, more, convert = _SHAPES[shape]
     missing = [key for key in keys if key not in line.row]
     if missing:
         return f"a row without {listing(missing)}, in a file of {shape} rows"
     if shape == "text":
         return convert(line.row, line.number)
-    refused = [key for key in _REFUSED if _is_given(line.row.get(key))]
+    refused = [key for key in _REFUSED if key not in more and _is_given(line.row.get(key))]
     if refused:
         return f"a row with {listing(refused)}, which is not supported: leave the column out, or set it to null"
     row = convert(line.row, line.number)
@@ -142,7 +143,8 @@ def _unused(shape: str, row: Mapping[str, Any]) -> list[str]:
 
 def _beside(row: Row, given: dict[str, Any]) -> Row | str:
     """The row with the tools, the system turn and the template's options that stand beside its turns."""
-    tools, options = _list_of(given.get("tools")), given.get("chat_template_kwargs") or {}
+    tools, options = _list_of(given.get("tools")), given.get("chat_template_kwargs")
+    options = options if _is_given(options) else {}
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         return "tools that are not a list of objects"
     if not isinstance(options, dict) or {"messages", "tools", "add_generation_prompt"} & set(options):
@@ -167,7 +169,7 @@ def _list_of(value: Any) -> Any:
             return json.loads(value)
         except (ValueError, RecursionError):
             return value
-    return value or []
+    return value if _is_given(value) else []
 
 
 def _check_answers(row: Row) -> Row | str:
@@ -209,7 +211,7 @@ def _from_prompt(row: dict[str, Any], line: int) -> Row | str:
 
 
 def _from_alpaca(row: dict[str, Any], line: int) -> Row | str:
-    context = row.get("input") or ""
+    context = row["input"] if _is_given(row.get("input")) else ""
     if not isinstance(context, str):
         return "an input that is not text"
     instruction = row["instruction"]

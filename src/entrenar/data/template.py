@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -88,6 +89,11 @@ class ChatTemplate:
             raise InputError(f"the model's chat template refuses this conversation: {answer['error']}")
         self.reads_clock |= answer["clock"]
         return answer["text"]
+
+
+def mentions(source: str, name: str) -> bool:
+    """Whether a template has `name` as a whole word: `thinking` is not in one that reads `enable_thinking`."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", source) is not None
 
 
 def _as_served(turn: Turn, in_parts: bool) -> Turn:

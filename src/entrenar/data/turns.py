@@ -12,10 +12,14 @@ from entrenar.core.errors import listing
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Keys that say something about what is trained or shown, in a way that is not honoured.
+# Keys that say something about what is shown, in a way that is not honoured; false and 0 are nothing.
 _REFUSED = (
-    "function_call", "train_detail", "loss_mask", "mask", "masked", "loss", "trainable", "training", "label", "labels",
-    "prefix", "images", "image", "videos", "video", "audio", "audios", "refusal",
+    "function_call", "prefix", "images", "image", "videos", "video", "audio", "audios", "refusal",
+)  # fmt: skip
+# Keys that say what is trained, in a way that is not honoured: false and 0 of an assistant's turn say it too.
+_REFUSED_MASKS = (
+    "train_detail", "loss_mask", "mask", "masked", "loss", "loss_weight", "trainable", "training", "trained", "label",
+    "labels",
 )  # fmt: skip
 
 
@@ -48,9 +52,12 @@ def _read_turn(turn: Any) -> tuple[Message, bool] | str:
     if not isinstance(turn, dict) or turn.get("role") not in ROLES:
         return bad
     given = {key: value for key, value in turn.items() if value is not None}
-    refused = [key for key in _REFUSED if given.get(key)]
+    refused = [key for key in _REFUSED + _REFUSED_MASKS if given.get(key) or _is_mask(given, key)]
     if refused:
-        return f"a turn with {listing(refused)}, which is not supported: leave it out, or write it into the content"
+        hint = "; weight: 0 leaves a turn untrained" if set(refused) & set(_REFUSED_MASKS) else ""
+        return (
+            f"a turn with {listing(refused)}, which is not supported: leave it out, or write it into the content{hint}"
+        )
     problem = _calls_problem(given) or _reasoning_problem(given)
     if problem:
         return problem
@@ -62,6 +69,12 @@ def _read_turn(turn: Any) -> tuple[Message, bool] | str:
     elif not given.get("tool_calls"):
         return bad
     return _trained(given)
+
+
+def _is_mask(given: Message, key: str) -> bool:
+    """Whether `key` of an assistant's turn says by false or 0 what is trained."""
+    value = given.get(key)
+    return given["role"] == "assistant" and key in _REFUSED_MASKS and isinstance(value, bool | int | float)
 
 
 def _trained(given: Message) -> tuple[Message, bool] | str:

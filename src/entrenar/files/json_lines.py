@@ -10,7 +10,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -184,6 +184,9 @@ def _past_space(text: str, place: int) -> int:
 def _records(text: io.TextIOWrapper, path: Path, separator: str) -> Iterator[Line]:
     reader = csv.DictReader(text, delimiter=separator, strict=True)
     try:
+        twice = [name for name in _twice(reader.fieldnames or []) if name]
+        if twice:
+            raise InputError(f"{path}:1: a header that names {listing(twice)} twice: keep one column of each name")
         for record in reader:
             if None in record:
                 yield Line(reader.line_num, None, "more cells than the header has")
@@ -193,11 +196,25 @@ def _records(text: io.TextIOWrapper, path: Path, separator: str) -> Iterator[Lin
         raise InputError(f"{path}:{reader.line_num}: not CSV ({error})") from None
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; one that has a key twice says two things, of which JSON readers keep the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise InputError(f"an object with {listing(_twice([key for key, _ in pairs]))} twice: keep one")
+    return value
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
 def _parse(number: int, text: str) -> Line:
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_without_twins)
         if "\\ud" in text.lower():
             json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text: no tokenizer takes it
+    except InputError as error:
+        return Line(number, None, str(error))
     except RecursionError:
         return Line(number, None, "not JSON (nested too deeply)")
     except ValueError as error:  # JSONDecodeError, a number of thousands of digits, half of a surrogate pair

@@ -5,6 +5,7 @@ several threads read and quantize (files/stream.py). A GGUF's own blocks are not
 """
 
 from contextlib import closing
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -32,7 +33,7 @@ _MAX_COMPUTED = 1 << 30  # bytes; masks and sinusoids of the largest have some 1
 
 
 def load(
-    path: str,
+    path: str | Path,
     quantize: str | None = None,
     *,
     double_quant: bool = False,
@@ -54,7 +55,7 @@ def load(
     Raises:
         InputError: a source, architecture or format that is not known; missing, unexpected or misshapen tensors.
     """
-    source = open_source(path)
+    source = open_source(str(path))
     quantize = quantize or (KEEP if source.blocks else UNQUANTIZED)
     where = resolve_device(device)
     model = load_source(

@@ -26,10 +26,10 @@ Say = Callable[[str], None]
 
 
 def export(
-    model: str,
+    model: str | Path,
     output: str | Path,
     *,
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     to: str | None = None,
     type: str | None = None,
     quantize: str | None = None,
@@ -62,8 +62,9 @@ def export(
         InputError: an unknown kind or type, a taken output, or a model or adapter that cannot be written so.
     """
     request = ExportRequest(
-        model=model, output=Path(output), adapter=adapter, to=to, type=type, quantize=quantize, base=base, lossy=lossy,
-        text=text, ollama=ollama, verifies=on_verified is not None, verify_on=verify_on, calibrate_on=calibrate_on,
+        model=str(model), output=Path(output), adapter=None if adapter is None else str(adapter), to=to, type=type,
+        quantize=quantize, base=base, lossy=lossy, text=text, ollama=ollama, verifies=on_verified is not None,
+        verify_on=verify_on, calibrate_on=calibrate_on,
     )  # fmt: skip
     return run(request, on_verified=on_verified, say=say)
 

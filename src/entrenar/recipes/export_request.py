@@ -120,9 +120,12 @@ def chosen_type(kind: str, type: str | None) -> str:
 
 
 def check_name(output: Path, kind: str) -> None:
-    """InputError for a GGUF whose name does not end in .gguf, by which every tool knows one, and for the reverse."""
+    """InputError for a GGUF whose name does not end in .gguf, by which every tool knows one, and for a directory with a
+    file's name."""
     if kind == "safetensors" and output.suffix.lower() == _SUFFIX:
         raise InputError(f"{output} is the name of a GGUF, but safetensors is a directory: leave out --to or the .gguf")
+    if kind == "safetensors" and output.suffix.lower() == ".safetensors":
+        raise InputError(f"{output} is the name of one file, but a model is a directory: leave the suffix out")
     if kind != "safetensors" and output.suffix != _SUFFIX:
         raise InputError(f"{output} does not end in .gguf, by which tools know such a file: write {output}.gguf")
 
