@@ -38,7 +38,7 @@ _BAD_ROWS = [
     ({"messages": [_USER, _ASSISTANT | {"weight": 0.5}]}, "weight 0.5: allowed are 0 and 1"),
     ({"messages": [_USER, _ASSISTANT | {"train": "no"}]}, "train 'no'"),
     ({"messages": [_USER | {"train": True}, _ASSISTANT]}, "train: true in a turn of user"),
-    ({"messages": [_USER, _ASSISTANT | {"loss_mask": 0, "mask": 1}]}, "with mask, which is not supported"),
+    ({"messages": [_USER, _ASSISTANT | {"loss_mask": 0, "mask": 1}]}, "with loss_mask, mask, which is not supported"),
     ({"messages": [_USER, _ASSISTANT | {"function_call": {"name": "f"}}]}, "with function_call"),
     ({"messages": [_USER, _ASSISTANT | {"tool_calls": "f()"}]}, "tool_calls that are not a list"),
     ({"messages": [_USER, _ASSISTANT | {"tool_calls": [{"function": {"arguments": {}}}]}]}, "tool_calls that are not"),

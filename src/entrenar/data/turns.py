@@ -4,19 +4,21 @@ Nothing that has a meaning is dropped: a key is passed on to the template, honou
 refused by name. A key at null is not there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from entrenar.core.errors import listing
+from entrenar.data.key_names import is_given, says_what_is_trained, switches
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Keys that say something about what is trained or shown, in a way that is not honoured.
-_REFUSED = (
-    "function_call", "train_detail", "loss_mask", "mask", "masked", "loss", "trainable", "training", "label", "labels",
-    "prefix", "images", "image", "videos", "video", "audio", "audios", "refusal",
-)  # fmt: skip
+_READ = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"}
+_HONOURED = {*_READ, "weight", "train"}
+# Keys that say something about what is shown, in a way that is not honoured.
+_REFUSED = ("function_call", "prefix", "images", "image", "videos", "video", "audio", "audios", "refusal")
+# Keys of a part of content that change nothing of its text.
+_OF_PARTS = {"type", "text", "cache_control"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,12 @@ def _read_turn(turn: Any) -> tuple[Message, bool] | str:
     if not isinstance(turn, dict) or turn.get("role") not in ROLES:
         return bad
     given = {key: value for key, value in turn.items() if value is not None}
-    refused = [key for key in _REFUSED if given.get(key)]
+    refused = [key for key, value in given.items() if _is_refused(key, value)]
     if refused:
-        return f"a turn with {listing(refused)}, which is not supported: leave it out, or write it into the content"
+        return (
+            f"a turn with {listing(refused)}, which is not supported: leave it out or set it to null; weight: 0 or "
+            "train: false keep a turn from being trained on"
+        )
     problem = _calls_problem(given) or _reasoning_problem(given)
     if problem:
         return problem
@@ -62,6 +67,13 @@ def _read_turn(turn: Any) -> tuple[Message, bool] | str:
     elif not given.get("tool_calls"):
         return bad
     return _trained(given)
+
+
+def _is_refused(key: str, value: Any) -> bool:
+    """Whether a key says, or may say, something that nobody would hear."""
+    if key in _HONOURED or not is_given(value):
+        return False
+    return key in _REFUSED or says_what_is_trained(key) or switches(key, value)
 
 
 def _trained(given: Message) -> tuple[Message, bool] | str:
@@ -88,8 +100,8 @@ def _text_of(content: Any) -> str | None:
 
 
 def _is_text(part: Any) -> bool:
-    others = {key for key, value in part.items() if value is not None} if isinstance(part, dict) else {"?"}
-    return others <= {"type", "text"} and part.get("type", "text") == "text"
+    others = {key for key, value in part.items() if is_given(value)} if isinstance(part, dict) else {"?"}
+    return others <= _OF_PARTS and part.get("type", "text") == "text"
 
 
 def _content_problem(content: Any, bad: str) -> str:
@@ -133,7 +145,6 @@ def _reasoning_problem(given: Message) -> str:
     return f"{listing(keys)} in a turn of {given['role']}" if keys and given["role"] != "assistant" else ""
 
 
-def unused_keys(messages: Sequence[Message]) -> list[str]:
+def unused_keys(messages: Iterable[Message]) -> list[str]:
     """Keys of turns whose meaning is not known here; a template may read them."""
-    known = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"}
-    return sorted({key for message in messages for key in message if key not in known})
+    return sorted({key for message in messages for key in message if key not in _READ})
