@@ -73,7 +73,8 @@ def _is_refused(key: str, value: Any) -> bool:
     """Whether a key says, or may say, something that nobody would hear."""
     if key in _HONOURED or not is_given(value):
         return False
-    return key in _REFUSED or says_what_is_trained(key) or switches(key, value)
+    within = [name for name, item in value.items() if is_given(item)] if isinstance(value, dict) else []
+    return key in _REFUSED or any(says_what_is_trained(name) for name in (key, *within)) or switches(key, value)
 
 
 def _trained(given: Message) -> tuple[Message, bool] | str:
@@ -107,12 +108,19 @@ def _is_text(part: Any) -> bool:
 def _content_problem(content: Any, bad: str) -> str:
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return bad
-    kinds = sorted({str(part.get("type", "a part without type")) for part in content if not _is_text(part)})
+    kinds = sorted({_kind(part) for part in content if not _is_text(part)})
     return (
         f"a turn whose content has parts that are not text ({listing(kinds)}): only text is trained on"
         if kinds
         else bad
     )
+
+
+def _kind(part: dict[str, Any]) -> str:
+    """What a part is, or which of its keys make it more than text."""
+    kind = str(part.get("type", "a part without type"))
+    others = sorted(str(key) for key, value in part.items() if key not in _OF_PARTS and is_given(value))
+    return f"text with {', '.join(others)}" if kind == "text" and others else kind
 
 
 def _calls_problem(given: Message) -> str:
