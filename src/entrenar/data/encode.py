@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
 from entrenar.data.answers import Answer, find_answers
-from entrenar.data.conversation import check_context, converse
+from entrenar.data.context import check_context
+from entrenar.data.conversation import converse
 from entrenar.data.rows import Row
 from entrenar.data.spoken import says_something
 from entrenar.data.template import ChatTemplate, Turn
