@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from entrenar.core.errors import InputError
 from entrenar.data.encode import encode
 from entrenar.data.rows import Row
-from entrenar.data.turn_end import end_ids, usual_end
+from entrenar.data.turn_end import end_ids, template_of, usual_end
 
 _TEXTS = ["a\n\nb\n\nc  \n x    y", "b\n\n", "assistant user system tool Roses are red. Blue. Green."] * 40
 _SPECIAL = (
@@ -347,6 +347,124 @@ def test_arguments_stay_text_where_the_template_joins_strings() -> None:
     assert _trained(_row("Dim", _calls("", call)), _make(joins)) == '<call>dim:{"level": 30}</call><|end|>'
 
 
+_AS_GIVEN = _WITH_CALLS.replace("{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}", "{}")
+_WRITES = "{{ c.function.name }}({{ c.function.arguments }})"
+_BRANCHES = (
+    "{{ c.function.arguments if c.function.arguments is string else "
+    "(c.function.arguments.keys() | join) + '=' + (c.function.arguments.values() | join) }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("writes", "expected"),
+    [
+        (_WRITES, 'dim({"level": 30})'),  # as apply_chat_template writes it, and no object of Python's
+        ("dim {{ c.function.arguments | tojson }}", 'dim {"level": 30}'),  # a string would be one in a string
+        ("dim {% for k, v in c.function.arguments | items %}{{ k }}: {{ v }}{% endfor %}", "dim level: 30"),
+        ("dim {{ _BRANCHES }}", "dim level=30"),  # its own form for objects, which servers give
+        ("dim {{ c.function.arguments + '' }}", 'dim {"level": 30}'),  # takes no object
+    ],
+)
+def test_arguments_in_a_string_are_written_as_the_template_writes_them_well(writes: str, expected: str) -> None:
+    template = _AS_GIVEN.replace("{}", writes.replace("{{ _BRANCHES }}", _BRANCHES))
+    call = {"function": {"name": "dim", "arguments": '{"level": 30}'}}
+    assert _trained(_row("Dim", _calls("", call)), _make(template)) == f"<call>{expected}</call><|end|>"
+
+
+def test_objects_become_json_where_a_template_joins_strings() -> None:
+    template = _AS_GIVEN.replace("{}", "{{ c.function.name + ':' + c.function.arguments }}")
+    row = _row("Dim", _calls("", {"function": {"name": "dim", "arguments": {"room": "é", "on": True}}}))
+    assert _trained(row, _make(template)) == '<call>dim:{"room": "é", "on": true}</call><|end|>'
+
+
+_CUTS = {
+    "the second call": "{{ m.tool_calls[0].function | tojson if loop.first }}",
+    "the values": "{{ c.function.name }}({{ c.function.arguments.keys() | join(',') }})",
+    "the arguments": "{{ c.function.name }}",
+    "the names": "{{ c.function.arguments | tojson }}",
+}
+
+
+@pytest.mark.parametrize("cut", _CUTS)
+@pytest.mark.parametrize(
+    "values", [(3, 7), (True, False), ("den 2", "den"), ("same", "same"), (0.5, 5), (1, 11), ([1, 2], [2])]
+)
+def test_a_template_that_cuts_calls_is_refused(cut: str, values: tuple[Any, Any]) -> None:
+    calls = [{"type": "function", "function": {"name": "light", "arguments": {"x": value}}} for value in values]
+    row = _row("On", {"role": "assistant", "content": "", "tool_calls": calls})
+    with pytest.raises(InputError, match=r"leaves out or rewrites what the assistant says: .* of its tool_calls"):
+        encode(row, _make(_AS_GIVEN.replace("{}", _CUTS[cut])))
+    written = "".join(
+        f'<call>{{"name": "light", "arguments": {{"x": {json.dumps(value)}}}}}</call>' for value in values
+    )
+    assert _trained(row, _make(_WITH_CALLS)) == written + "<|end|>"
+
+
+def test_content_that_a_call_displaces_is_refused() -> None:
+    """Its word stands in the call, but not a second time."""
+    template = _WITH_CALLS.replace("{{ m.content or '' }}", "{{ m.content if not m.tool_calls }}")
+    with pytest.raises(InputError, match="leaves out"):
+        encode(_row("On", _calls("dim", _CALL)), _make(template))
+
+
+_DEAF = "{% if m.role in ('user', 'assistant') %}"
+_SPOKEN = [{"role": role, "content": word} for role, word in (("user", "Hi"), ("assistant", "Blue."))]
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+@pytest.mark.parametrize("said", ["The result is 9, at noon.", "Hi", "a", "Blue."])
+def test_a_turn_that_the_template_leaves_out_is_refused_by_its_role(role: str, said: str) -> None:
+    """Also where its few letters stand elsewhere."""
+    turn = {"role": role, "content": said}
+    row = _row(*_SPOKEN, turn, *_SPOKEN[1:]) if role == "tool" else _row(turn, *_SPOKEN)
+    deaf = _CHATML.replace("%}", "%}" + _DEAF, 1).replace("{% endfor %}", "{% endif %}{% endfor %}")
+    with pytest.raises(
+        InputError, match=rf"leaves out or rewrites turn [13], of the role {role[:3]}|of the role system"
+    ):
+        encode(row, _make(deaf))
+    assert "Blue.<|end|>" in _trained(row, _make(_CHATML))
+
+
+def test_a_context_that_the_template_writes_in_its_own_way_is_kept() -> None:
+    """Trimmed, joined, as JSON in a string, moved, without an earlier thought."""
+    template = (
+        "{% for m in messages if m.role == 'system' %}{{ m.content.split() | join(' ') }}\n{% endfor %}"
+        + _CHATML.replace("{% else %}{{ m.content }}", "{% elif m.role == 'tool' %}{{ m.content | tojson }}"
+                          "{% elif m.role != 'system' %}{{ m.content | trim }}")
+    )  # fmt: skip
+    row = _row(
+        {"role": "user", "content": "  Hi there,\n\n you <|end|> too  "},
+        {"role": "system", "content": "Be  brief\nand kind."},
+        {"role": "tool", "content": 'a "quoted" é\nline'},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "Blue."},
+    )
+    assert _trained(row, _make(template)) == "Blue.<|end|>"
+
+
+def test_an_answer_in_the_context_must_be_written_too() -> None:
+    row = _row("Hi", "Quito it is.", "Sure?", "Lima.", untrained=frozenset([1]))
+    template = _CHATML.replace("{{ m.content }}{% else", "{{ m.content if 'Quito' not in m.content }}{% else")
+    with pytest.raises(InputError, match="turn 2, of the role assistant"):
+        encode(row, _make(template))
+    thought = _row("Hi", "<think>\nPeru?\n</think>\n\nQuito it is.", "Sure?", "Lima.", untrained=frozenset([1]))
+    forgets = _CHATML.replace("{{ m.content }}{% else", "{{ m.content.split('</think>')[-1] }}{% else")
+    assert _trained(thought, _make(forgets)) == "Lima.<|end|>"
+
+
+def test_a_models_own_ends_count() -> None:
+    """GLM's calls end with the token that opens the tool's turn; its generation config stops there."""
+    template = _turns("<|{{ m.role }}|>\n", "", prompt="<|assistant|>\n")
+    tokenizer = _make(template)
+    row = _row("Hi", "Blue.", {"role": "tool", "content": "Noon."}, {"role": "assistant", "content": "Green."})
+    with pytest.raises(InputError, match="which generation does not stop at"):
+        encode(row, tokenizer)
+    ids: Any = tokenizer.convert_tokens_to_ids(["<eos>", "<|tool|>"])
+    example = encode(row, tokenizer, template_of(tokenizer, ends=ids))
+    trained = [i for i, flag in zip(example.ids, example.trained, strict=True) if flag]
+    assert tokenizer.decode(trained) == "Blue.<|tool|>Green.<|user|>"
+
+
 def test_reasoning_is_trained_as_the_template_writes_it() -> None:
     for key in ("reasoning_content", "reasoning", "thinking"):
         row = _row("Hi", {"role": "assistant", "content": "43", key: "17 + 26"})
@@ -379,9 +497,17 @@ def test_turns_that_the_row_leaves_out_are_context() -> None:
     assert "Quito." in str(_make(_CHATML).decode(encode(row, _make(_CHATML)).ids))
 
 
-@pytest.mark.parametrize("empty", ["", "  \n"])
+@pytest.mark.parametrize(
+    "empty", ["", "  \n", "\u200b", "\ufeff \u00ad", "<think></think>", "<think>\n\n</think>\n\n", "<|end|>", "<eos>"]
+)
 def test_a_turn_without_a_word_is_not_trained(empty: str) -> None:
     assert _trained(_row("Hi", empty, "Well?", "Yes."), _make(_CHATML)) == "Yes.<|end|>"
+
+
+def test_an_answer_of_one_added_token_is_one() -> None:
+    assert _trained(_row("Hi", "<call>", "Bye", "<|reply|>"), _make(_CHATML)) == "<call><|end|><|reply|><|end|>"
+    with pytest.raises(InputError, match="leaves out"):
+        encode(_row("Hi", "<call>"), _make(_CHATML.replace("{{ m.content }}{% else", "-{% else")))
 
 
 def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
@@ -404,9 +530,9 @@ _ASKED, _BLUE = {"role": "user", "content": "What?"}, {"role": "assistant", "con
 @pytest.mark.parametrize(
     ("turns", "reason"),
     [
-        ([{"role": "system", "content": "Be brief."}, _ASKED, _BLUE], r"turn 1 \(system\)"),
-        ([_ASKED, _BLUE, {"role": "tool", "content": "A result that is long."}, _BLUE], r"turn 3 \(tool\)"),
-        ([{"role": "user", "content": "Cut ## here"}, _BLUE], r"turn 1 \(user\)"),
+        ([{"role": "system", "content": "Be brief."}, _ASKED, _BLUE], "turn 1, of the role system"),
+        ([_ASKED, _BLUE, {"role": "tool", "content": "A result that is long."}, _BLUE], "turn 3, of the role tool"),
+        ([{"role": "user", "content": "Cut ## here"}, _BLUE], "turn 1, of the role user"),
     ],
 )
 def test_what_the_others_say_is_in_the_row_or_it_is_refused(turns: list[dict[str, Any]], reason: str) -> None:
@@ -415,7 +541,7 @@ def test_what_the_others_say_is_in_the_row_or_it_is_refused(turns: list[dict[str
         "{% for m in messages if m.role in ['user', 'assistant'] %}<|{{ m.role }}|>{{ m.content.split(' ##')[0] }}"
         "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    with pytest.raises(InputError, match=f"leaves out what {reason} says"):
+    with pytest.raises(InputError, match=f"leaves out or rewrites {reason}"):
         encode(Row(1, tuple(turns)), _make(template))
 
 
@@ -438,5 +564,5 @@ def test_every_call_is_written_with_its_numbers_or_refused(written: str, is_whol
         trained = [i for i, flag in zip(example.ids, example.trained, strict=True) if flag]
         assert tokenizer.decode(trained) == '<call>f{"a": 1}</call><call>f{"a": 2}</call><|end|>'
     else:
-        with pytest.raises(InputError, match="does not write call"):
+        with pytest.raises(InputError, match=r"leaves out or rewrites what the assistant says: .* of its tool_calls"):
             encode(row, tokenizer)

@@ -303,14 +303,14 @@ def test_rows_that_the_template_refuses_count_with_those_that_cannot_be_read(
 
 def test_columns_and_turns_that_are_not_used_are_told(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [
-        {"role": "user", "content": "Hi", "id": 4, "lang": "en"},
-        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "Hi", "id": 4, "lang": "en", "end": "now"},
+        {"role": "assistant", "content": "<|im_end|>"},
         {"role": "user", "content": "Well?"},
         {"role": "assistant", "content": "Yes."},
     ]
     reads = _with_template(tiny_tokenizer, f"{{# lang #}}{tiny_tokenizer.chat_template}")
     data = _prepare(tmp_path, reads, [{"messages": turns, "source": "web"}])
-    assert data.unused == ["source", "messages.id"]
+    assert data.unused == ["source", "messages.end", "messages.id"]
     assert data.silent_turns == 1
 
 

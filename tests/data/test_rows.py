@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from entrenar.core.errors import InputError
 from entrenar.data.rows import Row, read_rows
+from entrenar.data.turns import unused_keys
 
 _USER, _ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 _SHAPES = [
@@ -39,7 +40,7 @@ _BAD_ROWS = [
     ({"messages": [_USER, _ASSISTANT | {"train": "no"}]}, "train 'no'"),
     ({"messages": [_USER | {"train": True}, _ASSISTANT]}, "train: true in a turn of user"),
     ({"messages": [_USER, _ASSISTANT | {"loss_mask": 0, "mask": 1}]}, "with loss_mask, mask, which is not supported"),
-    ({"messages": [_USER, _ASSISTANT | {"trainable": False}]}, "the content; weight: 0 leaves a turn untrained"),
+    ({"messages": [_USER, _ASSISTANT | {"trainable": False}]}, "weight: 0 or train: false keep a turn"),
     ({"messages": [_USER, _ASSISTANT | {"loss": 0}]}, "with loss, which is not supported"),
     ({"prompt": "Hi", "completion": "Hello", "train": False}, "a row with train"),
     ({"prompt": "Hi", "completion": "Hello", "history": [["a", "b"]]}, "a row with history"),
@@ -63,7 +64,33 @@ _BAD_ROWS = [
     ({"prompt": "Hi", "completion": "Hello", "system": 3}, "a system that is not text"),
     ({"instruction": "Hi", "output": "Hello", "history": [["a"]]}, "a history that is not a list"),
     ({"text": 3}, "not a string"),
+    ({"messages": [_USER, _ASSISTANT | {"content": [{"type": "text", "text": "a", "loss": 0}]}]}, "text with loss"),
+    ({"messages": [_USER, _ASSISTANT | {"meta": {"train": False}}]}, "with meta, which is not supported"),
+    ({"prompt": "Hi", "completion": "<think></think>\u200b"}, "an empty answer"),
+    ({"messages": [_USER, _ASSISTANT | {"content": "\ufeff"}]}, "no assistant turn with text"),
+    ({"messages": [_USER, _ASSISTANT], "prompt": "Well?"}, "a row with prompt"),
 ]
+# Keys of a turn that say, or may say, whether it is trained; none is another's prefix or in another letter case only.
+_SWITCHES: list[tuple[str, Any]] = [
+    ("loss", 0), ("loss", False), ("loss", True), ("trainable", False), ("training", 0), ("mask", 0), ("mask", False),
+    ("masked", True), ("label", 0), ("label", False), ("loss_mask", 0), ("loss_mask", [0]), ("loss_weight", 0.0),
+    ("ignore", True), ("skip", False), ("learn", False), ("is_masked", True), ("train_on", 0), ("doTrain", False),
+    ("include_in_loss", False), ("no_loss", 1), ("trainable", "no"), ("end", False), ("eos", 0), ("use", False),
+    ("supervised", "n"), ("lossMask", [1, 0]), ("TRAIN_THIS", 0), ("active", 0), ("keep", [True]), ("weights", 1),
+    ("score", True), ("train_detail", "x"), ("prefix", True), ("step_loss", 0),
+]  # fmt: skip
+_TOLD = {
+    "id": 3, "score": 0.5, "timestamp": 1.7e9, "index": 0, "lang": "en", "created_at": 5, "tokenIds": [1, 2],
+    "uuid": "a", "step": 0, "num_tokens": 7, "source": "web", "note": {"by": "me"}, "labels": None, "mask": [],
+}  # fmt: skip
+_COLUMNS: dict[str, Any] = {
+    "train": False, "loss": 0, "weight": 0, "weights": [0, 1], "mask": [0], "completion_mask": [0],
+    "assistant_masks": [0], "sample_weight": 0, "loss_mask": 0, "train_on_turns": [1], "mask_history": True,
+    "trainOnLast": True, "enable_thinking": True, "reasoning_content": "so", "reasoning": "so", "thinking": "so",
+    "tool_calls": [{"function": {"name": "f"}}], "available_tools": [{"name": "f"}], "rejected_messages": [_USER],
+    "rejected_response": "no", "label": 0, "labels": [1], "input_ids": [1], "images": ["x"], "documents": ["x"],
+    "chat_template": "x", "developer": "x", "system_instruction": "x", "context": "Elsewhere",
+}  # fmt: skip
 
 
 _TEXT = st.text(st.characters(codec="utf-8"))
@@ -93,7 +120,8 @@ _BESIDE = [
     ({"instruction": "Hi", "output": "Hello", "history": [["Hi", "Hello"]]}, (_USER, _ASSISTANT) * 2),
     ({"instruction": "Hi", "output": "Hello", "history": [], "system": None}, (_USER, _ASSISTANT)),
     ({"prompt": [_USER], "completion": [_ASSISTANT]}, (_USER, _ASSISTANT)),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"text": "i"}]}, _ASSISTANT]},
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "H", "cache_control": {"type": "x"}},
+                                                {"text": "i"}]}, _ASSISTANT]},
      (_USER, _ASSISTANT)),
     ({"messages": [turn | dict.fromkeys(("tool_calls", "weight", "reasoning_content")) for turn in (_USER, _ASSISTANT)],
       "tools": None}, (_USER, _ASSISTANT)),
@@ -141,6 +169,50 @@ def test_of_a_prompt_of_turns_no_answer_is_trained(tmp_path: Path) -> None:
         _write(tmp_path / "data.jsonl", [{"prompt": [_USER, _ASSISTANT, _USER], "completion": [_ASSISTANT]}])
     ).rows
     assert read.untrained == frozenset([1])
+
+
+@pytest.mark.parametrize(("key", "value"), _SWITCHES)
+def test_a_key_that_may_say_what_is_trained_is_refused_whatever_its_value(tmp_path: Path, key: str, value: Any) -> None:
+    turns = [_USER, _ASSISTANT | {key: value}, _USER, _ASSISTANT]
+    with pytest.raises(InputError, match=rf":1: a turn with {key}, which is not supported"):
+        read_rows(_write(tmp_path / "data.jsonl", [{"messages": turns}]))
+
+
+def test_keys_that_only_tell_something_about_a_turn_pass(tmp_path: Path) -> None:
+    [read] = read_rows(_write(tmp_path / "data.jsonl", [{"messages": [_USER | _TOLD, _ASSISTANT | _TOLD]}])).rows
+    assert read.untrained == frozenset()
+    assert unused_keys(read.messages) == sorted(set(_TOLD) - {"labels"})
+
+
+@pytest.mark.parametrize("key", _COLUMNS)
+@pytest.mark.parametrize("shape", [row for row, _ in _SHAPES[:3]] + [{"text": "Once"}], ids=lambda row: next(iter(row)))
+def test_a_column_that_says_what_is_trained_or_shown_is_refused(
+    tmp_path: Path, shape: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(InputError, match=rf":1: a row with {key}, which is not supported in"):
+        read_rows(_write(tmp_path / "data.jsonl", [shape | {key: _COLUMNS[key]}]))
+    assert read_rows(_write(tmp_path / "data.jsonl", [shape | {key: None}])).unused == []
+
+
+@pytest.mark.parametrize("key", ["tools", "system", "system_prompt", "chat_template_kwargs", "completion", "history"])
+def test_beside_plain_text_stands_no_conversation(tmp_path: Path, key: str) -> None:
+    with pytest.raises(InputError, match=f"a row with {key}, which is not supported in text rows"):
+        read_rows(_write(tmp_path / "data.jsonl", [{"text": "Once", key: "x"}]))
+
+
+@pytest.mark.parametrize("key", ["history", "input", "context"])
+def test_a_part_of_a_conversation_that_no_shape_reads_is_refused_unless_a_turn_holds_it(
+    tmp_path: Path, key: str
+) -> None:
+    row = {"prompt": "Of the river: where is it?", "completion": "Hello"}
+    with pytest.raises(InputError, match=f"a row with {key}"):
+        read_rows(_write(tmp_path / "data.jsonl", [row | {key: "Of the sea"}]))
+    assert read_rows(_write(tmp_path / "data.jsonl", [row | {key: "the river"}])).unused == [key]
+
+
+def test_a_shape_at_null_is_not_there(tmp_path: Path) -> None:
+    row = {"prompt": "Hi", "completion": "Hello", "messages": None}
+    assert read_rows(_write(tmp_path / "data.jsonl", [row])).shape == "prompt/completion"
 
 
 def test_columns_that_nothing_reads_are_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.data import template as under_test
-from entrenar.data.template import ChatTemplate, Turn, mentions
+from entrenar.data.template import ChatTemplate, Turn
 
 _TEMPLATES = sorted((Path(__file__).parents[1] / "templates").glob("*.jinja"))
 _CALL = {"id": "a1", "type": "function", "function": {"name": "dim", "arguments": {"room": "<café>", "level": 30}}}
@@ -168,4 +169,5 @@ def test_a_process_that_has_died_is_started_again(small_limits: None, tiny_token
     ],
 )
 def test_a_name_is_read_where_it_stands_as_a_word(source: str, name: str, is_read: bool) -> None:
-    assert mentions(source, name) is is_read
+    tokenizer: Any = SimpleNamespace(chat_template=source, get_chat_template=lambda tools: source)
+    assert ChatTemplate(tokenizer).reads(name) is is_read

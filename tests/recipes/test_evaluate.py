@@ -135,6 +135,18 @@ def test_generation_stops_at_the_templates_end_whatever_the_end_of_sequence_is(
     assert model.given.eos_token_id == [0, 2, 7]
 
 
+def test_an_answer_after_a_turn_without_content_is_asked_for(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.copy(tiny_tokenizer)
+    tokenizer.chat_template = _THINKING.replace("{{ m.content }}", "{{ m.content or m.tool_calls | tojson }}")
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "on", "arguments": {}}}]}
+    turns = [{"role": "user", "content": "Please"}, call, {"role": "assistant", "content": "on"}]
+    dataset = load_dataset(_rows(tmp_path / "data.jsonl", {"messages": turns}), tokenizer, 512)
+    model: Any = _Scripted([[2]])
+    assert [answer.prompt for answer in exact_match(model, tokenizer, dataset)] == [""]
+
+
 def test_rows_that_end_without_an_answer_cost_only_their_match(tiny_model_dir: Path, tmp_path: Path) -> None:
     asked, said = {"role": "user", "content": "Please"}, {"role": "assistant", "content": "on"}
     path = _rows(

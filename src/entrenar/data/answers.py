@@ -5,50 +5,26 @@ what a server would send, and up to and with the turn; both must begin the whole
 trained.
 """
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from entrenar.core.errors import InputError
-from entrenar.data.template import REASONING_KEYS, ChatTemplate, Turn
+from entrenar.data.conversation import Conversation
+from entrenar.data.spoken import check_said
 from entrenar.data.turn_end import SENTINELS, AddedTokens, TurnEnd, end_of_turn, shared_size, usual_end
-
-_THOUGHT = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
 
 
 @dataclass(frozen=True)
 class Answer:
     """A trained turn: the `prompt` that a server would send, and its `text` with the token that ends it (`end`).
 
-    `said`: pieces of the row that the text holds, in order.
+    `said`: what of the text the row says, in pieces.
     """
 
     prompt: str
     text: str
     end: str
     said: list[str]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A row's turns before its template, with all that the template is given."""
-
-    turns: Sequence[Turn]
-    template: ChatTemplate = field(repr=False)
-    tools: Sequence[Any] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def render(self, turns: Sequence[Turn], answer_next: bool = False) -> str:
-        """Some turns as text."""
-        return self.template.render(turns, answer_next=answer_next, tools=self.tools, options=self.options)
-
-
-def says_something(turn: Turn) -> bool:
-    """Whether there is anything in an assistant's turn to train on."""
-    spoken = [turn.get("content"), *(turn.get(key) for key in REASONING_KEYS)]
-    return bool(turn.get("tool_calls")) or any(isinstance(text, str) and text.strip() for text in spoken)
 
 
 def find_answers(talk: Conversation, trained: Sequence[int]) -> tuple[list[Answer], str]:
@@ -58,7 +34,7 @@ def find_answers(talk: Conversation, trained: Sequence[int]) -> tuple[list[Answe
         InputError: the template leaves out what a turn says, writes it otherwise once others follow, or ends it with
             nothing; the sentence says which.
     """
-    whole = talk.render(talk.turns)
+    whole = talk.whole
     answers, rest = [], ""
     for index in trained:
         answer, end = _find(talk, index, whole, is_only=len(trained) == 1)
@@ -80,11 +56,10 @@ def _find(talk: Conversation, index: int, whole: str, is_only: bool) -> tuple[An
             "the model's chat template writes earlier turns differently once later ones follow, so the assistant's "
             "tokens cannot be told apart: train on rows that end at the first assistant turn"
         )
-    said = list(_said(turn, added))
-    _check_said(said, alone[start:stop], added, ends_with_content=not turn.get("tool_calls"))
+    said = check_said(turn, alone[start:stop], added)
     closing = _closing(end, added, whole, stop, is_last)
     last = added.within(closing)[-1][1] if added.within(closing) else closing
-    spoken = Answer(prompt, alone[start:stop] + closing, last, [piece for _, piece in said])
+    spoken = Answer(prompt, alone[start:stop] + closing, last, said)
     return spoken, len(whole) if is_last and not end.tail.startswith(closing) else stop + len(closing)
 
 
@@ -159,54 +134,3 @@ def _closing(end: TurnEnd, added: AddedTokens, whole: str, stop: int, is_last: b
         f"{whole[stop : stop + 20]!r}, which generation does not stop at: train on rows that end at the first "
         f"assistant turn"
     )
-
-
-def _check_said(said: list[tuple[str, str]], text: str, added: AddedTokens, ends_with_content: bool) -> None:
-    """Every piece of what the row says must be in the answer, one after the other; what is said last ends it."""
-    place = 0
-    for key, piece in said:
-        start = 0 if key == "tool_calls" else place
-        found = max(text.find(form, start) for form in (_forms(piece) if key == "tool_calls" else [piece]))
-        place = found + len(piece)
-        is_cut = found >= 0 and ends_with_content and (key, piece) == said[-1]
-        if found < 0 or (is_cut and not _pieces(text, added)[-1].endswith(piece)):
-            shown = piece if len(piece) <= 40 else piece[:40] + "…"
-            raise InputError(
-                f"the model's chat template leaves out or rewrites what the assistant says: {shown!r} of its {key} is "
-                f"not in the answer it writes, {_ending(text)!r}; mend the row, or use a template that keeps it"
-            )
-
-
-def _forms(piece: str) -> list[str]:
-    """A piece as it stands, and as a JSON string holds it."""
-    return list(dict.fromkeys([piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1]]))
-
-
-def _said(turn: Turn, added: AddedTokens) -> Iterator[tuple[str, str]]:
-    """What a turn says, as (key, piece): the texts between tags that templates treat on their own, and what is
-    called."""
-    reasoning = next((key for key in REASONING_KEYS if turn.get(key)), None)
-    if reasoning:
-        yield from ((reasoning, piece) for piece in _pieces(turn[reasoning], added))
-    yield from (("content", piece) for piece in _pieces(turn.get("content") or "", added))
-    for call in turn.get("tool_calls") or ():
-        function = call.get("function", call)
-        yield "tool_calls", str(function.get("name", ""))
-        yield from (("tool_calls", leaf) for leaf in _leaves(function.get("arguments")))
-
-
-def _pieces(text: str, added: AddedTokens) -> list[str]:
-    parts = [part for whole in added.split(text) for part in _THOUGHT.split(whole)]
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, str) and value.strip():
-        yield value

@@ -2,18 +2,19 @@
 
 import datetime
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
-from entrenar.data.answers import says_something
 from entrenar.data.encode import Example, encode
 from entrenar.data.rows import Rejected, Row, RowFile, check_share, read_rows
-from entrenar.data.template import ChatTemplate, mentions
-from entrenar.data.turn_end import template_of
+from entrenar.data.spoken import says_something
+from entrenar.data.template import ChatTemplate
+from entrenar.data.turn_end import end_texts, template_of
 from entrenar.data.turns import unused_keys
 
 TooLong = Literal["error", "truncate", "drop"]
@@ -87,6 +88,7 @@ def prepare(
     too_long: TooLong = "error",
     seed: int = 0,
     date: str | None = None,
+    ends: Any = None,
 ) -> PreparedData:
     """Read, split and encode the data.
 
@@ -95,13 +97,14 @@ def prepare(
             row, so that a row keeps its side whatever else the file holds.
         max_length: tokens; a longer row is an error, cut, or left out, by `too_long`.
         date: the day that a chat template is told, as 2026-11-30; None: today.
+        ends: the model's own ends of generation (`generation_config.eos_token_id`: a number, a list or None).
 
     Raises:
         InputError: see `read_rows`; a row that is too long under `error`; rows that the template refuses, more than 1%
-        of
-            a file with those that cannot be read; a split without rows to train on.
+            of a file with those that cannot be read; a split without rows to train on.
     """
-    template, tally = template_of(tokenizer, read_date(date) if date else None), _Tally()
+    template, tally = template_of(tokenizer, read_date(date) if date else None, ends), _Tally()
+    silent = end_texts(tokenizer)
     limit = _Limit(
         max_length, too_long, f"data.max_length is {max_length}: raise it, or set data.too_long to truncate or drop"
     )
@@ -126,7 +129,7 @@ def prepare(
         _fingerprint(training, evaluating),
         template.day.isoformat() if template.reads_clock else None,
         _unused(files, template),
-        sum(_silent_turns(row) for dataset in (training, evaluating) if dataset for row in dataset.rows),
+        sum(_silent_turns(row, silent) for dataset in (training, evaluating) if dataset for row in dataset.rows),
     )
 
 
@@ -142,10 +145,12 @@ def load_evaluation(
     too_long: TooLong = "error",
     date: str | None = None,
     remedy: str = "",
+    ends: Any = None,
 ) -> EvaluationData:
     """Read and encode one file for evaluation. `date`: see `prepare`; None: a fixed day (`EVALUATION_DAY`), so that
-    what is measured does not change with the calendar. `remedy`: what to do about a row that is too long."""
-    template, tally = template_of(tokenizer, read_date(date or EVALUATION_DAY)), _Tally()
+    what is measured does not change with the calendar. `remedy`: what to do about a row that is too long.
+    `ends`: see `prepare`."""
+    template, tally = template_of(tokenizer, read_date(date or EVALUATION_DAY), ends), _Tally()
     limit = _Limit(max_length, too_long, f"the limit is {max_length}: {remedy or 'raise it'}")
     dataset = _encode_file(read_rows(path), template, limit, tally)
     day = template.day.isoformat() if template.reads_clock else None
@@ -201,14 +206,11 @@ def _unused(files: list[RowFile], template: ChatTemplate) -> list[str]:
     """Columns that nothing reads, and keys of turns that the template does not mention."""
     columns = [name for file in files for name in file.unused]
     keys = [key for file in files for row in file.rows for key in unused_keys(row.messages)]
-    source = template.source() if keys else ""
-    return list(
-        dict.fromkeys(columns + [f"messages.{key}" for key in dict.fromkeys(keys) if not mentions(source, key)])
-    )
+    return list(dict.fromkeys(columns + [f"messages.{key}" for key in dict.fromkeys(keys) if not template.reads(key)]))
 
 
-def _silent_turns(row: Row) -> int:
-    return sum(turn["role"] == "assistant" and not says_something(turn) for turn in row.messages)
+def _silent_turns(row: Row, ends: Sequence[str]) -> int:
+    return sum(turn["role"] == "assistant" and not says_something(turn, ends) for turn in row.messages)
 
 
 def _fit(example: Example, path: Path, limit: _Limit, tally: _Tally) -> Example | None:

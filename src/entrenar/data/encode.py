@@ -6,19 +6,20 @@ the border, and the answer's tokens are those that spell the answer from there o
 post-processor may have cut them.
 """
 
-import copy
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
-from entrenar.data.answers import Answer, Conversation, find_answers, says_something
+from entrenar.data.answers import Answer, find_answers
+from entrenar.data.context import check_context
+from entrenar.data.conversation import converse
 from entrenar.data.rows import Row
-from entrenar.data.template import ChatTemplate, Turn, mentions
-from entrenar.data.template_reads import check_context, check_read
-from entrenar.data.turn_end import end_ids, template_of
+from entrenar.data.spoken import says_something
+from entrenar.data.template import ChatTemplate, Turn
+from entrenar.data.turn_end import end_ids, end_texts, template_of
 
 Span = tuple[int, int]
 
@@ -55,27 +56,32 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate 
         ids = tokenizer(row.text, return_attention_mask=False)["input_ids"]
         ids = _end_of_text(_one_bos(list(ids), tokenizer), tokenizer)
         return Example(row.line, ids, [i != tokenizer.bos_token_id or n > 0 for n, i in enumerate(ids)])
-    talk = _conversation(row, template or template_of(tokenizer))
-    wanted = [i for i, turn in enumerate(talk.turns) if i not in row.untrained and _is_answer(turn)]
+    template = template or template_of(tokenizer)
+    silent = end_texts(tokenizer)
+    wanted = [i for i, turn in enumerate(row.messages) if i not in row.untrained and _is_answer(turn, silent)]
     if not wanted:
         raise InputError("no assistant turn with text is trained, so there is nothing to train on")
+    talk = converse(row, template)
     answers, rest = find_answers(talk, wanted)
-    check_context(talk)
+    check_context(talk, wanted)
     ids, trained, start = list[int](), list[bool](), 0
     for answer in answers:
-        ids, start = _append(ids, answer, tokenizer)
+        ids, start = _append(ids, answer, tokenizer, template.ends)
         trained += [False] * (start - len(trained)) + [True] * (len(ids) - start)
-    span = (start, len(ids)) if wanted[-1] == len(talk.turns) - 1 else None
+    span = (start, len(ids)) if wanted[-1] == len(row.messages) - 1 else None
     ids += _after_end(rest, answers[-1], tokenizer)
     return Example(row.line, ids, trained + [False] * (len(ids) - len(trained)), span)
 
 
-def _is_answer(turn: Turn) -> bool:
-    return turn["role"] == "assistant" and says_something(turn)
+def _is_answer(turn: Turn, ends: Sequence[str]) -> bool:
+    return turn["role"] == "assistant" and says_something(turn, ends)
 
 
-def _append(ids: list[int], answer: Answer, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """The ids up to and with `answer`, and where it begins in them; `ids` end with the answer before."""
+def _append(
+    ids: list[int], answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: Any = None
+) -> tuple[list[int], int]:
+    """The ids up to and with `answer`, and where it begins in them; `ids` end with the answer before. `ends`: the
+    model's own ends of generation."""
     prompt = _tokens(answer.prompt, tokenizer)
     if prompt[: len(ids)] != ids:
         raise InputError(
@@ -84,11 +90,11 @@ def _append(ids: list[int], answer: Answer, tokenizer: PreTrainedTokenizerBase) 
             "turn"
         )
     own = _own_tokens(answer, prompt, tokenizer)
-    if own[-1] not in end_ids(tokenizer):
+    if own[-1] not in end_ids(tokenizer, ends):
         raise InputError(f"the answer ends with {answer.end!r}, which generation does not stop at")
     spoken = _bare(_text(own, tokenizer))
     for piece in answer.said:
-        if not any(_bare(form) in spoken for form in _as_written(piece, tokenizer)):
+        if _bare(_normal(piece, tokenizer)) not in spoken:
             raise InputError(
                 f"the tokenizer does not spell what the assistant says: {piece[:40]!r} is not in its tokens"
             )
@@ -121,44 +127,6 @@ def _after_end(rest: str, answer: Answer, tokenizer: PreTrainedTokenizerBase) ->
     return both[len(end) :]
 
 
-def _conversation(row: Row, template: ChatTemplate) -> Conversation:
-    """The row as its template takes it. Arguments of calls that are JSON in a string are given as objects, as servers
-    give them; a template that joins strings gets the string."""
-    source = template.source(row.tools)
-    for key in row.options:
-        if not mentions(source, key):
-            raise InputError(f"the model's chat template does not read {key} of chat_template_kwargs: leave it out")
-    turns = [_known_role(turn, source) for turn in row.messages]
-    talk = Conversation([_with_objects(turn) for turn in turns], template, row.tools, row.options)
-    try:
-        whole = talk.render(talk.turns)
-    except InputError:
-        if talk.turns == turns:
-            raise
-        talk = Conversation(turns, template, row.tools, row.options)
-        whole = talk.render(talk.turns)
-    check_read(talk, whole)
-    return talk
-
-
-def _known_role(turn: Turn, source: str) -> Turn:
-    return {**turn, "role": "system"} if turn["role"] == "developer" and "developer" not in source else turn
-
-
-def _with_objects(turn: Turn) -> Turn:
-    if not turn.get("tool_calls"):
-        return turn
-    turn = copy.deepcopy(turn)
-    for call in turn["tool_calls"]:
-        function = call.get("function", call)
-        if isinstance(function.get("arguments"), str):
-            try:
-                function["arguments"] = json.loads(function["arguments"])
-            except ValueError:
-                continue  # a call in the model's own words
-    return turn
-
-
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]) if text else []
 
@@ -172,12 +140,11 @@ def _bare(text: str) -> str:
     return "".join(text.replace("▁", " ").split())
 
 
-def _as_written(piece: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A piece in the forms that a template may give it, as the tokenizer's normalizer leaves them."""
+def _normal(piece: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A piece as the tokenizer's normalizer leaves it."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    forms = dict.fromkeys([piece, json.dumps(piece)[1:-1], json.dumps(piece, ensure_ascii=False)[1:-1]])
     normal = backend.normalizer if backend is not None else None
-    return [normal.normalize_str(form) if normal else form for form in forms]
+    return str(normal.normalize_str(piece)) if normal else piece
 
 
 def _one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

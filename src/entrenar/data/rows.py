@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from entrenar.core.errors import InputError, listing
-from entrenar.data.answers import says_something
+from entrenar.data.key_names import is_given, says_what_is_trained
+from entrenar.data.spoken import is_silent, says_something
 from entrenar.data.turns import Message, read_turns
 from entrenar.files.json_lines import Line, read_json_lines
 
@@ -21,12 +22,15 @@ __all__ = ["Message", "Rejected", "Row", "RowFile", "check_share", "read_rows"]
 MAX_BAD_SHARE = 0.01
 _SYSTEM = ("system", "system_prompt", "system_message")
 _BESIDE = ("tools", "chat_template_kwargs", *_SYSTEM)
-# Columns that say what is trained or shown in a way that is not honoured.
+# Columns that say what is shown in a way that is not honoured; those of `key_names` say what is trained.
 _REFUSED = (
-    "functions", "function_call", "documents", "images", "image", "videos", "video", "audio", "audios", "loss_mask",
-    "labels", "label", "input_ids", "weight", "loss_weight", "sample_weight", "train", "trainable", "mask", "masked",
-    "rejected", "history",
+    "functions", "function_call", "documents", "images", "image", "videos", "video", "audio", "audios", "input_ids",
+    "chat_template", "enable_thinking", "reasoning_content", "reasoning", "thinking", "tool_calls", "available_tools",
+    "sys", "system_instruction", "system_instructions", "developer", "attention_mask", "mask_history",
 )  # fmt: skip
+# Columns that may hold a part of the conversation: refused where a shape does not read them and no turn holds them.
+_PARTS = ("history", "input", "context")
+_PARTS_BESIDE_TURNS = ("prompt", "completion", "instruction", "output")
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,10 @@ def _recognise(path: Path, lines: list[Line]) -> str:
     first = next((line for line in lines if line.row is not None), None)
     if first is None or first.row is None:
         raise InputError(f"{path}:{lines[0].number}: {lines[0].problem}: the file needs one JSON object a line")
-    for shape, (keys, *_) in _SHAPES.items():
-        if all(key in first.row for key in keys):
-            return shape
+    for there in ({key for key, value in first.row.items() if value is not None}, set(first.row)):
+        for shape, (keys, *_) in _SHAPES.items():
+            if there.issuperset(keys):
+                return shape
     raise InputError(
         f"{path}:{first.number}: a row with the keys {listing(sorted(first.row))}: rows have messages, or prompt and "
         "completion, or instruction and output, or text"
@@ -118,39 +123,47 @@ def _convert(shape: str, line: Line) -> Row | str:
     """The row, or what is wrong with it."""
     if line.row is None:
         return line.problem
-    keys, more, convert = _SHAPES[shape]
+    keys, _, convert = _SHAPES[shape]
     missing = [key for key in keys if key not in line.row]
     if missing:
         return f"a row without {listing(missing)}, in a file of {shape} rows"
-    if shape == "text":
-        return convert(line.row, line.number)
-    refused = [key for key in _REFUSED if key not in more and _is_given(line.row.get(key))]
-    if refused:
-        return f"a row with {listing(refused)}, which is not supported: leave the column out, or set it to null"
     row = convert(line.row, line.number)
-    return row if isinstance(row, str) else _beside(row, line.row)
+    if isinstance(row, str):
+        return row
+    refused = [key for key in _unused(shape, line.row) if _is_refused(shape, key, line.row[key], row)]
+    if refused:
+        return (
+            f"a row with {listing(refused)}, which is not supported in {shape} rows: leave the column out, or set it "
+            "to null"
+        )
+    return row if row.text else _beside(row, line.row)
 
 
-def _is_given(value: Any) -> bool:
-    return value is not None and value != "" and value != [] and value != {}
+def _is_refused(shape: str, key: str, value: Any, row: Row) -> bool:
+    """Whether a column that is not read says something about what is trained or shown."""
+    if key in _PARTS or (shape == "messages" and key in _PARTS_BESIDE_TURNS):
+        said = row.text or "\0".join(str(turn.get("content")) for turn in row.messages)
+        return not isinstance(value, str) or value.strip() not in said
+    beside = row.text and key in (*_BESIDE, "completion")
+    return key in _REFUSED or says_what_is_trained(key) or bool(beside)
 
 
 def _unused(shape: str, row: Mapping[str, Any]) -> list[str]:
     keys, more, _ = _SHAPES[shape]
     used = {*keys, *more}
-    return [key for key, value in row.items() if key not in used and _is_given(value)]
+    return [key for key, value in row.items() if key not in used and is_given(value)]
 
 
 def _beside(row: Row, given: dict[str, Any]) -> Row | str:
     """The row with the tools, the system turn and the template's options that stand beside its turns."""
     tools, options = _list_of(given.get("tools")), given.get("chat_template_kwargs")
-    options = options if _is_given(options) else {}
+    options = options if is_given(options) else {}
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         return "tools that are not a list of objects"
     if not isinstance(options, dict) or {"messages", "tools", "add_generation_prompt"} & set(options):
         return "chat_template_kwargs that are not an object of a template's own options"
     row = replace(row, tools=tuple(tools), options=options)
-    named = [key for key in _SYSTEM if _is_given(given.get(key))]
+    named = [key for key in _SYSTEM if is_given(given.get(key))]
     if not named:
         return _check_answers(row)
     system = given[named[0]]
@@ -169,7 +182,7 @@ def _list_of(value: Any) -> Any:
             return json.loads(value)
         except (ValueError, RecursionError):
             return value
-    return value if _is_given(value) else []
+    return value if is_given(value) else []
 
 
 def _check_answers(row: Row) -> Row | str:
@@ -191,7 +204,7 @@ def _from_messages(row: dict[str, Any], line: int) -> Row | str:
 def _exchange(line: int, prompt: Any, answer: Any, before: tuple[Message, ...] = ()) -> Row | str:
     if not isinstance(prompt, str) or not isinstance(answer, str):
         return "a prompt or answer that is not text"
-    if not answer.strip():
+    if is_silent(answer):
         return "an empty answer, so nothing to train on"
     return Row(line, (*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
 
@@ -211,7 +224,7 @@ def _from_prompt(row: dict[str, Any], line: int) -> Row | str:
 
 
 def _from_alpaca(row: dict[str, Any], line: int) -> Row | str:
-    context = row["input"] if _is_given(row.get("input")) else ""
+    context = row["input"] if is_given(row.get("input")) else ""
     if not isinstance(context, str):
         return "an input that is not text"
     instruction = row["instruction"]

@@ -36,13 +36,19 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 class ChatTemplate:
     """The template of a tokenizer on a `day`; `reads_clock`: whether a render so far has asked which day it is.
 
-    `in_parts`: give content as a list of one part, as templates of models that see images want it.
+    `in_parts`: give content as a list of one part, as templates of models that see images want it. `ends`: the model's
+    own ends of generation (`generation_config.eos_token_id`: a number, a list or None).
     """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     day: date = field(default_factory=date.today)
     reads_clock: bool = False
     in_parts: bool = False
+    ends: Any = None
+
+    def reads(self, key: str, tools: Sequence[Any] = ()) -> bool:
+        """Whether the template names `key`, as a variable or a key; a part of another name is none."""
+        return re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", self.source(tools)) is not None
 
     def source(self, tools: Sequence[Any] = ()) -> str:
         """The template's text.
@@ -89,11 +95,6 @@ class ChatTemplate:
             raise InputError(f"the model's chat template refuses this conversation: {answer['error']}")
         self.reads_clock |= answer["clock"]
         return answer["text"]
-
-
-def mentions(source: str, name: str) -> bool:
-    """Whether a template has `name` as a whole word: `thinking` is not in one that reads `enable_thinking`."""
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", source) is not None
 
 
 def _as_served(turn: Turn, in_parts: bool) -> Turn:

@@ -149,10 +149,11 @@ def _usual(tokenizer: PreTrainedTokenizerBase, added: AddedTokens) -> TurnEnd | 
     return None
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> ChatTemplate:
-    """The tokenizer's chat template on a day (None: today), given turns in the form that it reads."""
+def template_of(tokenizer: PreTrainedTokenizerBase, day: date | None = None, ends: Any = None) -> ChatTemplate:
+    """The tokenizer's chat template on a day (None: today), given turns in the form that it reads. `ends`: a model's
+    own list of tokens that generation stops at."""
     _, end = usual_end(tokenizer)
-    return ChatTemplate(tokenizer, day or date.today(), in_parts=end is not None and end.in_parts)
+    return ChatTemplate(tokenizer, day or date.today(), in_parts=end is not None and end.in_parts, ends=ends)
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -160,6 +161,14 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     added, end = usual_end(tokenizer)
     last = added.within(end.closing)[-1:] if end else []
     return added.ids[last[0][1]] if last else None
+
+
+def end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Tokens that say nothing by themselves: those that begin, end and pad a text, and what ends an answer."""
+    added, end = usual_end(tokenizer)
+    own = [token for _, token in added.within(end.closing)] if end else []
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    return tuple(dict.fromkeys(str(token) for token in (*own, *named) if token))
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, also: Any = None) -> list[int]:

@@ -4,23 +4,23 @@ Nothing that has a meaning is dropped: a key is passed on to the template, honou
 refused by name. A key at null is not there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from entrenar.core.errors import listing
+from entrenar.data.key_names import is_given, says_what_is_trained, switches
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Keys that say something about what is shown, in a way that is not honoured; false and 0 are nothing.
-_REFUSED = (
-    "function_call", "prefix", "images", "image", "videos", "video", "audio", "audios", "refusal",
-)  # fmt: skip
-# Keys that say what is trained, in a way that is not honoured: false and 0 of an assistant's turn say it too.
-_REFUSED_MASKS = (
-    "train_detail", "loss_mask", "mask", "masked", "loss", "loss_weight", "trainable", "training", "trained", "label",
-    "labels",
-)  # fmt: skip
+_READ = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"}
+_HONOURED = {*_READ, "weight", "train"}
+# Keys that say something about what is shown, in a way that is not honoured.
+_REFUSED = ("function_call", "prefix", "images", "image", "videos", "video", "audio", "audios", "refusal")
+# Keys that say by false or 0 that a turn is not trained.
+_TRAINED = ("loss", "loss_weight", "loss_mask", "train_on", "trainable", "training", "trained", "label", "labels")
+# Keys of a part of content that change nothing of its text.
+_OF_PARTS = {"type", "text", "cache_control"}
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def _read_turn(turn: Any) -> tuple[Message, bool] | str:
     if not isinstance(turn, dict) or turn.get("role") not in ROLES:
         return bad
     given = {key: value for key, value in turn.items() if value is not None}
-    refused = [key for key in _REFUSED + _REFUSED_MASKS if given.get(key) or _is_mask(given, key)]
+    refused = [key for key, value in given.items() if _is_refused(key, value) and not _is_so(given, key)]
     if refused:
-        hint = "; weight: 0 leaves a turn untrained" if set(refused) & set(_REFUSED_MASKS) else ""
         return (
-            f"a turn with {listing(refused)}, which is not supported: leave it out, or write it into the content{hint}"
+            f"a turn with {listing(refused)}, which is not supported: leave it out or set it to null; weight: 0 or "
+            "train: false keep a turn from being trained on"
         )
     problem = _calls_problem(given) or _reasoning_problem(given)
     if problem:
@@ -71,10 +71,17 @@ def _read_turn(turn: Any) -> tuple[Message, bool] | str:
     return _trained(given)
 
 
-def _is_mask(given: Message, key: str) -> bool:
-    """Whether `key` of an assistant's turn says by false or 0 what is trained."""
-    value = given.get(key)
-    return given["role"] == "assistant" and key in _REFUSED_MASKS and isinstance(value, bool | int | float)
+def _is_so(given: Message, key: str) -> bool:
+    """Whether a key only says that what never is trained, as the turns of others, is not."""
+    return given["role"] != "assistant" and key in _TRAINED and given[key] in (False, 0)
+
+
+def _is_refused(key: str, value: Any) -> bool:
+    """Whether a key says, or may say, something that nobody would hear."""
+    if key in _HONOURED or not is_given(value):
+        return False
+    within = [name for name, item in value.items() if is_given(item)] if isinstance(value, dict) else []
+    return key in _REFUSED or any(says_what_is_trained(name) for name in (key, *within)) or switches(key, value)
 
 
 def _trained(given: Message) -> tuple[Message, bool] | str:
@@ -101,19 +108,26 @@ def _text_of(content: Any) -> str | None:
 
 
 def _is_text(part: Any) -> bool:
-    others = {key for key, value in part.items() if value is not None} if isinstance(part, dict) else {"?"}
-    return others <= {"type", "text"} and part.get("type", "text") == "text"
+    others = {key for key, value in part.items() if is_given(value)} if isinstance(part, dict) else {"?"}
+    return others <= _OF_PARTS and part.get("type", "text") == "text"
 
 
 def _content_problem(content: Any, bad: str) -> str:
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         return bad
-    kinds = sorted({str(part.get("type", "a part without type")) for part in content if not _is_text(part)})
+    kinds = sorted({_kind(part) for part in content if not _is_text(part)})
     return (
         f"a turn whose content has parts that are not text ({listing(kinds)}): only text is trained on"
         if kinds
         else bad
     )
+
+
+def _kind(part: dict[str, Any]) -> str:
+    """What a part is, or which of its keys make it more than text."""
+    kind = str(part.get("type", "a part without type"))
+    others = sorted(str(key) for key, value in part.items() if key not in _OF_PARTS and is_given(value))
+    return f"text with {', '.join(others)}" if kind == "text" and others else kind
 
 
 def _calls_problem(given: Message) -> str:
@@ -146,7 +160,6 @@ def _reasoning_problem(given: Message) -> str:
     return f"{listing(keys)} in a turn of {given['role']}" if keys and given["role"] != "assistant" else ""
 
 
-def unused_keys(messages: Sequence[Message]) -> list[str]:
+def unused_keys(messages: Iterable[Message]) -> list[str]:
     """Keys of turns whose meaning is not known here; a template may read them."""
-    known = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"}
-    return sorted({key for message in messages for key in message if key not in known})
+    return sorted({key for message in messages for key in message if key not in _READ})

@@ -35,7 +35,7 @@ def exact_match(
     tokens long. Rows of plain text, those that end with another turn, and those whose answer is not trained or was cut
     have none to match and are left out."""
     asked = [
-        (row.messages[-2]["content"] if len(row.messages) > 1 else "", example)
+        ((row.messages[-2].get("content") or "") if len(row.messages) > 1 else "", example)
         for row, example in zip(dataset.rows, dataset.examples, strict=True)
         if example.answer is not None
     ]
@@ -46,7 +46,7 @@ def exact_match(
     prompts = [example.ids[: example.answer[0]] for example in examples if example.answer]
     texts = generate_ids(model, tokenizer, prompts, max_new_tokens=2 * longest, batch_size=batch_size)
     return [
-        Answer(question or "", spoken_text(_answer(example), model, tokenizer), text)
+        Answer(question, spoken_text(_answer(example), model, tokenizer), text)
         for (question, example), text in zip(asked, texts, strict=True)
     ]
 

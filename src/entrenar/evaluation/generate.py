@@ -14,7 +14,7 @@ def prompt_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase)
     """The conversation in the model's template, ready to be answered; without a template, the plain text."""
     if tokenizer.chat_template:
         return template_of(tokenizer).render(messages, answer_next=True)
-    return "\n".join(message["content"] for message in messages)
+    return "\n".join(message.get("content") or "" for message in messages)
 
 
 def generate(

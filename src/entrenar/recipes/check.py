@@ -67,7 +67,7 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     """
     directory = open_run_directory(load_config(RunConfig, Path(config_path), overrides))
     source = open_for(directory.config)
-    data = prepare_data(directory.config, source.tokenizer)
+    data = prepare_data(directory.config, source.tokenizer, getattr(source.generation, "eos_token_id", None))
     config = with_date(directory, data).config
     model, libraries = load_adapted(config, source)
     refuse_foreign_tokens(data, model, config)

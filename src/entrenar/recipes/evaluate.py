@@ -54,7 +54,8 @@ def evaluate(
     """
     loaded, tokenizer = open_model(model, adapter, quantize, dtype)
     remedy = "raise --max-length (max_length), or choose truncate or drop with --too-long (too_long)"
-    read = load_evaluation(Path(data), tokenizer, max_length, too_long, date, remedy)
+    ends = getattr(loaded.generation_config, "eos_token_id", None)
+    read = load_evaluation(Path(data), tokenizer, max_length, too_long, date, remedy, ends)
     dataset = read.dataset
     if not len(dataset):
         raise InputError(f"{data} leaves no row to evaluate on: check its rows and max_length {max_length}")

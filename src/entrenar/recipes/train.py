@@ -95,7 +95,7 @@ class _Ran:
 def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> _Ran:
     asked = directory.config
     source = open_for(asked)
-    data = prepare_data(asked, source.tokenizer)
+    data = prepare_data(asked, source.tokenizer, getattr(source.generation, "eos_token_id", None))
     directory = with_date(directory, data)
     say(describe(data, asked.data.train))
     if data.date:
@@ -174,8 +174,9 @@ def with_date(directory: RunDirectory, data: PreparedData) -> RunDirectory:
     return directory.fixing("data", date=data.date) if data.date else directory
 
 
-def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """The data of a config, encoded; InputError where a share to hold out leaves no row to validate on."""
+def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ends: Any = None) -> PreparedData:
+    """The data of a config, encoded; InputError where a share to hold out leaves no row to validate on. `ends`: see
+    `prepare`."""
     section = config.data
     data = prepare(
         tokenizer,
@@ -186,6 +187,7 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Prepa
         too_long=section.too_long,
         seed=config.training.seed,
         date=section.date,
+        ends=ends,
     )
     if section.validation_fraction and data.validation is None:
         raise InputError(
