@@ -162,3 +162,9 @@ def test_the_parts_inside_an_adapted_layer_are_no_targets() -> None:
     model = quantized_stack()
     attach_lora(model, rank=2)
     assert match_targets(model, r".*") == ["wide", "narrow"]
+
+
+@pytest.mark.parametrize("exclude", [["nothing"], ["q_proj", "v_porj"], r".*nothing"])
+def test_a_word_that_excludes_nothing_is_refused(exclude: str | list[str]) -> None:
+    with pytest.raises(InputError, match=r"lora\.exclude: .* matches no layer"):
+        attach_lora(tiny_llama(), rank=2, exclude=exclude)

@@ -83,11 +83,21 @@ def attach(model: nn.Module, spec: LoraSpec, original: Original | None = None) -
     """`attach_lora` for a spec."""
     refuse_adapted(model)
     names = match_targets(model, spec.targets, exclude=spec.exclude, saved=spec.modules_to_save)
+    _check_excluded(model, spec.exclude)
     idle = spec.unused_patterns(names)
     if idle:
         raise InputError(f"the rank or alpha pattern {listing(idle)!r} matches no adapted layer")
     replace_modules(model, make_layers(model, spec, names, fresh_start(spec.init, original)))
     return names
+
+
+def _check_excluded(model: nn.Module, exclude: Targets) -> None:
+    """InputError for a word that excludes nothing: in an adapter's config peft passes over it, here it is a typo."""
+    paths = [name for name, _ in model.named_modules() if name]
+    words: list[Targets] = [exclude] if isinstance(exclude, str) else [[word] for word in exclude]
+    idle = [str(word if isinstance(word, str) else word[0]) for word in words if word and not named_by(paths, word)]
+    if idle:
+        raise InputError(f"lora.exclude: {listing(idle)!r} matches no layer of the model, so it excludes nothing")
 
 
 def make_layers(model: nn.Module, spec: LoraSpec, names: Sequence[str], start: Starter) -> dict[str, nn.Module]:
