@@ -197,7 +197,7 @@ def embedding_of(model: PreTrainedModel) -> nn.Parameter:
 
 # In these peft makes experts of every layer that is named like one of theirs, a dense or shared one too.
 _LIKE_EXPERTS = ["gate_proj", "up_proj", "down_proj"]
-LEFT_OUT = dict.fromkeys(("deepseek_v3", "dots1", "qwen3_next"), _LIKE_EXPERTS)
+LEFT_OUT: dict[str, list[str]] = dict.fromkeys(("deepseek_v3", "dots1", "qwen3_next"), _LIKE_EXPERTS)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
