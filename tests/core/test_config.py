@@ -274,3 +274,9 @@ def test_aliases_that_multiply_are_refused_before_they_are_written_out(tmp_path:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
     assert "more than 200,000 values" in problems(tmp_path, "\n".join(lines))[0]
+
+
+@pytest.mark.parametrize("path", ["0E0", "1e5", "-2.e-3", ".5e1"])
+def test_a_path_that_looks_like_a_number_is_written_in_quotes(tmp_path: Path, path: str) -> None:
+    config = Config(model=Model(path=path))
+    assert read(tmp_path, to_yaml(config)) == config

@@ -44,10 +44,15 @@ class _Loader(yaml.SafeLoader):
             ) from None
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts into quotes what the loader would read as a number: a path such as `0e0`."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {k: list(v) for k, v in _kind.yaml_implicit_resolvers.items()}
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def load_config(kind: type[ConfigType], path: Path, overrides: Mapping[str, Any] | None = None) -> ConfigType:
@@ -95,7 +100,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def to_yaml(config: Section) -> str:
     """Write a resolved config as YAML, keys in their declared order."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
