@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerB
 
 from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.safetensors import write_checkpoint
-from entrenar.models.source import open_source
+from entrenar.opening.source import open_source
 
 TOKENIZER = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 LLAMA_1B = LlamaConfig(

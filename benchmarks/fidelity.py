@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from entrenar.exporting.fidelity import measure
 from entrenar.exporting.streaming import Fused
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.attach import attach_lora
 from entrenar.lora.low_rank import AdapterLayer
-from entrenar.models.original import original_weights
-from entrenar.quant.linear import QuantizedLinear
+from entrenar.opening.original import original_weights
 from entrenar.quant.tensor import quantize, quantize_4bit
 
 SIDE = 2048
@@ -163,8 +163,8 @@ def fuse() -> Iterator[Row]:
 def _random_adapter(base: Path, directory: Path) -> None:
     """Rank 16 in every linear layer, trained on nf4 as far as its file says."""
     from entrenar.files.peft import AdapterTensors, BaseFormat, PeftAdapter, write_adapter
-    from entrenar.models.load import build_on_meta
-    from entrenar.models.source import open_source
+    from entrenar.opening.load import build_on_meta
+    from entrenar.opening.source import open_source
 
     model = build_on_meta(open_source(str(base)), torch.bfloat16)
     layers = {

@@ -45,7 +45,7 @@ def theirs(source: Path, target: Path, type: str) -> Work:
     """llama.cpp's."""
     import llama_cpp
 
-    from entrenar.exporting.gguf_types import FILE_TYPES
+    from entrenar.gguf.types import FILE_TYPES
 
     silent = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
@@ -70,7 +70,7 @@ def original(size: str) -> Path:
 
 def error(path: Path, source: Path) -> float:
     """Root mean squared error of all weights."""
-    from entrenar.files.gguf import GGUFFile
+    from entrenar.gguf.reader import GGUFFile
 
     found, exact = GGUFFile(path), GGUFFile(source)
     total = sum(float((found.read(n).float() - exact.read(n).float()).square().sum()) for n in exact.tensors)

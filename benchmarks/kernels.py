@@ -26,12 +26,12 @@ from _timing import (
 )
 
 import entrenar
-from entrenar.models.compute import native_dtype
-from entrenar.ops import native
+from entrenar import native
+from entrenar.layers.quantized_linear import quantized_linear
+from entrenar.opening.compute import native_dtype
 from entrenar.ops.dequantize_codebook import dequantize_codebook_into
 from entrenar.ops.gguf_blocks import quantize_gguf
 from entrenar.quant.codebooks import codebook
-from entrenar.quant.linear import quantized_linear
 from entrenar.quant.scales import scale_tensors
 
 THREADS = 2

@@ -36,7 +36,7 @@ def ours(directory: Path) -> Load:
     import torch
 
     import entrenar
-    import entrenar.models.load
+    import entrenar.opening.load
     from entrenar.core.memory import PeakMemory
     from entrenar.files.safetensors import SafetensorsCheckpoint
 

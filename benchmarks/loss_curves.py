@@ -22,7 +22,7 @@ import entrenar
 from entrenar.core.config import load_config
 from entrenar.data.batches import Batch, batch_rows, collate
 from entrenar.lora.attach import attach_lora, trained_parameters
-from entrenar.models.source import open_source
+from entrenar.opening.source import open_source
 from entrenar.optim.schedule import learning_rate_factor
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.train import pad_id, prepare_data

@@ -8,7 +8,7 @@ from pathlib import Path
 from _timing import Row, alternate, arguments, report, timed
 from transformers import AutoConfig, AutoTokenizer
 
-from entrenar.models.source import open_source
+from entrenar.opening.source import open_source
 
 MODEL = Path("models/SmolLM2-135M-Instruct.Q4_1.gguf")
 

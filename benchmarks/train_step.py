@@ -37,9 +37,9 @@ def ours(
     import entrenar
     from entrenar.data.batches import micro_batches
     from entrenar.data.encode import Example
+    from entrenar.layers.residual_blocks import Keep
     from entrenar.lora.attach import attach_lora
-    from entrenar.models.activations import decoder_layers, set_keep
-    from entrenar.ops.residual_blocks import Keep
+    from entrenar.models.acceleration.activations import decoder_layers, set_keep
     from entrenar.optim.adamw import make_adamw
     from entrenar.training.step import update
 
@@ -109,7 +109,7 @@ def bare_products(directory: Path) -> Callable[[], float]:
     import torch
     from transformers import AutoConfig
 
-    from entrenar.models.compute import native_dtype
+    from entrenar.opening.compute import native_dtype
 
     torch.set_num_threads(THREADS)
     dtype = native_dtype(torch.device("cpu"))

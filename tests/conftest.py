@@ -21,8 +21,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from entrenar.models.pre_tokenizers import PRE_TOKENIZERS
-from entrenar.ops import native
+from entrenar import native
+from entrenar.gguf.pre_tokenizers import PRE_TOKENIZERS
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

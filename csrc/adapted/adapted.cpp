@@ -1,5 +1,5 @@
 // Linear layers that share an input, each with or without low-rank factors: the sums of products of
-// ops/adapted_linear.py, one call for a forward and one for a backward.
+// layers/adapted_linear.py, one call for a forward and one for a backward.
 //
 // Letters as in group.h. As an inner dimension u and v are read in steps of 32: what is read of a neighbour meets the zeros
 // that follow a factor.

@@ -1,4 +1,4 @@
-// Return codes of every exported function: 0, or a negative code that ops/native.py turns into a sentence.
+// Return codes of every exported function: 0, or a negative code that native turns into a sentence.
 #pragma once
 
 namespace entrenar {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from entrenar.core.errors import EntrenarError, InputError, StoppedError
+    from entrenar.layers.quantized_linear import QuantizedLinear
     from entrenar.lora.adapter_io import load_adapter, save_adapter
     from entrenar.lora.attach import attach_lora
     from entrenar.lora.lora_layer import LoRALayer
@@ -15,9 +16,8 @@ if TYPE_CHECKING:
     from entrenar.lora.qlora_layer import QLoRALayer
     from entrenar.lora.several import Adapters
     from entrenar.lora.token_rows import resize_vocabulary
-    from entrenar.models.load import load
-    from entrenar.models.original import original_weights
-    from entrenar.quant.linear import QuantizedLinear
+    from entrenar.opening.load import load
+    from entrenar.opening.original import original_weights
     from entrenar.quant.tensor import QuantizedTensor, dequantize_4bit, quantize, quantize_4bit
     from entrenar.recipes.check import check
     from entrenar.recipes.evaluate import evaluate

@@ -19,12 +19,12 @@ from triton_kernels import (
     test_rotations,
 )
 
+from entrenar.layers.adapted_native import Member
+from entrenar.layers.composed_blocks import after_attention, before_attention
+from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Norm
 from entrenar.ops import gpu_kernels
-from entrenar.ops.adapted_native import Member
-from entrenar.ops.composed_blocks import after_attention, before_attention
 from entrenar.ops.library import compute
 from entrenar.ops.linear_weight import CodebookWeight
-from entrenar.ops.residual_blocks import AttentionBlock, MlpBlock, Norm
 
 pytestmark = pytest.mark.cuda
 __all__ = [

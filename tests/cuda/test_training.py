@@ -18,7 +18,7 @@ from entrenar.core.errors import StoppedError
 from entrenar.core.run_log import read_metrics
 from entrenar.evaluation.fidelity import ExportStep
 from entrenar.files.peft import WEIGHTS_NAME
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes.evaluate import evaluate
 from entrenar.recipes.export import export
 from entrenar.recipes.train import TrainResult, train

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from entrenar.core.errors import InputError
 from entrenar.data.encode import encode
 from entrenar.data.rows import Message, Row
-from entrenar.models.pre_tokenizers import PRE_TOKENIZERS
+from entrenar.gguf.pre_tokenizers import PRE_TOKENIZERS
 
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import export_gguf
-from entrenar.exporting.gguf_types import FILE_TYPES
-from entrenar.files.gguf import GGUFFile
-from entrenar.models.load import load
+from entrenar.gguf.reader import GGUFFile
+from entrenar.gguf.types import FILE_TYPES
+from entrenar.opening.load import load
 from entrenar.recipes.export import export
 
 

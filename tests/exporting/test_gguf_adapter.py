@@ -10,12 +10,12 @@ from torch import nn
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf_adapter import export_gguf_adapter
-from entrenar.files.gguf import GGUFFile
+from entrenar.gguf.families import FAMILIES
+from entrenar.gguf.reader import GGUFFile
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.gguf_families import FAMILIES
-from entrenar.models.load import load
-from entrenar.models.source import open_source
+from entrenar.opening.load import load
+from entrenar.opening.source import open_source
 from entrenar.recipes.export import export
 
 

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import export_gguf
-from entrenar.files.gguf import GGUFFile
+from entrenar.gguf.families import FAMILIES
+from entrenar.gguf.reader import GGUFFile
+from entrenar.gguf.rope import rope_tensors, set_rope_tensors
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.gguf_families import FAMILIES
-from entrenar.models.gguf_rope import rope_tensors, set_rope_tensors
-from entrenar.models.load import load
-from entrenar.models.source import open_source
+from entrenar.opening.load import load
+from entrenar.opening.source import open_source
 from entrenar.recipes.export import export
 
 

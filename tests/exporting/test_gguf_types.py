@@ -2,7 +2,7 @@
 
 import pytest
 
-from entrenar.exporting.gguf_types import FILE_TYPES, Model, type_of
+from entrenar.gguf.types import FILE_TYPES, Model, type_of
 
 LLAMA_8B = Model(layers=32, heads=32, kv_heads=8, tied=False)
 MORE_BITS = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}

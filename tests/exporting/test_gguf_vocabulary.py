@@ -11,7 +11,7 @@ from gguf_tokenizers import TOKENIZERS, random_text
 from transformers import PreTrainedTokenizerFast
 
 from entrenar.exporting.gguf import vocabulary_metadata
-from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
+from entrenar.gguf.tokenizer import tokenizer_from_metadata
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from entrenar.core.errors import InputError
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.load import load
-from entrenar.models.original import original_weights
+from entrenar.opening.load import load
+from entrenar.opening.original import original_weights
 from entrenar.recipes.export import export
 
 IDS = torch.tensor([[1, 40, 80, 120, 7, 9, 200]])

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import vocabulary_metadata
-from entrenar.models.gguf_tokenizer import CONTROL, USER_DEFINED
+from entrenar.gguf.tokenizer import CONTROL, USER_DEFINED
 
 _BLANKS = norm.Replace(" ", "▁")
 

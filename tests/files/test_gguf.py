@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrenar.core.errors import InputError
-from entrenar.files.gguf import GGUFFile
+from entrenar.gguf.reader import GGUFFile
 
 _TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 _SCALARS = [

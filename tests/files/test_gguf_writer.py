@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from gguf import GGUFReader
 
-from entrenar.files.gguf import GGUFFile
-from entrenar.files.gguf_writer import GGUFTensor, Value, write_gguf_file
+from entrenar.gguf.reader import GGUFFile
+from entrenar.gguf.writer import GGUFTensor, Value, write_gguf_file
 from entrenar.ops.gguf_blocks import quantize_gguf
 
 _KEYS: dict[str, Value | bytes] = {

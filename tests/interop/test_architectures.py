@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from entrenar.core.errors import InputError
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.forward import target_loss
-from entrenar.models.load import load
+from entrenar.opening.load import load
 
 pytestmark = pytest.mark.interop
 

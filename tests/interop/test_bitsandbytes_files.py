@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from entrenar.core.errors import InputError
 from entrenar.files.bitsandbytes import BitsandbytesWeights
 from entrenar.files.safetensors import SafetensorsCheckpoint
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.load import load
-from entrenar.quant.linear import QuantizedLinear
+from entrenar.opening.load import load
 from entrenar.recipes.export import export
 from entrenar.recipes.merge import merge
 

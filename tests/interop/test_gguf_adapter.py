@@ -12,9 +12,9 @@ from torch import Tensor
 
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.load import load
+from entrenar.opening.load import load
+from entrenar.opening.open_model import open_model
 from entrenar.recipes.export import export
-from entrenar.recipes.open_model import open_model
 
 pytestmark = pytest.mark.interop
 

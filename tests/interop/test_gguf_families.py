@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from entrenar.exporting.gguf import export_gguf
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes.export import export
 
 pytestmark = pytest.mark.interop

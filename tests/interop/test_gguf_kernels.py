@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entrenar.files.gguf import GGUFFile
+from entrenar.gguf.reader import GGUFFile
 from entrenar.ops.gguf_blocks import dequantize_gguf, quantize_gguf
 
 pytestmark = pytest.mark.interop

@@ -1,6 +1,6 @@
 """Every key that changes what llama.cpp computes changes it here too, or is refused by name.
 
-The list in models/gguf_values.py was derived so, with all keys of llama.cpp's table; this asks about those it named.
+The list in gguf/values.py was derived so, with all keys of llama.cpp's table; this asks about those it named.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import export_gguf
-from entrenar.models.load import load
+from entrenar.opening.load import load
 
 pytestmark = pytest.mark.interop
 

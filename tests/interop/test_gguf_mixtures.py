@@ -11,8 +11,8 @@ from gguf_models import MODELS, make_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.exporting.gguf import export_gguf
-from entrenar.exporting.gguf_types import FILE_TYPES
-from entrenar.files.gguf import GGUFFile
+from entrenar.gguf.reader import GGUFFile
+from entrenar.gguf.types import FILE_TYPES
 from entrenar.recipes.export import export
 
 pytestmark = pytest.mark.interop

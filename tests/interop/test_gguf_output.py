@@ -15,9 +15,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.exporting.gguf import vocabulary_metadata
-from entrenar.exporting.vocabulary_probe import PROBES
-from entrenar.files.gguf_writer import write_gguf_file
 from entrenar.files.peft import read_adapter
+from entrenar.gguf.vocabulary_probe import PROBES
+from entrenar.gguf.writer import write_gguf_file
 from entrenar.recipes.export import export
 
 pytestmark = pytest.mark.interop

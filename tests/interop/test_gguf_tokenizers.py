@@ -19,9 +19,9 @@ from tokenizers import pre_tokenizers as pre
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from entrenar.models.gguf_special import special_tokens
-from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
-from entrenar.models.pre_tokenizers import _ALIASES, PRE_TOKENIZERS
+from entrenar.gguf.pre_tokenizers import _ALIASES, PRE_TOKENIZERS
+from entrenar.gguf.special_tokens import special_tokens
+from entrenar.gguf.tokenizer import tokenizer_from_metadata
 
 pytestmark = pytest.mark.interop
 

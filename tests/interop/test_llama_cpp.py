@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from entrenar.exporting.gguf import export_gguf
-from entrenar.files.gguf import GGUFFile
+from entrenar.gguf.reader import GGUFFile
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes.export import export
 
 pytestmark = pytest.mark.interop

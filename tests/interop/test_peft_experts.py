@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.lora.adapter_io import load_adapter, save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes.export import export
 from entrenar.recipes.train import train
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from entrenar.core.config import load_config
 from entrenar.lora.attach import attach_lora, trained_parameters
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.optim.groups import LR_RATIO
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.train import make_optimizer

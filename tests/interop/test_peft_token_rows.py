@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from entrenar.lora.adapter_io import load_adapter, save_adapter
 from entrenar.lora.attach import attach_lora
 from entrenar.lora.token_rows import TokenRows, resize_vocabulary
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes.export import export
 
 pytestmark = pytest.mark.interop

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.files.peft import BaseFormat, read_base_format
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.adapter_io import load_adapter, save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.lora.tensors import adapter_tensors, set_tensors
-from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import quantize
 
 X = torch.randn(3, 16, generator=torch.Generator().manual_seed(5))

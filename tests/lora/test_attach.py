@@ -8,10 +8,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from entrenar.core.errors import InputError
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.attach import adapted_layers, attach_lora, match_targets
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.qlora_layer import QLoRALayer
-from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import quantize
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from entrenar.layers.quantized_linear import can_join
 from entrenar.lora.dora import DoRALayer
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.qlora_layer import QLoRALayer
-from entrenar.quant.linear import can_join
 
 W = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))

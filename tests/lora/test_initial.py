@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from entrenar.core.errors import InputError
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.adapter_io import load_adapter, save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.lora.initial import get_initial
 from entrenar.lora.low_rank import AdapterLayer
-from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import quantize
 
 W = torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(0, -1, 64))

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from entrenar.core.errors import InputError
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.attach import attach_lora
 from entrenar.lora.dora import DoRALayer
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.qlora_layer import QLoRALayer
-from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import quantize
 
 W = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))

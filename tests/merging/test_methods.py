@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.merging.in_memory import merge_tensors
 from entrenar.merging.registry import METHODS
-from entrenar.ops import native
 
 W = [0.75, 0.5, 0.25]  # exact in every type: a vote is not decided by how a weight is rounded
 SHAPE = (23, 47)

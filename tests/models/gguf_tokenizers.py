@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from entrenar.models.pre_tokenizers import PRE_TOKENIZERS
+from entrenar.gguf.pre_tokenizers import PRE_TOKENIZERS
 
 _CORPUS = [
     "The quick brown fox isn't over 12345 lazy dogs?\n\nDON'T panic! (x = y_1 + 20.5) // ñandú 漢字 camelCase"

@@ -10,11 +10,11 @@ from test_fast_forwards import IDS, quantized
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from entrenar.layers.residual_blocks import Keep
 from entrenar.lora.attach import attach_lora
-from entrenar.models.activations import decoder_layers, kept_per_token, ladder, set_keep
-from entrenar.models.fast_forwards import use_fast_forwards
+from entrenar.models.acceleration.activations import decoder_layers, kept_per_token, ladder, set_keep
+from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from entrenar.models.forward import target_loss
-from entrenar.ops.residual_blocks import Keep
 
 
 def adapted(family: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

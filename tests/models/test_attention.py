@@ -8,7 +8,7 @@ from families import FAMILIES, make_family
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from entrenar.models import attention
+from entrenar.models.acceleration import attention
 
 IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 # Two documents in the first row, three in the second.

@@ -11,11 +11,11 @@ from test_fast_layers import ALIKE, adapted, gradients, train_norms
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from entrenar.models import activations, fast_layers
-from entrenar.models.activations import kept_per_token, ladder, set_keep
-from entrenar.models.fast_forwards import use_fast_forwards
-from entrenar.ops import composed_blocks
-from entrenar.ops.residual_blocks import Keep
+from entrenar.layers import composed_blocks
+from entrenar.layers.residual_blocks import Keep
+from entrenar.models.acceleration import activations, fast_layers
+from entrenar.models.acceleration.activations import kept_per_token, ladder, set_keep
+from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 
 
 @pytest.fixture(autouse=True)

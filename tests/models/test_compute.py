@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from entrenar.core.errors import InputError
-from entrenar.models.compute import native_dtype, resolve_device, resolve_dtype
+from entrenar.opening.compute import native_dtype, resolve_device, resolve_dtype
 
 _CPU, _GPU = torch.device("cpu"), torch.device("cuda", 0)
 

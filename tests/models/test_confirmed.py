@@ -11,8 +11,8 @@ from families import make_family
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from entrenar.models import attention, confirmed, fast_forwards, verdicts
-from entrenar.models.confirmed import make_fast, own_way
+from entrenar.models.acceleration import attention, confirmed, fast_forwards, verdicts
+from entrenar.models.acceleration.confirmed import make_fast, own_way
 
 IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
-from entrenar.models.load import load
-from entrenar.models.source import open_source
+from entrenar.opening.load import load
+from entrenar.opening.source import open_source
 from entrenar.recipes.export import export
 
 IDS = torch.arange(5, 25)[None]
@@ -193,7 +193,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, tiny_model_dir: Path, nam
 def test_what_a_tokenizer_lacks_is_said(
     tmp_path: Path, tiny_model_dir: Path, files: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("entrenar.models.directory.find_spec", lambda name: None)
+    monkeypatch.setattr("entrenar.opening.directory.find_spec", lambda name: None)
     shutil.copytree(tiny_model_dir, tmp_path / "m")
     (tmp_path / "m" / "tokenizer.json").unlink()
     for name in files:

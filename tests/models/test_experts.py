@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from entrenar.core.errors import InputError
 from entrenar.lora.attach import attach_lora
 from entrenar.models.experts import Experts
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.quant.tensor import quantize
 
 Saved = Callable[[str], tuple[Path, PreTrainedModel]]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.attach import attach_lora
-from entrenar.models.fast_forwards import use_fast_forwards
-from entrenar.quant.linear import QuantizedLinear
+from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from entrenar.quant.tensor import quantize
 
 IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -10,13 +10,13 @@ from test_fast_forwards import IDS, POSITIONS, quantized
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from entrenar.layers import residual_blocks
+from entrenar.layers.residual_blocks import Keep
 from entrenar.lora.attach import attach_lora
 from entrenar.lora.saved import trainable_copies
-from entrenar.models import attention, fast_layers
-from entrenar.models.activations import set_keep
-from entrenar.models.fast_forwards import use_fast_forwards
-from entrenar.ops import residual_blocks
-from entrenar.ops.residual_blocks import Keep
+from entrenar.models.acceleration import attention, fast_layers
+from entrenar.models.acceleration.activations import set_keep
+from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 
 pytestmark = pytest.mark.usefixtures("native_path")
 # Built as Llama is; granite scales its residuals, the others have other norms, projections or orders.

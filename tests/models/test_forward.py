@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, PreTrainedModel
 
 from entrenar.core.errors import InputError
+from entrenar.layers import linear_cross_entropy
 from entrenar.lora.attach import attach_lora
-from entrenar.models import forward, linear_cross_entropy
+from entrenar.models import forward
 from entrenar.models.forward import target_logits, target_loss
-from entrenar.models.load import load
+from entrenar.opening.load import load
 
 # Three rows of 6 tokens, one document each, and which of them are targets.
 _POSITIONS = torch.arange(6).repeat(3, 1)

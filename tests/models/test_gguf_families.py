@@ -13,9 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from entrenar.core.errors import InputError
-from entrenar.models.gguf_config import check_exportable, config_from_metadata, metadata_from_config
-from entrenar.models.gguf_families import FAMILIES, family_in, family_of
-from entrenar.models.gguf_rope import head_dim, rope_tensors
+from entrenar.gguf.config import check_exportable, config_from_metadata, metadata_from_config
+from entrenar.gguf.families import FAMILIES, family_in, family_of
+from entrenar.gguf.rope import head_dim, rope_tensors
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,

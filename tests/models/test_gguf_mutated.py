@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from entrenar.core.errors import InputError
-from entrenar.models.load import load
+from entrenar.opening.load import load
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from entrenar.core.errors import InputError
-from entrenar.models.gguf_special import CONTROL, NORMAL, USER_DEFINED, special_tokens
+from entrenar.gguf.special_tokens import CONTROL, NORMAL, USER_DEFINED, special_tokens
 
 _PLAIN = [*"abcdefghijklmnop"]  # 16: token 11 is `l`
 

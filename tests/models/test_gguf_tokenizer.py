@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import vocabulary_metadata
-from entrenar.files.gguf import GGUFFile
-from entrenar.models.gguf_tokenizer import tokenizer_from_metadata
-from entrenar.models.pre_tokenizers import PRE_TOKENIZERS
+from entrenar.gguf.pre_tokenizers import PRE_TOKENIZERS
+from entrenar.gguf.reader import GGUFFile
+from entrenar.gguf.tokenizer import tokenizer_from_metadata
 
 _CORPUS = ["The quick brown fox jumps over 12345 lazy dogs, isn't it?\n\nDON'T panic! (x = y_1 + 20.5) ñandú 漢字"] * 2
 _SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from entrenar.layers.linear_cross_entropy import LogitRule
 from entrenar.models.head import head_input, output_head, own_logits
-from entrenar.models.linear_cross_entropy import LogitRule
 
 Bend = Callable[[Tensor], Tensor]
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from families import FAMILIES, MIXING, make_family
 
-from entrenar.models.fast_forwards import use_fast_forwards
+from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from entrenar.models.isolation import isolates_documents
-from entrenar.models.load import load
+from entrenar.opening.load import load
 
 DTYPES = [torch.float32, torch.bfloat16]
 

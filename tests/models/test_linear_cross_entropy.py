@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from entrenar.layers import linear_cross_entropy as module
+from entrenar.layers.linear_cross_entropy import LogitRule, chunk_rows, linear_cross_entropy
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
-from entrenar.models import linear_cross_entropy as module
-from entrenar.models.linear_cross_entropy import LogitRule, chunk_rows, linear_cross_entropy
 from entrenar.ops.cross_entropy import cross_entropy_rows
-from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import quantize
 
 RULES = [LogitRule(), LogitRule(0.25), LogitRule(softcap=2.0), LogitRule(3.0, 1.5)]

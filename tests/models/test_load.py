@@ -35,9 +35,9 @@ from entrenar.files import stored_tensor
 from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.safetensors import write_checkpoint
 from entrenar.files.stored_tensor import StoredTensor
-from entrenar.models.load import load, load_source
-from entrenar.models.source import Weights, open_source
-from entrenar.quant.linear import QuantizedLinear
+from entrenar.layers.quantized_linear import QuantizedLinear
+from entrenar.opening.load import load, load_source
+from entrenar.opening.source import Weights, open_source
 from entrenar.quant.tensor import dequantize_4bit, quantize_4bit
 
 _IDS = torch.tensor([[1, 45, 99, 300, 7, 7, 12, 2]])
@@ -239,8 +239,8 @@ _BIG = LlamaConfig(
 _MEASURE = """
 import sys, torch
 from entrenar.core.memory import PeakMemory, anonymous_bytes
-from entrenar.models.load import load_source
-from entrenar.models.source import open_source
+from entrenar.opening.load import load_source
+from entrenar.opening.source import open_source
 
 source = open_source(sys.argv[1])
 load_source(open_source(sys.argv[2]), sys.argv[3], False, 64, torch.bfloat16)  # libraries that come with the first use

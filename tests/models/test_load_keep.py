@@ -10,14 +10,14 @@ import torch
 
 from entrenar.core.errors import InputError
 from entrenar.core.memory import anonymous_bytes
-from entrenar.files.gguf import GGUFFile
+from entrenar.gguf.reader import GGUFFile
+from entrenar.layers.quantized_embedding import QuantizedEmbedding
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.adapter_io import load_adapter, save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.forward import target_loss
-from entrenar.models.load import load
-from entrenar.quant.embedding import QuantizedEmbedding
-from entrenar.quant.linear import QuantizedLinear
-from entrenar.recipes.open_model import open_model
+from entrenar.opening.load import load
+from entrenar.opening.open_model import open_model
 
 MakeGGUF = Callable[..., Path]
 IDS = torch.tensor([[1, 40, 80, 120, 7, 9, 200, 3]])

@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers as pre
 from tokenizers.models import BPE
 
 from entrenar.core.errors import InputError
-from entrenar.models.pre_tokenizers import PRE_TOKENIZERS, by_name, name_of
+from entrenar.gguf.pre_tokenizers import PRE_TOKENIZERS, by_name, name_of
 
 # `·` is a space and `↵` a newline; pieces are parted by `|`.
 _SPLITS = [

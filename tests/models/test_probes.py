@@ -10,9 +10,9 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from entrenar.models import attention
-from entrenar.models.agreement import recorded
-from entrenar.models.probes import (
+from entrenar.models.acceleration import attention
+from entrenar.models.acceleration.agreement import recorded
+from entrenar.models.acceleration.probes import (
     attention_structure,
     is_residual_layer,
     projects_its_input,

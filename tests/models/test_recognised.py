@@ -18,9 +18,9 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from entrenar.models.agreement import told_apart
-from entrenar.models.class_source import reads, takes_one_tensor
-from entrenar.models.recognised import activation_kind, gated_mlp_kind, norm_kind
+from entrenar.models.acceleration.agreement import told_apart
+from entrenar.models.acceleration.class_source import reads, takes_one_tensor
+from entrenar.models.acceleration.recognised import activation_kind, gated_mlp_kind, norm_kind
 from entrenar.ops.gated_activation import gated_activation
 from entrenar.ops.rms_norm import rms_norm
 

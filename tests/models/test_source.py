@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.files.stored_tensor import FileVersion
-from entrenar.models.source import open_source
+from entrenar.opening.source import open_source
 
 _TEXT = "Please switch on 12345 lamps, ñandú!\n\n  <|im_start|>user"
 _CHAT = [{"role": "user", "content": "Hi 42"}, {"role": "assistant", "content": "Hello"}]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from entrenar.ops import native
+from entrenar import native
 
 PATHS = native.supported_paths()
 

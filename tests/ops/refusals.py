@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from entrenar.core.errors import InputError
-from entrenar.ops.adapted_native import MemberView
+from entrenar.layers.adapted_native import MemberView
 from entrenar.ops.multiply import Source
 
 # Fields of a Source that its kind (dense, 4 bits, 8 bits) does not look at.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from entrenar.ops.adapted_linear import Member, adapted_linears
+from entrenar.layers.adapted_linear import Member, adapted_linears
 from entrenar.ops.linear_weight import CodebookWeight, DenseWeight, Int8Weight, LinearWeight
 
 CODEBOOK = torch.linspace(-1, 1, 16)

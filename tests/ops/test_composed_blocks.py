@@ -8,9 +8,9 @@ import torch
 from test_residual_blocks import Exact, assert_close, factors, member, norm
 from torch import Tensor
 
-from entrenar.ops import adapted_composed, composed_blocks
-from entrenar.ops.composed_blocks import after_attention, before_attention
-from entrenar.ops.residual_blocks import AttentionBlock, MlpBlock, Rotation
+from entrenar.layers import adapted_composed, composed_blocks
+from entrenar.layers.composed_blocks import after_attention, before_attention
+from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Rotation
 from entrenar.ops.rotary import rotary
 
 HIDDEN, HEADS, KV_HEADS, WIDTH, INNER = 32, 4, 2, 8, 48

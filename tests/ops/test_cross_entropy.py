@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from samples import DTYPES, adversarial, awkward, gaussian
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native
 from entrenar.ops.cross_entropy import cross_entropy_losses, cross_entropy_rows
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]

@@ -10,9 +10,9 @@ from test_linear_gguf import packed_weight
 from test_native import assert_guard, guarded
 from torch import Tensor
 
-from entrenar.ops import native
-from entrenar.ops.adapted_linear import Member, adapted_linears
-from entrenar.ops.adapted_native import forward_native
+from entrenar import native
+from entrenar.layers.adapted_linear import Member, adapted_linears
+from entrenar.layers.adapted_native import forward_native
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES

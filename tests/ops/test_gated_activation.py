@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from samples import DTYPES, adversarial, awkward, gaussian
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native
 from entrenar.ops.gated_activation import KINDS, gated_activation, gated_activation_backward
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]

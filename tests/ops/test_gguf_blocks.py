@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native
 from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, QUANTIZED_TYPES, dequantize_gguf, quantize_gguf
 
 PATHS = native.supported_paths()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.quantize_codebook import quantize_codebook
 

@@ -5,8 +5,9 @@ import torch
 from samples import DTYPES
 from torch import Tensor
 
+from entrenar import native
 from entrenar.ops import linear_codebook as module
-from entrenar.ops import native, panels
+from entrenar.ops import panels
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.linear_codebook import linear_codebook
 from entrenar.ops.scales import nest_scales

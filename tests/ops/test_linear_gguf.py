@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_multiply import assert_close
 from torch import Tensor
 
+from entrenar.layers.adapted_linear import adapted_linears
+from entrenar.layers.adapted_native import Member
 from entrenar.ops import panels
-from entrenar.ops.adapted_linear import adapted_linears
-from entrenar.ops.adapted_native import Member
 from entrenar.ops.linear_gguf import (
     FLOAT_TYPES,
     GGUF_TYPES,

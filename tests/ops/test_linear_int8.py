@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from test_multiply import assert_close, exact
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native, panels
-from entrenar.ops.adapted_linear import adapted_linears
-from entrenar.ops.adapted_native import Member
+from entrenar.layers.adapted_linear import adapted_linears
+from entrenar.layers.adapted_native import Member
+from entrenar.ops import panels
 from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.linear_weight import Int8Weight
 from entrenar.ops.multiply import Term, int8_weight, multiply

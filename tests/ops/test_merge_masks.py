@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native
 from entrenar.ops.merge_masks import (
     LOWER_BINS,
     UPPER_BINS,

@@ -5,7 +5,7 @@ import torch
 from compare import assert_rounded_once
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.merge_sums import Vote, add_absolute_sums, add_gram, task_sum, weighted_sum
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -13,8 +13,8 @@ import torch
 from guards import assert_guard, guarded
 from samples import DTYPES, gaussian
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook, dequantize_codebook_into
 from entrenar.ops.linear_codebook import linear_codebook
 from entrenar.ops.multiply import codebook_weight, int8_weight
@@ -36,7 +36,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 SHOW = """
 import logging; logging.basicConfig(level=logging.INFO)
-from entrenar.ops import native
+from entrenar import native
 from entrenar.core.errors import InputError
 try: print(native.path(), native.available())
 except InputError as error: print("refused:", error)
@@ -85,7 +85,7 @@ def test_a_path_of_another_cpu_is_refused() -> None:
 
 MALLOC = """
 import torch
-from entrenar.ops import native
+from entrenar import native
 from entrenar.core.memory import anonymous_bytes
 native.path()
 before = anonymous_bytes()
@@ -106,7 +106,7 @@ def test_freed_memory_stays_with_the_process_unless_the_user_says_otherwise() ->
 HUGE_PAGES = """
 import re
 import torch
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.quantize_codebook import quantize_codebook
 native.use_huge_pages()
 held = [torch.empty(4_000_000) for _ in range(8)]
@@ -160,7 +160,7 @@ FORK = """
 import os, sys, torch
 sys.path.insert(0, "tests/ops")
 from test_native import everything
-from entrenar.ops import native
+from entrenar import native
 native.set_path(sys.argv[1]) if len(sys.argv) > 1 else None
 if %s: native._library().entrenar_use_gomp(None)
 torch.set_num_threads(2)
@@ -187,7 +187,7 @@ import sys; sys.path.insert(0, "tests/ops")
 import torch; torch.set_num_threads(3)
 from concurrent.futures import ThreadPoolExecutor
 from test_native import everything
-from entrenar.ops import native
+from entrenar import native
 before = [everything(seed) for seed in range(8)]
 native._library().entrenar_use_gomp(None)
 print([everything(seed) for seed in range(8)] == before)

@@ -5,7 +5,7 @@ import torch
 from samples import BLOCK_SIZES, COUNTS, DTYPES, adversarial, gaussian, unaligned
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook, dequantize_codebook_into
 from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.quantize_codebook import quantize_codebook

@@ -10,12 +10,12 @@ from refusals import assert_refuses, fields
 from test_residual_blocks import CODEBOOK, factors, member, norm
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import adapted_native, attention, block_views, native
-from entrenar.ops.adapted_linear import adapted_linears
-from entrenar.ops.adapted_native import Member, MemberView
-from entrenar.ops.linear_weight import CodebookWeight, Int8Weight
-from entrenar.ops.residual_blocks import (
+from entrenar.layers import adapted_native, block_views
+from entrenar.layers.adapted_linear import adapted_linears
+from entrenar.layers.adapted_native import Member, MemberView
+from entrenar.layers.residual_blocks import (
     AttentionBlock,
     Keep,
     MlpBlock,
@@ -24,6 +24,8 @@ from entrenar.ops.residual_blocks import (
     before_attention,
     mlp_block,
 )
+from entrenar.ops import attention
+from entrenar.ops.linear_weight import CodebookWeight, Int8Weight
 from entrenar.ops.scales import nest_scales
 
 pytestmark = pytest.mark.usefixtures("native_path")

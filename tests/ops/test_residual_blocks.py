@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from test_attention import exactly
 from torch import Tensor
 
-from entrenar.ops.adapted_native import Member
-from entrenar.ops.linear_weight import CodebookWeight, DenseWeight
-from entrenar.ops.residual_blocks import (
+from entrenar.layers.adapted_native import Member
+from entrenar.layers.residual_blocks import (
     AttentionBlock,
     Keep,
     MlpBlock,
@@ -23,6 +22,7 @@ from entrenar.ops.residual_blocks import (
     before_attention,
     mlp_block,
 )
+from entrenar.ops.linear_weight import CodebookWeight, DenseWeight
 from entrenar.ops.rotary import rotary
 
 CODEBOOK = torch.linspace(-1, 1, 16)

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native
 from entrenar.ops import rms_norm as module
 from entrenar.ops.rms_norm import rms_norm
 

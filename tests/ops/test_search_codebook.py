@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.quantize_codebook import quantize_codebook
 from entrenar.ops.search_codebook import search_codebook

@@ -8,7 +8,7 @@ import torch
 from compare import spacing
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 pytestmark = pytest.mark.parametrize("path", NATIVE)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from entrenar.core.errors import InputError
+from entrenar.layers.quantized_embedding import QuantizedEmbedding
 from entrenar.ops.gguf_blocks import quantize_gguf
-from entrenar.quant.embedding import QuantizedEmbedding
 from entrenar.quant.tensor import kept_tensor, quantize
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.layers.quantized_linear import QuantizedLinear, quantized_linear
 from entrenar.quant.codebooks import codebook
-from entrenar.quant.linear import QuantizedLinear, quantized_linear
 from entrenar.quant.registry import FORMATS
 from entrenar.quant.tensor import QuantizedTensor, quantize
 

@@ -9,9 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from entrenar.core.errors import InputError
 from entrenar.evaluation.fidelity import ExportStep
 from entrenar.evaluation.importance import column_importance
-from entrenar.files.gguf import GGUFFile
+from entrenar.gguf.reader import GGUFFile
 from entrenar.lora.attach import attach_lora
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes.export import export
 
 TEXT = "Please switch on the lamp in the kitchen. " * 60

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from entrenar.data.batches import Batch
 from entrenar.lora.attach import attach_lora
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes.check import check, histogram
 from entrenar.recipes.train import train
 from entrenar.training import step

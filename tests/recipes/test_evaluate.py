@@ -18,7 +18,7 @@ from entrenar.core.errors import InputError
 from entrenar.data.dataset import load_dataset
 from entrenar.evaluation.exact_match import Answer, exact_match
 from entrenar.evaluation.generate import generate
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes.evaluate import evaluate
 
 

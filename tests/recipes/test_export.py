@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.huggingface import export_huggingface
-from entrenar.files.gguf import GGUFFile
-from entrenar.models.load import load
+from entrenar.gguf.reader import GGUFFile
+from entrenar.opening.load import load
+from entrenar.opening.open_model import open_model
 from entrenar.recipes.export import export
-from entrenar.recipes.open_model import open_model
 from entrenar.recipes.train import train
 
 MakeConfig = Callable[..., Path]

@@ -16,7 +16,7 @@ from entrenar.core.errors import EntrenarError, InputError
 from entrenar.evaluation.fidelity import fidelity
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes import export as recipe
 from entrenar.recipes import export_safetensors
 from entrenar.recipes.export import export

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from entrenar.core.errors import InputError
-from entrenar.exporting.gguf_types import FILE_TYPES
-from entrenar.models.load import KEEP, UNQUANTIZED
+from entrenar.gguf.types import FILE_TYPES
+from entrenar.opening.load import KEEP, UNQUANTIZED
 from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES
 from entrenar.quant.registry import FORMATS
 from entrenar.recipes.export_request import TYPES, ExportRequest

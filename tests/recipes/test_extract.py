@@ -11,7 +11,7 @@ from entrenar.core.errors import InputError
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.peft import read_adapter
 from entrenar.lora.adapter_io import load_adapter
-from entrenar.models.source import open_source
+from entrenar.opening.source import open_source
 from entrenar.recipes.export import export
 from entrenar.recipes.extract import extract_adapter
 

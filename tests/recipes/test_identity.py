@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from entrenar.models.source import open_source
+from entrenar.opening.source import open_source
 from entrenar.recipes.export import export
 from entrenar.recipes.identity import base_identity
 

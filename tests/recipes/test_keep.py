@@ -11,13 +11,13 @@ from entrenar.core.errors import InputError
 from entrenar.files.peft import read_base_format
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import attach_lora
-from entrenar.models import compute
-from entrenar.models.load import load
+from entrenar.opening import compute
+from entrenar.opening.load import load
+from entrenar.opening.open_model import open_model
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.evaluate import evaluate
 from entrenar.recipes.export import export
 from entrenar.recipes.inspect import inspect
-from entrenar.recipes.open_model import open_model
 from entrenar.recipes.train import train
 
 MakeConfig = Callable[..., Path]

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from entrenar.core.errors import InputError
 from entrenar.core.run_log import read_metrics
 from entrenar.files.peft import WEIGHTS_NAME
-from entrenar.recipes import memory
+from entrenar.planning import run_memory as memory
 from entrenar.recipes.check import check
 from entrenar.recipes.config import TrainingSection
 from entrenar.recipes.train import train

@@ -18,7 +18,7 @@ from entrenar.evaluation import weight_statistics
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import attach_lora
 from entrenar.merging import execute
-from entrenar.models import compute
+from entrenar.opening import compute
 from entrenar.recipes import merge_statistics
 
 ROW = 48

@@ -13,7 +13,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 from entrenar.core.errors import InputError, StoppedError
 from entrenar.core.run_log import read_metrics
 from entrenar.files.peft import CONFIG_NAME, WEIGHTS_NAME
-from entrenar.models import compute
+from entrenar.opening import compute
 from entrenar.recipes.train import train
 from entrenar.training.state import StepReport
 

@@ -12,7 +12,7 @@ from entrenar.core.errors import InputError
 from entrenar.evaluation.fidelity import ExportStep, fidelity
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.recipes.export import export
 
 MakeGGUF = Callable[..., Path]

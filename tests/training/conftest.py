@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.attach import attach_lora
-from entrenar.models.load import load
+from entrenar.opening.load import load
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from entrenar.data.dataset import PreparedData
 from entrenar.evaluation.perplexity import perplexity
 from entrenar.lora.attach import adapted_layers, attach_lora, trained_parameters
 from entrenar.models.forward import target_loss
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.optim.adamw import make_adamw
 from entrenar.optim.schedule import learning_rate_factor
 from entrenar.training import loop

@@ -12,7 +12,7 @@ from entrenar.core.run_log import read_metrics
 from entrenar.data.batches import Batch, micro_batches
 from entrenar.data.dataset import PreparedData
 from entrenar.lora.attach import attach_lora, trained_parameters
-from entrenar.models.load import load
+from entrenar.opening.load import load
 from entrenar.optim.adamw import make_adamw
 from entrenar.training import loop
 from entrenar.training.loss_scale import FIRST, MOST, STEADY, first_scale, lower, note_success

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entrenar.ops.residual_blocks import Keep
-from entrenar.training.memory_plan import Held, MemoryPlan, Working, make_memory_plan
+from entrenar.layers.residual_blocks import Keep
+from entrenar.planning.memory_plan import Held, MemoryPlan, Working, make_memory_plan
 
 HELD = Held(libraries=300_000_000, base=600_000_000, adapter=50_000_000, gradients=50_000_000, optimizer=100_000_000)
 LADDER = {Keep.ALL: 1_600_000, Keep.DEAR: 900_000, Keep.NOTHING: 200_000}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from entrenar.data.batches import Batch, micro_batches
 from entrenar.data.encode import Example
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.fast_forwards import use_fast_forwards
+from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from entrenar.training.step import accumulate
 
 _CAPACITY = 40

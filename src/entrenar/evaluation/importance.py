@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.token_rows import TokenRows
-from entrenar.quant.linear import QuantizedLinear
 
 # A column that the text never excited still counts: another text may.
 _LEAST = 1e-4

@@ -15,12 +15,12 @@ from entrenar.core.errors import InputError
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.lazy_tensor import LazyTensor, Packed
 from entrenar.files.peft import BaseFormat
+from entrenar.layers.quantized_embedding import QuantizedEmbedding
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.token_rows import TokenRows
 from entrenar.models.experts import Experts
-from entrenar.models.source import ModelSource
-from entrenar.quant.embedding import QuantizedEmbedding
-from entrenar.quant.linear import QuantizedLinear
+from entrenar.opening.source import ModelSource
 from entrenar.quant.registry import KEPT_FORMATS
 from entrenar.quant.tensor import QuantizedTensor
 

@@ -13,14 +13,14 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError, listing
 from entrenar.exporting.fuse import fused_tensors
-from entrenar.exporting.gguf_types import FILE_TYPES, Model, type_of
-from entrenar.exporting.gguf_vocabulary import vocabulary
-from entrenar.exporting.vocabulary_probe import Say, check_same_ids
-from entrenar.files.gguf_writer import GGUFTensor, Value, write_gguf_file
 from entrenar.files.lazy_tensor import LazyTensor, Packed, as_float
-from entrenar.models.gguf_config import check_exportable, metadata_from_config
-from entrenar.models.gguf_families import Family, family_of
-from entrenar.models.gguf_rope import rope_tensors
+from entrenar.gguf.config import check_exportable, metadata_from_config
+from entrenar.gguf.families import Family, family_of
+from entrenar.gguf.rope import rope_tensors
+from entrenar.gguf.types import FILE_TYPES, Model, type_of
+from entrenar.gguf.vocabulary import vocabulary
+from entrenar.gguf.vocabulary_probe import Say, check_same_ids
+from entrenar.gguf.writer import GGUFTensor, Value, write_gguf_file
 from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES, quantize_gguf
 from entrenar.ops.linear_gguf import FLOAT_TYPES
 

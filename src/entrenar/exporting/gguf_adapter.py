@@ -15,16 +15,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError, listing
-from entrenar.files.gguf_writer import GGUFTensor, write_gguf_file
 from entrenar.files.peft import PLAIN_ENDS, PeftAdapter, read_adapter
+from entrenar.gguf.config import check_exportable
+from entrenar.gguf.families import Family, family_of
+from entrenar.gguf.writer import GGUFTensor, write_gguf_file
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.low_rank import AdapterLayer
-from entrenar.models.gguf_config import check_exportable
-from entrenar.models.gguf_families import Family, family_of
-from entrenar.models.load import build_on_meta
-from entrenar.models.match import is_tied, match_tensors
-from entrenar.models.source import ModelSource
+from entrenar.opening.load import build_on_meta
+from entrenar.opening.match import is_tied, match_tensors
+from entrenar.opening.source import ModelSource
 
 _INSTEAD = "fuse it into the model instead (--to gguf)"
 

@@ -17,7 +17,7 @@ from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.bitsandbytes import Layout, four_bit_tensors, quantization_config
 from entrenar.files.lazy_tensor import LazyTensor, as_float
 from entrenar.files.safetensors import write_checkpoint
-from entrenar.models.source import ModelSource
+from entrenar.opening.source import ModelSource
 from entrenar.quant.tensor import QuantizedTensor, quantize
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

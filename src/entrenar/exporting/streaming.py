@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, PeftAdapter
 from entrenar.files.stored_tensor import StoredTensor
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.attach import adapt, adaptable_names, expected_layers, refuse_breaking
 from entrenar.lora.experts import expert_factors
 from entrenar.lora.grown import check_tokens, new_rows
@@ -25,10 +26,9 @@ from entrenar.lora.saved import check_saved
 from entrenar.lora.spec import spec_of
 from entrenar.lora.token_rows import ROWS, extended, shared_rows
 from entrenar.models.experts import ExpertWeight, expert_weights
-from entrenar.models.load import build_on_meta, linear_weights
-from entrenar.models.match import match_tensors, saved_buffers
-from entrenar.models.source import ModelSource
-from entrenar.quant.linear import QuantizedLinear
+from entrenar.opening.load import build_on_meta, linear_weights
+from entrenar.opening.match import match_tensors, saved_buffers
+from entrenar.opening.source import ModelSource
 from entrenar.quant.tensor import QuantizedTensor, quantize
 
 

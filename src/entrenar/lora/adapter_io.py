@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, LayerTensors, PeftAdapter, read_adapter, write_adapter
+from entrenar.layers.quantized_embedding import QuantizedEmbedding
+from entrenar.layers.quantized_experts import ExpertProjection
 from entrenar.lora.attach import (
     adaptable_names,
     adapted_layers,
@@ -32,8 +34,6 @@ from entrenar.lora.saved import saved_modules
 from entrenar.lora.spec import LoraSpec, spec_of
 from entrenar.lora.tensors import adapter_tensors, set_tensors
 from entrenar.lora.token_rows import ROWS, TokenRows
-from entrenar.quant.embedding import QuantizedEmbedding
-from entrenar.quant.experts import ExpertProjection
 from entrenar.quant.registry import KEPT_FORMATS
 
 

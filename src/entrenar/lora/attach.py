@@ -6,6 +6,8 @@ from typing import Any
 from torch import nn
 
 from entrenar.core.errors import InputError, listing
+from entrenar.layers.quantized_embedding import QuantizedEmbedding
+from entrenar.layers.quantized_experts import ExpertProjection
 from entrenar.lora.biases import copies_with_trained_bias, train_bias
 from entrenar.lora.dora import DoRALayer
 from entrenar.lora.embedding import EmbeddingLoRALayer
@@ -28,8 +30,6 @@ from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.lora.saved import trainable_copies
 from entrenar.lora.spec import LoraSpec, config_layers
 from entrenar.lora.token_rows import embedding_and_head, is_tied, rows_for, token_rows
-from entrenar.quant.embedding import QuantizedEmbedding
-from entrenar.quant.experts import ExpertProjection
 
 
 def attach_lora(

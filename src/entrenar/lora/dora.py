@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from entrenar.layers.adapted_linear import adapted_linears, low_rank
+from entrenar.layers.quantized_linear import in_compute_dtype
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer, check_input
 from entrenar.lora.qlora_layer import QLoRALayer
-from entrenar.ops.adapted_linear import adapted_linears, low_rank
-from entrenar.quant.linear import in_compute_dtype
 
 _TINY = torch.finfo(torch.float32).tiny
 

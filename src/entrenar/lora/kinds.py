@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from entrenar.layers.quantized_experts import ExpertProjection
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.lora.experts import ExpertLoRALayer
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.lora.spec import LayerSpec
-from entrenar.quant.experts import ExpertProjection
-from entrenar.quant.linear import QuantizedLinear
 
 
 @dataclass(frozen=True)

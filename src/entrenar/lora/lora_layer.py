@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.layers.adapted_linear import Member
 from entrenar.lora.low_rank import (
     AdapterLayer,
     MemoryStats,
@@ -12,7 +13,6 @@ from entrenar.lora.low_rank import (
     memory_stats,
     outside,
 )
-from entrenar.ops.adapted_linear import Member
 from entrenar.ops.linear_weight import DenseWeight
 
 
@@ -62,7 +62,7 @@ class LoRALayer(AdapterLayer):
         return adapted_forward(self, x)
 
     def member(self) -> Member:
-        """The layer, dropout aside, as ops/adapted_linear.py takes it."""
+        """The layer, dropout aside, as layers/adapted_linear.py takes it."""
         weight = DenseWeight(self.base_weight)
         if self.is_merged:
             return Member(weight, self.bias)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.layers.adapted_linear import Member, adapted_linears, low_rank
+from entrenar.layers.quantized_linear import in_compute_dtype
+from entrenar.layers.weight_stand_in import held_weight
 from entrenar.lora.spec import LayerSpec
-from entrenar.ops.adapted_linear import Member, adapted_linears, low_rank
-from entrenar.quant.held_weight import held_weight
-from entrenar.quant.linear import in_compute_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class AdapterLayer(nn.Module):
         return self.is_dropping
 
     def member(self) -> Member:
-        """The layer, dropout aside, as ops/adapted_linear.py takes it."""
+        """The layer, dropout aside, as layers/adapted_linear.py takes it."""
         raise NotImplementedError
 
     def base_bias(self) -> Tensor | None:

@@ -5,6 +5,8 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.layers.adapted_linear import Member
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import (
     AdapterLayer,
@@ -15,8 +17,6 @@ from entrenar.lora.low_rank import (
     memory_stats,
     outside,
 )
-from entrenar.ops.adapted_linear import Member
-from entrenar.quant.linear import QuantizedLinear
 from entrenar.quant.tensor import QuantizedTensor, quantize, requantize
 
 
@@ -96,7 +96,7 @@ class QLoRALayer(AdapterLayer):
         return adapted_forward(self, x)
 
     def member(self) -> Member:
-        """The layer, dropout aside, as ops/adapted_linear.py takes it."""
+        """The layer, dropout aside, as layers/adapted_linear.py takes it."""
         base, own = self.base, self._parameters
         weight, bias, a, b = base.linear_weight(), base._parameters.get("bias"), own["lora_a"], own["lora_b"]
         kept = self._member  # it keeps its native view: the same one for as long as it can be

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
+from entrenar.layers.quantized_embedding import QuantizedEmbedding
+from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.matching import saved_whole, unused
-from entrenar.quant.embedding import QuantizedEmbedding
-from entrenar.quant.linear import QuantizedLinear
 
 _MARK = "_entrenar_saved"
 

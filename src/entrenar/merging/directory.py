@@ -58,7 +58,7 @@ def merged_config(plan: MergePlan) -> dict[str, Any]:
 def _copy(model: InputModel, directory: Path, names: tuple[str, ...]) -> None:
     if model.directory is None:  # a GGUF: its tokenizer is built from its metadata
         if "tokenizer.json" in names:
-            from entrenar.models.source import open_source  # imports transformers
+            from entrenar.opening.source import open_source  # imports transformers
 
             open_source(model.label.partition(".gguf")[0] + ".gguf").tokenizer.save_pretrained(directory)
         return

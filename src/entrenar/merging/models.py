@@ -187,7 +187,7 @@ def split_label(label: str) -> tuple[str, str | None]:
 def _open_directory(label: str, path: str) -> InputModel:
     directory = Path(path)
     if not os.path.isdir(path):  # noqa: PTH112 - as above
-        from entrenar.models.source import local_directory  # imports transformers
+        from entrenar.opening.source import local_directory  # imports transformers
 
         try:
             directory = local_directory(path)
@@ -228,7 +228,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _open_gguf(label: str, path: str) -> InputModel:
-    from entrenar.models.source import open_source  # imports transformers
+    from entrenar.opening.source import open_source  # imports transformers
 
     source = open_source(path)
     stored = {name: source.weights.stored(name) for name in source.weights.names()}

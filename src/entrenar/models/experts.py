@@ -1,7 +1,7 @@
 """Mixtures of experts: transformers keeps the experts of a layer as 3-D parameters, files keep them one by one.
 
-Here they are one by one too, quantized like any linear layer (quant/experts.py), in a module that takes the place of
-transformers' own where it agrees with it on one expert.
+Here they are one by one too, quantized like any linear layer (layers/quantized_experts.py), in a module that takes
+the place of transformers' own where it agrees with it on one expert.
 """
 
 import inspect
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entrenar.core.errors import InputError
-from entrenar.models.agreement import agree, sample, told_apart
-from entrenar.models.projected import Stand
-from entrenar.models.recognised import activation_kind
-from entrenar.ops.adapted_linear import adapted_linears
+from entrenar.layers.adapted_linear import adapted_linears
+from entrenar.layers.quantized_experts import ExpertProjection, ExpertStack
+from entrenar.layers.quantized_linear import in_compute_dtype
+from entrenar.models.acceleration.agreement import agree, sample, told_apart
+from entrenar.models.acceleration.projected import Stand
+from entrenar.models.acceleration.recognised import activation_kind
 from entrenar.ops.gated_activation import gated_activation
-from entrenar.quant.experts import ExpertProjection, ExpertStack
-from entrenar.quant.linear import in_compute_dtype
 from entrenar.quant.tensor import QuantizedTensor
 
 PROJECTIONS = ("gate_up_proj", "down_proj")

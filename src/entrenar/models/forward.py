@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from entrenar.core.errors import InputError
+from entrenar.layers.linear_cross_entropy import chunk_rows, linear_cross_entropy, summed_cross_entropy
 from entrenar.models.head import head_input, output_head, own_logits, vocabulary_size
-from entrenar.models.linear_cross_entropy import chunk_rows, linear_cross_entropy, summed_cross_entropy
 
 _LOG = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entrenar.core.errors import InputError
-from entrenar.models.linear_cross_entropy import LogitRule
+from entrenar.layers.linear_cross_entropy import LogitRule
 
 _SMALL, _LARGE = 2.0**-10, 1e30  # where softcapping does nothing, and where it has reached its cap
 _TOLERANCE = 1e-5  # of the probe's float32 arithmetic, relative
@@ -33,7 +33,7 @@ class HeadInput:
 def output_head(model: PreTrainedModel) -> nn.Module:
     """The layer that makes logits, plain or adapted."""
     head = model.get_output_embeddings()
-    assert isinstance(head, nn.Module)  # models/load.py refuses a model without one
+    assert isinstance(head, nn.Module)  # opening/load.py refuses a model without one
     return head
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.library import call, define, differentiate
 
 _STEP, _WIDEST = 32, 1024  # a head's width must be whole steps of csrc/matmul, and not wider than its rows of zeros

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native
 from entrenar.ops.blocks import chunks
 from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define

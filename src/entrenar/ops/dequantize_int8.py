@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.blocks import chunks
 from entrenar.ops.library import call, define
 from entrenar.ops.scales import decode_scales, scale_buffers

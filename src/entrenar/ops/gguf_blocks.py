@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native
 from entrenar.ops.blocks import chunk_elements
 from entrenar.ops.gguf_decode_reference import DECODERS
 from entrenar.ops.gguf_k_reference import SUPER_BLOCK, quantize_q4_k, quantize_q5_k, quantize_q6_k

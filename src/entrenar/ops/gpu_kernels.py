@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 
 _LOG = logging.getLogger(__name__)
 _TOLERANCE = 1e-4  # of samples of the size of 1: another order of a sum, another exponential

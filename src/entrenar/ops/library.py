@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entrenar.ops import gpu_kernels, native
+from entrenar import native
+from entrenar.ops import gpu_kernels
 from entrenar.ops.gpu_kernels import GpuKernel
 
 _LIBRARY = torch.library.Library("entrenar", "DEF")

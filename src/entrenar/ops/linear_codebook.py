@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.library import define, differentiate
 from entrenar.ops.multiply import Term, Weight, codebook_weight, multiply

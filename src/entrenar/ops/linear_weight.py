@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.blocks import block_count
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.dequantize_int8 import dequantize_int8

@@ -10,7 +10,7 @@ order, the pieces or the threads. Native kernels and the reference give the same
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.merge_operands import difference, dtype_code, is_native
 
 UPPER_BINS, LOWER_BINS = 1 << 15, 1 << 16

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 
 
 def difference(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.merge_operands import difference, dtype_code, is_native, rows, sum_dtype
 
 _weighted_sum = native.Function("entrenar_merge_weighted_sum", "bbnnbi")

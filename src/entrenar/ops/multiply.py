@@ -13,7 +13,7 @@ import gguf
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.scales import scale_buffers
 
 _DENSE, _CODEBOOK4, _GGUF, _INT8 = 0, 1, 3, 4

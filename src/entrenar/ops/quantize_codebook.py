@@ -8,7 +8,7 @@ last block is divided by it.
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.blocks import block_absmax, block_count, chunks
 from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import pack_nibbles

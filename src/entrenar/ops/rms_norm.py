@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import native
 from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen

@@ -11,7 +11,7 @@ Other operations take scales as a list of tensors, which says how they are held:
 import torch
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.blocks import block_absmax, block_count
 from entrenar.ops.library import call, define
 

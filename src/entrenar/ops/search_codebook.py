@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entrenar.ops import native
+from entrenar import native
 from entrenar.ops.blocks import block_count, chunks
 from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import pack_nibbles

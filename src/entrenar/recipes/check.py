@@ -15,12 +15,12 @@ from entrenar.data.dataset import PreparedData
 from entrenar.data.encode import Example
 from entrenar.data.packing import computed_tokens, layout
 from entrenar.lora.attach import adapted_layers, trained_parameters
+from entrenar.planning.memory_plan import MemoryPlan
+from entrenar.planning.run_memory import load_adapted, open_for, plan_memory
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.doubts import doubts
-from entrenar.recipes.memory import load_adapted, open_for, plan_memory
 from entrenar.recipes.run_directory import open_run_directory
 from entrenar.recipes.train import make_plan, prepare_data, refuse_foreign_tokens, with_date
-from entrenar.training.memory_plan import MemoryPlan
 from entrenar.training.state import Plan
 
 Piece = tuple[str, bool]

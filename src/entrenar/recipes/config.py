@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from entrenar.core.config import Section
 from entrenar.lora.spec import LoraSpec
-from entrenar.models.compute import DEVICES
+from entrenar.opening.compute import DEVICES
 
 _MOST = 2**31 - 1  # of anything that is counted
 Positive = Annotated[int, Field(ge=1, le=_MOST)]

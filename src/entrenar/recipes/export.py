@@ -11,12 +11,12 @@ from entrenar.exporting.fuse import fused_tensors, source_tensors
 from entrenar.exporting.gguf import Metadata, copied_metadata, metadata, write_gguf
 from entrenar.exporting.gguf_adapter import export_gguf_adapter, modelfile
 from entrenar.files.peft import largest_token
-from entrenar.models.load import KEEP, UNQUANTIZED
-from entrenar.models.source import ModelSource, open_source, with_tokenizer_of
+from entrenar.opening.load import KEEP, UNQUANTIZED
+from entrenar.opening.open_model import open_model
+from entrenar.opening.source import ModelSource, open_source, with_tokenizer_of
 from entrenar.recipes.calibrate import calibrate
 from entrenar.recipes.export_request import ExportRequest, chosen_type
 from entrenar.recipes.export_safetensors import export_safetensors
-from entrenar.recipes.open_model import open_model
 from entrenar.recipes.verify import held_out, verify
 
 __all__ = ["chosen_type", "export", "run"]

@@ -9,7 +9,7 @@ from entrenar.core.atomic import refuse_existing
 from entrenar.core.errors import InputError
 from entrenar.recipes.inputs import check_adapter, check_file, check_model, check_quantize
 
-# Of each kind the types it has, the default first; "gguf": exporting/gguf_types.py's, which says what they are.
+# Of each kind the types it has, the default first; "gguf": gguf/types.py's, which says what they are.
 TYPES = {
     "safetensors": ("bf16", "f32", "f16", "nf4"),
     "gguf": (

@@ -14,10 +14,10 @@ from entrenar.exporting.safetensors_output import FOUR_BIT, export_streamed
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.peft import BaseFormat, largest_token, read_adapter
 from entrenar.models.head import padding_id
-from entrenar.models.load import KEEP, UNQUANTIZED, load
-from entrenar.models.source import open_source, with_tokenizer_of
+from entrenar.opening.load import KEEP, UNQUANTIZED, load
+from entrenar.opening.open_model import open_model
+from entrenar.opening.source import open_source, with_tokenizer_of
 from entrenar.recipes.export_request import BASES
-from entrenar.recipes.open_model import open_model
 
 
 def export_safetensors(

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from entrenar.core.documents import read_json
 from entrenar.files.stored_tensor import StoredTensor
-from entrenar.models.source import ModelSource
+from entrenar.opening.source import ModelSource
 
 _STRETCHES, _BYTES = 16, 4096  # of each tensor: some MB of a 7B model, so it costs no time
 # What transformers writes anew with every save, whatever the model.

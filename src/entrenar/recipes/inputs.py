@@ -12,7 +12,7 @@ from typing import Any
 from entrenar.core.documents import open_regular
 from entrenar.core.errors import InputError
 
-# How `quantize` names a base: formats, its own precision, a file's own blocks (models/load.py).
+# How `quantize` names a base: formats, its own precision, a file's own blocks (opening/load.py).
 QUANTIZE = ("nf4", "fp4", "int4", "int8", "none", "keep")
 _PATTERN = "*?["
 _HUB_ID = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from entrenar.core.errors import InputError
-from entrenar.files.gguf_split import GGUFModel
 from entrenar.files.peft import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from entrenar.files.safetensors import SafetensorsCheckpoint, read_metadata
+from entrenar.gguf.split import GGUFModel
 from entrenar.recipes.inputs import check_inspected
 
 

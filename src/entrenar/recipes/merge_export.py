@@ -48,7 +48,7 @@ def check_architecture(plan: MergePlan, to: str) -> None:
     if to == "gguf":
         from transformers import AutoConfig
 
-        from entrenar.models.gguf_config import check_exportable
+        from entrenar.gguf.config import check_exportable
 
         config = merged_config(plan)
         check_exportable(AutoConfig.for_model(**config))

@@ -19,24 +19,24 @@ from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.lora.embedding import EmbeddingLoRALayer
-from entrenar.models.activations import set_keep
-from entrenar.models.compute import resolve_device, resolve_dtype
-from entrenar.models.device_memory import peak_memory
+from entrenar.models.acceleration.activations import set_keep
 from entrenar.models.head import vocabulary_size
 from entrenar.models.isolation import isolates_documents
-from entrenar.models.source import ModelSource
+from entrenar.opening.compute import resolve_device, resolve_dtype
+from entrenar.opening.source import ModelSource
 from entrenar.optim.adamw import make_adamw
 from entrenar.optim.groups import lora_plus_groups
+from entrenar.planning.device_memory import peak_memory
+from entrenar.planning.memory_plan import MemoryPlan
+from entrenar.planning.run_memory import load_adapted, open_for, plan_memory
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.doubts import afterthoughts, doubts
 from entrenar.recipes.identity import base_identity
-from entrenar.recipes.memory import load_adapted, open_for, plan_memory
 from entrenar.recipes.run_directory import RunDirectory, locked, open_run_directory, sweep
 from entrenar.recipes.train_result import TrainResult, finite, result_of_finished, write_result
 from entrenar.training.checkpoint import BEST, drop_older, load_checkpoint
 from entrenar.training.loop import OnStep, Trainer
 from entrenar.training.loss_scale import first_scale
-from entrenar.training.memory_plan import MemoryPlan
 from entrenar.training.state import Plan, State
 
 Say = Callable[[str], None]

@@ -17,7 +17,7 @@ RESULT_NAME = "result.json"
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """What a finished run left; losses in nats per target token; seconds of all its sessions that left a checkpoint or
-    ended it; memory: peak bytes where it ran (models/device_memory.py) in the last of them, as measured and as planned.
+    ended it; memory: peak bytes where it ran in the last of them, as measured and as planned.
     """
 
     run_dir: str

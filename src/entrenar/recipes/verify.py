@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.errors import EntrenarError
 from entrenar.evaluation.fidelity import ExportStep, fidelity, fused, log_probabilities
-from entrenar.models.load import KEEP, load
+from entrenar.opening.load import KEEP, load
 from entrenar.recipes.text import read_text, token_ids
 
 MAX_TOKENS = 512

@@ -13,9 +13,9 @@ from entrenar.core.errors import EntrenarError, StoppedError
 from entrenar.core.run_log import MetricsLog
 from entrenar.data.batches import Batch, batch_rows, micro_batches
 from entrenar.data.dataset import Dataset, PreparedData
-from entrenar.models.device_memory import used_bytes
 from entrenar.models.forward import target_loss
 from entrenar.optim.schedule import learning_rate_factor
+from entrenar.planning.device_memory import used_bytes
 from entrenar.training import loss_scale
 from entrenar.training.checkpoint import BEST, STEP, drop_older, drop_unneeded_best, load_factors, save_checkpoint
 from entrenar.training.signals import StopRequest

@@ -69,7 +69,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What the loop tells after each step; loss in nats per target token, memory in bytes (models/device_memory.py)."""
+    """What the loop tells after each step; loss in nats per target token, memory in bytes."""
 
     step: int
     total_steps: int

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from entrenar import native
 from entrenar.data.batches import Batch
 from entrenar.models.forward import target_loss
-from entrenar.ops import native
 from entrenar.optim.groups import LR_RATIO
 
 

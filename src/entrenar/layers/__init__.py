@@ -1,0 +1,1 @@
+"""Layers built of the operations: adapted and quantized linears, embeddings, experts, and residual blocks."""

@@ -1,0 +1,219 @@
+"""Adapted linear layers in one native call (csrc/adapted): what goes in, and what comes out.
+
+Letters: B tokens, O out_features, I in_features, r rank.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from entrenar import native
+from entrenar.ops.linear_weight import LinearWeight
+from entrenar.ops.multiply import Source, Weight, dense_weight
+
+_STRIP, _STEP = 16, 32  # csrc/matmul/matmul.h
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer: weight (O, I), bias (O,), A (r, I) and B (O, r) (both or neither), and the adapter's scale."""
+
+    weight: LinearWeight
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+
+    def native(self) -> "NativeMember":
+        """The layer as csrc/adapted takes it: made once for a packed weight, and again where a tensor has moved or was
+        converted."""
+        made: NativeMember | None = self.__dict__.get("_native")
+        if made is None or not made.is_current():
+            made = _native_of(self)
+            if made.is_current():  # else it points into copies, made for this call
+                self.__dict__["_native"] = made
+        return made
+
+
+@dataclass(frozen=True)
+class Used:
+    """A member whose output, the `index`-th of its group, has a gradient (B, O)."""
+
+    member: Member
+    grad: Tensor
+    index: int
+
+
+def factors_of(members: Sequence[Member]) -> list[Tensor]:
+    """A and B of every member that has them."""
+    return [t for member in members for t in (member.a, member.b) if t is not None]
+
+
+def with_factors(members: Sequence[Member], factors: Sequence[Tensor]) -> list[Member]:
+    """The members over factors that were saved, whose changes since then autograd notices."""
+    left, found = iter(factors), []
+    for member in members:
+        a, b = (None, None) if member.a is None else (next(left), next(left))
+        found.append(member if member.a is a and member.b is b else replace(member, a=a, b=b))
+    return found
+
+
+def hidden_bytes(members: Sequence[Member], tokens: int) -> int:
+    """Bytes of a group's products with its factors A, as csrc/adapted lays them out; 0 where no member has any."""
+    width = sum(-(-member.a.shape[0] // _STRIP) * _STRIP for member in members if member.a is not None)
+    return (tokens * width + _STEP) * 2 if width else 0
+
+
+# Gradients of A and B, for every member in use.
+Factors = list[tuple[Tensor | None, Tensor | None]]
+
+
+def forward_native(tokens: Tensor, members: list[Member], residual: Tensor | None = None) -> list[Tensor]:
+    """tokens (B, I) bfloat16 → every member's (B, O); with a residual (B, O) the only one's, and that added."""
+    views = MemberViews(members)
+    count, inner = tokens.shape
+    outputs = [tokens.new_empty(count, member.weight.shape[0]) for member in members]
+    for index, y in enumerate(outputs):
+        views.place(index, y)
+    _run(_forward, tokens, (count, inner), None, views, residual)
+    return outputs
+
+
+def backward_native(tokens: Tensor | None, used: list[Used], wants_x: bool) -> tuple[Tensor | None, Factors]:
+    """The gradient of tokens (B, I), if wanted, and of every factor; tokens may be None where there are no factors."""
+    grad, inner = used[0].grad, used[0].member.weight.shape[1]
+    dx = grad.new_empty(len(grad), inner) if wants_x else None
+    views = MemberViews([one.member for one in used])
+    for index, one in enumerate(used):
+        views.place(index, one.grad)
+    gradients = add_gradients(views.array, [one.member for one in used])
+    _run(_backward, tokens, (len(grad), inner), dx, views)
+    return dx, gradients()
+
+
+class MemberView(ctypes.Structure):
+    """csrc/adapted/adapted.h's MemberView."""
+
+    _fields_ = (
+        ("weight", Source), ("a", Source), ("b", Source), ("bias", ctypes.c_void_p), ("bias_bytes", ctypes.c_int64),
+        ("y", ctypes.c_void_p), ("y_bytes", ctypes.c_int64), ("da", ctypes.c_void_p), ("da_bytes", ctypes.c_int64),
+        ("db", ctypes.c_void_p), ("db_bytes", ctypes.c_int64), ("rank", ctypes.c_int64), ("scale", ctypes.c_float),
+        ("unused", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class _GroupView(ctypes.Structure):
+    """csrc/adapted/adapted.h's GroupView."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("x_bytes", ctypes.c_int64), ("dx", ctypes.c_void_p), ("dx_bytes", ctypes.c_int64),
+        ("residual", ctypes.c_void_p), ("residual_bytes", ctypes.c_int64), ("u", ctypes.c_void_p),
+        ("u_bytes", ctypes.c_int64), ("tokens", ctypes.c_int64), ("inner", ctypes.c_int64), ("count", ctypes.c_int64),
+        ("members", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+_forward = native.Function("entrenar_adapted", "pi")
+_backward = native.Function("entrenar_adapted_backward", "pi")
+
+
+def _run(
+    function: native.Function, tokens: Tensor | None, shape: tuple[int, int], dx: Tensor | None, views: "MemberViews",
+    residual: Tensor | None = None,
+) -> None:  # fmt: skip
+    group = _GroupView(
+        *native.buffer(tokens), *native.buffer(dx), *native.buffer(residual), None, 0, *shape, len(views.array),
+        ctypes.addressof(views.array),
+    )  # fmt: skip
+    function(ctypes.addressof(group), native.threads())
+
+
+class MemberViews:
+    """An array of C views of members, and the tensors that they point into."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.array = (MemberView * len(members))()
+        self._held: list[object] = []
+        for index, member in enumerate(members):
+            made = member.native()
+            self.array[index] = made.view
+            self._held.append(made)
+
+    def place(self, index: int, y: Tensor) -> None:
+        """Where a member's result goes, or in a backward where its gradient is."""
+        self.array[index].y, self.array[index].y_bytes = native.buffer(y)
+        self._held.append(y)
+
+
+def add_gradients(views: ctypes.Array[MemberView], members: Sequence[Member]) -> Callable[[], Factors]:
+    """Make room for the factors' gradients, one tensor for all of them.
+
+    What comes back gives them, in the factors' dtypes, after the call.
+    """
+    factors = factors_of(members)
+    room = torch.empty(sum(factor.numel() for factor in factors), dtype=torch.float32)
+    at = room.data_ptr()
+    for view, member in zip(views, members, strict=True):
+        if member.a is not None and member.b is not None:
+            view.da, view.da_bytes = at, member.a.numel() * room.itemsize
+            view.db, view.db_bytes = at + view.da_bytes, member.b.numel() * room.itemsize
+            at += view.da_bytes + view.db_bytes
+
+    def gradients() -> Factors:
+        found, at = [], 0
+        for factor in factors:
+            part = room.as_strided(factor.shape, (factor.shape[1], 1), at)
+            found.append(part if factor.dtype == room.dtype else part.to(factor.dtype))
+            at += factor.numel()
+        each = iter(found)
+        return [(None, None) if member.a is None else (next(each), next(each)) for member in members]
+
+    return gradients
+
+
+class NativeMember(NamedTuple):
+    """A member's view, without places for results, and what it was made of: the weight's source, and the member's own
+    tensors with how they lay; `held` are these as the view has them, the same memory or copies.
+    """
+
+    view: MemberView
+    weight: Weight
+    own: tuple[Tensor, ...]
+    lay: list[tuple[object, ...]]
+    held: tuple[Tensor, ...]
+
+    def is_current(self) -> bool:
+        """Whether the view points at what the member's tensors are now."""
+        return self.weight.is_current() and _places(self.own) == self.lay
+
+
+def _native_of(member: Member) -> NativeMember:
+    weight = member.weight.source()
+    view, held = MemberView(weight=weight.view), []
+    if member.bias is not None:
+        bias = member.bias.detach().to(torch.bfloat16).contiguous()
+        view.bias, view.bias_bytes = native.buffer(bias)
+        held.append(bias)
+    if member.a is not None and member.b is not None:
+        a, b = _usable(member.a), _usable(member.b)
+        view.a, view.b = dense_weight(a).view, dense_weight(b).view
+        view.rank, view.scale = len(a), member.scale
+        held += [a, b]
+    own = tuple(tensor for tensor in (member.bias, member.a, member.b) if tensor is not None)
+    return NativeMember(view, weight, own, _places(held), tuple(held))
+
+
+def _places(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    """Where tensors lie and how: one may be given a view of its own memory as another dtype."""
+    return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+
+
+def _usable(factor: Tensor) -> Tensor:
+    """A factor as the native product reads it: float32 or bfloat16, its rows contiguous."""
+    factor = factor.detach()
+    fits = factor.dtype in (torch.float32, torch.bfloat16) and factor.stride(1) == 1
+    return factor if fits else factor.float().contiguous()

@@ -1,0 +1,341 @@
+"""The two residual blocks of a decoder layer, h + f(norm(h)), each one native call a pass (csrc/block).
+
+Only for bfloat16 on a CPU (`serves`). On a GPU composed_blocks.py puts a layer together of operations, and elsewhere
+models/acceleration/fast_forwards.py does. Gradients reach h and the low-rank factors.
+Letters: B rows, T tokens, C hidden size, I inner size, H heads, G key-value heads, D width of a head, R rotated of D.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from operator import is_not
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from entrenar import native
+from entrenar.layers.adapted_native import (
+    Factors,
+    Member,
+    MemberView,
+    NativeMember,
+    add_gradients,
+    factors_of,
+    forward_native,
+    hidden_bytes,
+    with_factors,
+)
+from entrenar.layers.block_views import AttentionView, MlpView, NormView, set_buffers
+from entrenar.ops.gated_activation import KINDS
+
+
+class Keep(Enum):
+    """What a block keeps for its backward beside h: all it computed, what is dear to compute again, or nothing."""
+
+    ALL = "all"
+    DEAR = "dear"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: weight (C,), frozen; see ops/rms_norm.py."""
+
+    weight: Tensor
+    eps: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class MlpBlock:
+    """h + down(act(gate(x)) · up(x)), x = norm(h); `activation` as in ops/gated_activation.py."""
+
+    norm: Norm
+    gate: Member
+    up: Member
+    down: Member
+    activation: str
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """h + output(attention(rotate(q(x)), rotate(k(x)), v(x))), x = norm(h); q and k may have norms over each head."""
+
+    norm: Norm
+    q: Member
+    k: Member
+    v: Member
+    output: Member
+    width: int
+    scale: float
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+_ALIGNMENT = 64  # bytes, of a buffer among those that share one tensor
+Rotation = tuple[Tensor, Tensor]  # cos and sin, (B or 1, T, R) float
+
+
+def serves(h: Tensor) -> bool:
+    """Whether the blocks can be used for h (B, T, C)."""
+    fits = h.dtype == torch.bfloat16 and h.dim() == 3 and h.numel() > 0
+    return fits and native.is_eager(h) and native.available()
+
+
+def mlp_block(h: Tensor, block: MlpBlock, keep: Keep) -> Tensor:
+    """H (B, T, C) → (B, T, C)."""
+    return _apply(h, (_Mlp(block),), keep)
+
+
+def attention_block(
+    h: Tensor, block: AttentionBlock, rotation: Rotation | None, starts: Tensor | None, keep: Keep
+) -> Tensor:
+    """H (B, T, C) → (B, T, C); causal, `starts` (B, T) int32 as in ops/attention.py."""
+    return _apply(h, (_Attention(block, rotation, starts),), keep)
+
+
+def decoder_layer(
+    h: Tensor, attention: AttentionBlock, mlp: MlpBlock, rotation: Rotation | None, starts: Tensor | None, keep: Keep
+) -> Tensor:
+    """Both, one after the other, as one node of autograd's graph."""
+    return _apply(h, (_Attention(attention, rotation, starts), _Mlp(mlp)), keep)
+
+
+def before_attention(
+    h: Tensor, block: AttentionBlock, rotation: Rotation | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """H (B, T, C) → h, and what attention takes: q (B, T, H·D), k and v (B, T, G·D); no gradient is recorded."""
+    h, one = h.contiguous(), _Attention(block, rotation)
+    q, k, v = (h.new_empty(*h.shape[:2], member.weight.shape[0]) for member in (block.q, block.k, block.v))
+    made = _prepared(one, h, one.members, Keep.NOTHING)
+    _run(_attention_inputs, _fresh_view(one, made, {"h": h, "q": q, "k": k, "v": v}, h.new_empty(0)))
+    return h, q, k, v
+
+
+def after_attention(h: Tensor, attended: Tensor, output: Member, block: MlpBlock) -> Tensor:
+    """H (B, T, C) + output(attended), attended (B, T, H·D), and the MLP's block of that; no gradient is recorded."""
+    tokens = attended.reshape(-1, attended.shape[-1]).contiguous()
+    added = forward_native(tokens, [output], residual=h.reshape(-1, h.shape[-1]))[0]
+    return mlp_block(added.view(h.shape), block, Keep.NOTHING)
+
+
+_attention_inputs = native.Function("entrenar_attention_inputs", "pi")
+
+
+class _Layout(NamedTuple):
+    """Where in one tensor the buffers lie that a pass keeps: name, first byte and bytes of each; bytes of all."""
+
+    places: list[tuple[str, int, int]]
+    size: int
+
+
+class _Prepared(NamedTuple):
+    """A pass's view but for the buffers of one call, what it was made for, and what it points into."""
+
+    shape: torch.Size
+    keep: Keep
+    natives: list[NativeMember]
+    norms: list[tuple[int, torch.dtype]]
+    view: ctypes.Structure
+    kept: _Layout
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """An MLP block as a pass over h takes it."""
+
+    block: MlpBlock
+    forward: ClassVar = native.Function("entrenar_mlp_block", "pi")
+    backward: ClassVar = native.Function("entrenar_mlp_block_backward", "pi")
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return self.block.gate, self.block.up, self.block.down
+
+    @property
+    def norms(self) -> tuple[Norm | None, ...]:
+        return (self.block.norm,)
+
+    def kept(self, h: Tensor, keep: Keep) -> dict[str, int]:
+        """What the backward reads beside h: bytes by the names of the view's buffers."""
+        if keep is Keep.NOTHING:
+            return {}
+        block, tokens = self.block, h.shape[0] * h.shape[1]
+        wide = tokens * block.gate.weight.shape[0] * h.itemsize
+        kept = {"gate": wide, "up": wide} | ({"x": h.nbytes, "product": wide} if keep is Keep.ALL else {})
+        hidden = {
+            "u": hidden_bytes((block.gate, block.up), tokens),
+            "down_u": hidden_bytes((block.down,), tokens),
+        }
+        return kept | hidden
+
+    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> MlpView:
+        """The block as C takes it, without buffers."""
+        block, tokens = self.block, h.shape[0] * h.shape[1]
+        inner, activation = block.gate.weight.shape[0], KINDS[block.activation]
+        return MlpView(tokens, h.shape[2], inner, _norm_view(block.norm), members=members, activation=activation)
+
+    def set_call(self, view: Any) -> None:
+        """Nothing else differs from call to call."""
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """An attention block as a pass over h takes it."""
+
+    block: AttentionBlock
+    rotation: Rotation | None
+    starts: Tensor | None = None
+    forward: ClassVar = native.Function("entrenar_attention_block", "pi")
+    backward: ClassVar = native.Function("entrenar_attention_block_backward", "pi")
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return self.block.q, self.block.k, self.block.v, self.block.output
+
+    @property
+    def norms(self) -> tuple[Norm | None, ...]:
+        return self.block.norm, self.block.q_norm, self.block.k_norm
+
+    def kept(self, h: Tensor, keep: Keep) -> dict[str, int]:
+        """What the backward reads beside h: bytes by the names of the view's buffers."""
+        if keep is Keep.NOTHING:
+            return {}
+        block, tokens = self.block, h.shape[0] * h.shape[1]
+        queries, keys = (tokens * member.weight.shape[0] * h.itemsize for member in (block.q, block.k))
+        kept = {"q": queries, "k": keys, "v": keys, "o": queries} | ({"x": h.nbytes} if keep is Keep.ALL else {})
+        hidden = {
+            "u": hidden_bytes((block.q, block.k, block.v), tokens),
+            "output_u": hidden_bytes((block.output,), tokens),
+        }
+        return kept | hidden | {"lse": tokens * (block.q.weight.shape[0] // block.width) * 4}
+
+    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> AttentionView:
+        """The block as C takes it, without buffers."""
+        block = self.block
+        heads, kv_heads = (member.weight.shape[0] // block.width for member in (block.q, block.k))
+        norms = map(_norm_view, self.norms)
+        return AttentionView(*h.shape, heads, kv_heads, block.width, *norms, members=members, scale=block.scale)
+
+    def set_call(self, view: Any) -> None:
+        """Set what differs from call to call beside h."""
+        set_buffers(view, {"starts": self.starts})
+        if self.rotation is not None:
+            cos, sin = self.rotation
+            set_buffers(view, {"cos": cos, "sin": sin})
+            view.rotary_batches, view.rotated, view.rotary_dtype = len(cos), cos.shape[-1], native.DTYPES[cos.dtype]
+
+
+_Pass = _Mlp | _Attention
+
+
+def _prepared(one: _Pass, h: Tensor, members: Sequence[Member], keep: Keep) -> _Prepared:
+    """What the block's last call was prepared with, if it still is right."""
+    natives = [member.native() for member in members]
+    norms = [(norm.weight.data_ptr(), norm.weight.dtype) for norm in one.norms if norm is not None]
+    made: _Prepared | None = one.block.__dict__.get("_prepared")
+    same = made is not None and made.shape == h.shape and made.keep is keep and made.norms == norms
+    if made is None or not same or any(map(is_not, made.natives, natives)):
+        view = one.view(h, (MemberView * len(natives))(*(each.view for each in natives)))
+        made = _Prepared(h.shape, keep, natives, norms, view, _layout(one.kept(h, keep)))
+        if all(each.is_current() for each in natives):  # else they hold copies, made for this call
+            one.block.__dict__["_prepared"] = made
+    return made
+
+
+def _layout(sizes: dict[str, int]) -> _Layout:
+    places, at = [], 0
+    for name, size in sizes.items():
+        if size:
+            places.append((name, at, size))
+            at += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return _Layout(places, at)
+
+
+def _norm_view(norm: Norm | None) -> NormView:
+    if norm is None:
+        return NormView()
+    weight = norm.weight.detach()
+    return NormView(*native.buffer(weight), native.DTYPES[weight.dtype], norm.eps, norm.offset, 0)
+
+
+def _fresh_view(one: _Pass, made: _Prepared, buffers: dict[str, Tensor], room: Tensor) -> Any:
+    """A view for one call: another thread may make one over the same block."""
+    view = type(made.view).from_buffer_copy(made.view)
+    set_buffers(view, buffers)
+    at = room.data_ptr()
+    for name, begin, size in made.kept.places:
+        setattr(view, name, (at + begin, size))
+    one.set_call(view)
+    return view
+
+
+def _run(function: native.Function, view: ctypes.Structure) -> None:
+    function(ctypes.addressof(view), native.threads())
+
+
+def _apply(h: Tensor, passes: Sequence[_Pass], keep: Keep) -> Tensor:
+    h = h.contiguous()
+    if torch.is_grad_enabled():
+        return _Blocks.apply(h, passes, keep, *factors_of(_members(passes)))
+    for one in passes:
+        h = _forward(one, h, keep)[0]
+    return h
+
+
+def _members(passes: Sequence[_Pass]) -> list[Member]:
+    return [member for one in passes for member in one.members]
+
+
+def _forward(one: _Pass, h: Tensor, keep: Keep) -> tuple[Tensor, Tensor]:
+    """The result, and room that holds all that is kept."""
+    made = _prepared(one, h, one.members, keep)
+    out, room = torch.empty_like(h), h.new_empty(made.kept.size // h.itemsize)
+    _run(one.forward, _fresh_view(one, made, {"h": h, "out": out}, room))
+    return out, room
+
+
+def _backward(
+    one: _Pass, h: Tensor, members: Sequence[Member], keep: Keep, room: Tensor, grad: Tensor
+) -> tuple[Tensor, Factors]:
+    """The gradients of h and of the factors."""
+    made, dh = _prepared(one, h, members, keep), torch.empty_like(h)
+    view = _fresh_view(one, made, {"h": h, "out": grad, "dh": dh}, room)
+    factors = add_gradients(view.members, members)
+    _run(one.backward, view)
+    return dh, factors()
+
+
+class _Blocks(torch.autograd.Function):
+    """Passes one after the other."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, h: Tensor, passes: Sequence[_Pass], keep: Keep, *factors: Tensor
+    ) -> Tensor:
+        ctx.passes, ctx.keep, saved = passes, keep, []
+        for one in passes:
+            out, room = _forward(one, h, keep)
+            saved += [h, room]
+            h = out
+        ctx.save_for_backward(*factors, *saved)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        members, gradients = with_factors(_members(ctx.passes), saved[: -2 * len(ctx.passes)]), Factors()
+        grad = grad.contiguous()
+        for one in reversed(ctx.passes):
+            room, h = saved.pop(), saved.pop()
+            own = members[-len(one.members) :]
+            del members[-len(one.members) :]
+            grad, factors = _backward(one, h, own, ctx.keep, room, grad)
+            gradients = factors + gradients
+        return grad, None, None, *(gradient for pair in gradients for gradient in pair if gradient is not None)

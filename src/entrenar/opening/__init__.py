@@ -1,0 +1,1 @@
+"""Opening a model: what a path holds, which parameter a stored tensor is, loading it and its adapter."""
