@@ -164,8 +164,8 @@ def clear(root: Path) -> None:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """File → bytes, of a directory or one file."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """File → bytes, of a directory or one file; an empty lock that a killed process left weighs nothing."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".lock") if path.is_dir() else [path]
     return {str(p.relative_to(path.parent)): p.read_bytes() for p in files}
 
 

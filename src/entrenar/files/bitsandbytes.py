@@ -90,7 +90,7 @@ def _read(stored: StoredTensor, start: int, end: int) -> Tensor:
 
 
 class BitsandbytesWeights:
-    """The tensors of a checkpoint without bitsandbytes' own beside the weights; see `models.source.Weights`.
+    """The tensors of a checkpoint without bitsandbytes' own beside the weights; see `opening.source.Weights`.
 
     Raises:
         InputError: two states for one weight, or a state or scales without a weight.
