@@ -5,6 +5,7 @@
 // that follow a factor.
 #include "adapted/adapted.h"
 
+#include "abi/abi.h"
 #include <algorithm>
 #include <cstring>
 #include <utility>

@@ -7,27 +7,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "abi/abi.h"
 #include "matmul/panel.h"
 
 namespace entrenar {
-
-// A (B, T, heads, D) tensor with D contiguous; strides in elements.
-struct HeadsView {
-    const void* data;
-    int64_t bytes, batch, token, head;
-
-    const uint16_t* rows(int64_t b, int64_t h) const { return static_cast<const uint16_t*>(data) + b * batch + h * head; }
-};
-
-// What ops/attention.py passes. A token attends the keys from starts[b][t] to itself.
-struct AttentionView {
-    int64_t batch, tokens, heads, kv_heads, width;
-    const void* starts;  // (B, T) int32, never falling along T; null: 0
-    int64_t starts_bytes;
-    float scale;
-    int32_t unused;
-    HeadsView q, k, v;
-};
 
 // The first key of every token of one row.
 std::vector<int64_t> first_keys(const AttentionView& view, int64_t row);
@@ -70,5 +53,9 @@ struct AttentionKernels {
     const AttentionRows& rows;
 };
 AttentionKernels attention_kernels();
+
+// What other groups are made of; the exported functions do nothing else.
+int attention_forward(const AttentionView* view, void* out, int64_t out_bytes, void* lse, int64_t lse_bytes, int threads);
+int attention_backward(const AttentionView* view, const void* out, int64_t out_bytes, const void* grad, int64_t grad_bytes, const void* lse, int64_t lse_bytes, void* dq, int64_t dq_bytes, void* dk, int64_t dk_bytes, void* dv, int64_t dv_bytes, int threads);
 
 }  // namespace entrenar

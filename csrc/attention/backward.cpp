@@ -1,6 +1,8 @@
 // Attention's backward: the scores once more, keys by rows, so that both gradients that sum over queries are plain
 // products; the queries' gradient is summed transposed.
 #include <algorithm>
+
+#include "abi/abi.h"
 #include <atomic>
 #include <cstring>
 #include <utility>
@@ -135,10 +137,7 @@ void run_pair(const AttentionView& view, const AttentionKernels& kernels, const 
 
 // Gradients of entrenar_attention's result `out`, given `grad` and its lse, all contiguous: dq (B, T, H, D), dk and dv
 // (B, T, G, D).
-ENTRENAR_API int entrenar_attention_backward(const entrenar::AttentionView* view, const void* out, int64_t out_bytes,
-                                             const void* grad, int64_t grad_bytes, const void* lse, int64_t lse_bytes,
-                                             void* dq, int64_t dq_bytes, void* dk, int64_t dk_bytes, void* dv,
-                                             int64_t dv_bytes, int threads) {
+int entrenar::attention_backward(const AttentionView* view, const void* out, int64_t out_bytes, const void* grad, int64_t grad_bytes, const void* lse, int64_t lse_bytes, void* dq, int64_t dq_bytes, void* dk, int64_t dk_bytes, void* dv, int64_t dv_bytes, int threads) {
     using namespace entrenar;
     const AttentionKernels kernels = attention_kernels();
     if (const int error = check_attention(*view)) return error;
@@ -163,4 +162,8 @@ ENTRENAR_API int entrenar_attention_backward(const entrenar::AttentionView* view
         run_pair(*view, kernels, gradients, Room(*view, scratch), item / view->kv_heads, item % view->kv_heads);
     });
     return error.load();
+}
+
+ENTRENAR_API int entrenar_attention_backward(const entrenar::AttentionView* view, const void* out, int64_t out_bytes, const void* grad, int64_t grad_bytes, const void* lse, int64_t lse_bytes, void* dq, int64_t dq_bytes, void* dk, int64_t dk_bytes, void* dv, int64_t dv_bytes, int threads) {
+    return entrenar::attention_backward(view, out, out_bytes, grad, grad_bytes, lse, lse_bytes, dq, dq_bytes, dk, dk_bytes, dv, dv_bytes, threads);
 }

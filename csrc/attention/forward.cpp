@@ -1,5 +1,7 @@
 // Attention's forward: 32 queries at a time past the keys in chunks, with a running maximum and sum a row.
 #include <algorithm>
+
+#include "abi/abi.h"
 #include <atomic>
 #include <cmath>
 
@@ -73,8 +75,7 @@ void run_queries(const AttentionView& view, const AttentionKernels& kernels, con
 }  // namespace entrenar
 
 // out (B, T, H, D) bfloat16 and lse (B, H, T) float32, the logarithm of each row's sum of exponentials.
-ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* out, int64_t out_bytes, void* lse,
-                                    int64_t lse_bytes, int threads) {
+int entrenar::attention_forward(const AttentionView* view, void* out, int64_t out_bytes, void* lse, int64_t lse_bytes, int threads) {
     using namespace entrenar;
     const AttentionKernels kernels = attention_kernels();
     if (const int error = check_attention(*view)) return error;
@@ -104,4 +105,8 @@ ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* o
         kernels.products.end();
     });
     return error.load();
+}
+
+ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* out, int64_t out_bytes, void* lse, int64_t lse_bytes, int threads) {
+    return entrenar::attention_forward(view, out, out_bytes, lse, lse_bytes, threads);
 }

@@ -2,6 +2,7 @@
 // their own over each head (Qwen 3), and may not be rotated (SmolLM 3's every fourth layer).
 #include <utility>
 
+#include "abi/abi.h"
 #include "attention/attention.h"
 
 #include "block/block.h"
@@ -10,38 +11,11 @@
 #include "common/sizes.h"
 #include "elementwise/kernels.h"
 
-extern "C" {
-int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos, int64_t cos_bytes, const void* sin, int64_t sin_bytes,
-                    void* out, int64_t out_bytes, int64_t batch, int64_t tokens, int64_t heads, int64_t width,
-                    int64_t rotated, int64_t batch_stride, int64_t token_stride, int64_t head_stride, int64_t cos_batches,
-                    int dtype, int cos_dtype, int transpose, int threads);
-int entrenar_attention(const entrenar::AttentionView* view, void* out, int64_t out_bytes, void* lse, int64_t lse_bytes,
-                       int threads);
-int entrenar_attention_backward(const entrenar::AttentionView* view, const void* out, int64_t out_bytes, const void* grad,
-                                int64_t grad_bytes, const void* lse, int64_t lse_bytes, void* dq, int64_t dq_bytes, void* dk,
-                                int64_t dk_bytes, void* dv, int64_t dv_bytes, int threads);
-}
-
 namespace entrenar {
 
 // What a pass makes: the block's result, its gradients, or only what attention takes (q, k and v are needed then, and
 // attention itself is somebody else's: one with a cache).
 enum class Pass { forward, backward, inputs };
-
-// Forward: `out` is the result, and what of x, q, k, v, o, lse, u and output_u (of q, k and v, and of output) has a buffer is
-// kept there for the backward. Backward: `out` is the gradient of the result, `dh` that of h; what was not kept is made
-// again. q and k are kept rotated, or, where they have norms, as they came from their layers.
-struct AttentionBlockView {
-    int64_t batch, tokens, hidden, heads, kv_heads, width;
-    NormView norm, q_norm, k_norm;
-    BufferView h, x, q, k, v, o, lse, u, output_u, out, dh;  // lse (B, H, T) float32
-    BufferView cos, sin;                                     // (rotary_batches, T, rotated) of rotary_dtype; null: no rotation
-    int64_t rotary_batches, rotated;
-    BufferView starts;                                       // (B, T) int32, or null
-    MemberView members[4];                                   // q, k, v, output
-    float scale;
-    int32_t rotary_dtype;
-};
 
 namespace {
 
@@ -122,7 +96,7 @@ AttentionView attention_of(const AttentionBlockView& view, const Values& values)
 // from (B, T, heads, D) → to, turned by the angles of its position, or back.
 int rotate(const AttentionBlockView& view, const void* from, void* to, int64_t heads, bool back, int threads) {
     const HeadsView in = heads_of(view, from, heads);
-    return entrenar_rotary(from, in.bytes, view.cos.data, view.cos.bytes, view.sin.data, view.sin.bytes, to, in.bytes,
+    return rotary(from, in.bytes, view.cos.data, view.cos.bytes, view.sin.data, view.sin.bytes, to, in.bytes,
                            view.batch, view.tokens, heads, view.width, view.rotated, in.batch, in.token, in.head,
                            view.rotary_batches, kBfloat16, view.rotary_dtype, back, threads);
 }
@@ -166,7 +140,7 @@ int compute(const AttentionBlockView& view, const Values& values, const Needs& n
     }
     if (!needs.attention) return kOk;
     const AttentionView attention = attention_of(view, values);
-    return entrenar_attention(&attention, values.o, sizes.queries * 2, values.lse, sizes.rows * view.heads * 4, threads);
+    return attention_forward(&attention, values.o, sizes.queries * 2, values.lse, sizes.rows * view.heads * 4, threads);
 }
 
 // Kept q and k are raw where they have norms, and what attention takes elsewhere.
@@ -262,7 +236,7 @@ int backward(const AttentionBlockView& view, int threads) {
     const GroupView last = group_of(values.o, d_o, view.output_u, sizes.rows, view.heads * view.width, &output, 1);
     if (const int error = adapted_backward(last, threads)) return error;
     const AttentionView inner = attention_of(view, values);
-    if (const int error = entrenar_attention_backward(&inner, values.o, sizes.queries * 2, d_o, sizes.queries * 2, values.lse,
+    if (const int error = attention_backward(&inner, values.o, sizes.queries * 2, d_o, sizes.queries * 2, values.lse,
                                                       sizes.rows * view.heads * 4, dq, sizes.queries * 2, dk, sizes.keys * 2, dv,
                                                       sizes.keys * 2, threads)) {
         return error;

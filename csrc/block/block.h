@@ -6,23 +6,10 @@
 
 #include <cstdint>
 
+#include "abi/abi.h"
 #include "adapted/adapted.h"
 
 namespace entrenar {
-
-struct BufferView {
-    void* data;  // null: not there
-    int64_t bytes;
-};
-
-// An RMS norm's weight, (columns,) of `dtype`; data null where there is no norm.
-struct NormView {
-    const void* weight;
-    int64_t bytes;
-    int32_t dtype;
-    float eps, offset;
-    int32_t unused;
-};
 
 // Error unless the weight is one for rows of `columns`.
 int check_norm(const NormView& norm, int64_t columns);

@@ -1,6 +1,7 @@
 // Entry point of codebook dequantization.
 #include "codebook4/dequantize.h"
 
+#include "abi/abi.h"
 #include <algorithm>
 #include <cstring>
 

@@ -1,6 +1,7 @@
 // Entry point of codebook quantization, and its partial last block, which divides where whole blocks multiply.
 #include "codebook4/quantize.h"
 
+#include "abi/abi.h"
 #include <algorithm>
 #include <cstring>
 

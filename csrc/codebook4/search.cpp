@@ -1,6 +1,7 @@
 // Entry point of the search for scales.
 #include "codebook4/search.h"
 
+#include "abi/abi.h"
 #include <algorithm>
 #include <cstring>
 

@@ -1,6 +1,7 @@
 // CPUID once, then a path that a caller may lower (tests run every path on one machine).
 #include "dispatch.h"
 
+#include "abi/abi.h"
 #include <atomic>
 #include <cstring>
 #include <initializer_list>

@@ -6,6 +6,7 @@
 // megabytes thrash the table of small ones.
 #include "memory.h"
 
+#include "abi/abi.h"
 #include <atomic>
 
 #include "errors.h"

@@ -1,6 +1,7 @@
 // Threads for the kernels; see parallel.h for why there are two sources of them.
 #include "parallel.h"
 
+#include "abi/abi.h"
 #include <pthread.h>
 
 #include <algorithm>
@@ -87,7 +88,6 @@ private:
     int workers_ = 0, helpers_wanted_ = 0, helpers_running_ = 0;
 };
 
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 using Clock = std::chrono::steady_clock;
 
 // An OpenMP region ends when its last thread has arrived, work or no work: where another process holds a core that is a

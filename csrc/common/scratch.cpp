@@ -1,6 +1,7 @@
 // Scratch in whole huge pages where the system gives them: a packed panel is read in strides that thrash small ones.
 #include "common/scratch.h"
 
+#include "abi/abi.h"
 #include "common/errors.h"
 
 #include <cstdlib>

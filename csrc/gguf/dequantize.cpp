@@ -1,5 +1,7 @@
 // entrenar_dequantize_gguf: GGUF blocks to float values. Checks sizes, picks a kernel, splits the blocks over threads.
 #include "common/dispatch.h"
+
+#include "abi/abi.h"
 #include "common/floats.h"
 #include "common/parallel.h"
 #include "common/sizes.h"

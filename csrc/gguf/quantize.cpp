@@ -1,5 +1,7 @@
 // entrenar_quantize_gguf: float weights to GGUF blocks. Checks sizes, picks a kernel, splits the blocks over threads.
 #include "common/dispatch.h"
+
+#include "abi/abi.h"
 #include "common/floats.h"
 #include "common/parallel.h"
 #include "common/sizes.h"

@@ -3,6 +3,7 @@
 // result does not depend on the number of threads.
 #include "linear/linear.h"
 
+#include "abi/abi.h"
 #include <algorithm>
 #include <cstring>
 

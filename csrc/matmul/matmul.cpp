@@ -1,6 +1,7 @@
 // Which kernel serves, and the entry point for a sum of products.
 #include "matmul/matmul.h"
 
+#include "abi/abi.h"
 #include "common/dispatch.h"
 #include "common/errors.h"
 #include "common/floats.h"
@@ -26,16 +27,8 @@ constexpr int64_t kMostTerms = 1 << 16;  // more is a mistake, and would not fit
 
 }  // namespace
 
-// One product of the sum, as ops/multiply.py passes it: A (rows, inner) bfloat16, rows `a_stride` elements apart.
-struct TermView {
-    const void* a;
-    int64_t a_bytes, a_stride, inner;
-    int32_t transposed, unused;
-    entrenar::SourceView source;
-};
-
 // out (rows, columns) of `out_dtype` (float32 or bfloat16) = alpha · Σ A·op(B) + bias; bias bfloat16 or null.
-ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const void* bias, int64_t bias_bytes, void* out,
+ENTRENAR_API int entrenar_multiply(const entrenar::TermView* terms, int64_t count, const void* bias, int64_t bias_bytes, void* out,
                                    int64_t out_bytes, int64_t rows, int64_t columns, float alpha, int out_dtype,
                                    int threads) {
     using namespace entrenar;

@@ -4,29 +4,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "abi/abi.h"
 #include "codebook4/dequantize.h"
 #include "gguf/blocks.h"
 #include "symmetric/symmetric.h"
 
 namespace entrenar {
-
-enum class SourceKind : int32_t { dense = 0, codebook4 = 1, stack = 2, gguf = 3, int8 = 4 };
-
-// A caller's weight (rows, columns), as ops/multiply.py fills it in; a stack is made here alone. Pointers may be unaligned.
-struct SourceView {
-    int32_t kind;
-    int32_t dtype;        // dense: of its elements, float32 or bfloat16; gguf: ggml's type id
-    int64_t rows, columns;
-    int64_t stride;       // dense: elements from row to row
-    float scale;          // dense: every element is multiplied by it
-    int32_t unused;
-    int64_t block_size;   // codebook4, int8
-    const void* data;     // dense: elements; codebook4: packed codes; int8: codes; gguf: blocks
-    int64_t data_bytes;
-    ScaleBuffers scales;   // codebook4, int8
-    const void* codebook;  // codebook4
-    int64_t codebook_bytes;
-};
 
 struct Source {
     SourceView view;

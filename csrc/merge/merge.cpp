@@ -1,6 +1,7 @@
 // The exported merge functions: check sizes, pick a table. One call works alone on its piece: callers are many threads.
 #include "merge/merge.h"
 
+#include "abi/abi.h"
 #include "common/dispatch.h"
 #include "common/errors.h"
 #include "common/floats.h"

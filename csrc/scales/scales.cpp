@@ -1,6 +1,7 @@
 // Double quantization of block scales, both ways. The arithmetic is quant/scales.py's, operation by operation.
 #include "scales/scales.h"
 
+#include "abi/abi.h"
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -1,6 +1,7 @@
 // Entry points of the symmetric integer formats.
 #include "symmetric/symmetric.h"
 
+#include "abi/abi.h"
 #include <algorithm>
 
 #include "common/dispatch.h"
