@@ -22,10 +22,14 @@ namespace {
 template <class T>
 struct Word {
     static std::string of() {
-        if constexpr (std::is_void<T>::value) return "v";
-        else if constexpr (std::is_pointer<T>::value) return "p";
-        else if constexpr (std::is_floating_point<T>::value) return sizeof(T) == 4 ? "f" : "d";
-        else return sizeof(T) == 8 ? "n" : "i";
+        if constexpr (std::is_void<T>::value)
+            return "v";
+        else if constexpr (std::is_pointer<T>::value)
+            return "p";
+        else if constexpr (std::is_floating_point<T>::value)
+            return sizeof(T) == 4 ? "f" : "d";
+        else
+            return sizeof(T) == 8 ? "n" : "i";
     }
 };
 

@@ -1,15 +1,15 @@
 // Linear layers that share an input, each with or without low-rank factors: the sums of products of
 // layers/adapted_linear.py, one call for a forward and one for a backward.
 //
-// Letters as in group.h. As an inner dimension u and v are read in steps of 32: what is read of a neighbour meets the zeros
-// that follow a factor.
+// Letters as in group.h. As an inner dimension u and v are read in steps of 32: what is read of a neighbour meets the
+// zeros that follow a factor.
 #include "adapted/adapted.h"
 
-#include "abi/abi.h"
 #include <algorithm>
 #include <cstring>
 #include <utility>
 #include <vector>
+#include "abi/abi.h"
 
 #include "adapted/group.h"
 #include "common/errors.h"
@@ -74,7 +74,8 @@ Sum into(int64_t rows, int64_t columns, void* data, int64_t stride, int dtype, f
 // u (M, R): x·Aᵀ of all members in one product, which reads x once.
 Sum hidden_product(const Group& group, const Source& stacked, uint16_t* u) {
     Sum sum = into(group.view.tokens, group.width, u, group.width, kBfloat16);
-    sum.terms.push_back({static_cast<const uint16_t*>(group.view.x), group.view.inner, group.view.inner, true, &stacked});
+    sum.terms.push_back(
+        {static_cast<const uint16_t*>(group.view.x), group.view.inner, group.view.inner, true, &stacked});
     return sum;
 }
 
@@ -86,7 +87,8 @@ int forward(const Group& group) {
         if (u == nullptr) return kNoMemory;
         std::memset(u + elements, 0, kStep * 2);  // the last row's step may reach so far
         const Source stacked = group.stacked_a();
-        if (const int error = multiply_sums(group.kernel, {hidden_product(group, stacked, u)}, group.threads)) return error;
+        if (const int error = multiply_sums(group.kernel, {hidden_product(group, stacked, u)}, group.threads))
+            return error;
     }
     const auto* x = static_cast<const uint16_t*>(group.view.x);
     std::vector<Sum> sums;
@@ -96,7 +98,8 @@ int forward(const Group& group) {
         sum.bias = static_cast<const uint16_t*>(member.view->bias);
         sum.residual = static_cast<const uint16_t*>(group.view.residual);
         sum.terms.push_back({x, group.view.inner, group.view.inner, true, &member.weight});
-        if (member.view->rank > 0) sum.terms.push_back({u + member.offset, group.width, member.inner_rank(), true, &member.b});
+        if (member.view->rank > 0)
+            sum.terms.push_back({u + member.offset, group.width, member.inner_rank(), true, &member.b});
         sums.push_back(std::move(sum));
     }
     return multiply_sums(group.kernel, sums, group.threads);
@@ -118,7 +121,8 @@ Sum input_gradient(const Group& group, const uint16_t* v) {
     for (const Member& member : group.members) {
         const int64_t rows = member.view->weight.rows;
         sum.terms.push_back({static_cast<const uint16_t*>(member.view->y), rows, rows, false, &member.weight});
-        if (member.view->rank > 0) sum.terms.push_back({v + member.offset, group.width, member.inner_rank(), false, &member.a});
+        if (member.view->rank > 0)
+            sum.terms.push_back({v + member.offset, group.width, member.inner_rank(), false, &member.a});
     }
     return sum;
 }
@@ -155,7 +159,8 @@ void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, c
     for (size_t i = 0; i < group.members.size(); ++i) {
         const Member& member = group.members[i];
         if (member.view->rank == 0) continue;
-        Sum sum = into(member.padded_rank(), member.view->weight.rows, member.view->db, member.view->rank, kFloat32, member.view->scale);
+        Sum sum = into(member.padded_rank(), member.view->weight.rows, member.view->db, member.view->rank, kFloat32,
+                       member.view->scale);
         sum.out.transposed = true;
         sum.out.kept = member.view->rank;
         sum.terms.push_back({u + member.offset * padded, padded, group.view.tokens, false, &grads[i]});
@@ -163,8 +168,8 @@ void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, c
     }
 }
 
-// What a backward makes on its way: v and u (M, R), each with zeros behind it, and both transposed, (R, padded). u may be
-// the forward's.
+// What a backward makes on its way: v and u (M, R), each with zeros behind it, and both transposed, (R, padded). u may
+// be the forward's.
 struct Hidden {
     uint16_t *v, *u, *v_turned, *u_turned, *packed;
     int64_t padded;
@@ -177,7 +182,8 @@ struct Hidden {
         padded = divide_up(group.view.tokens, kStep) * kStep;
         const int64_t plain = plain_elements(group), turned = padded * group.width;
         const int64_t strips = 2 * group.width / kStrip;
-        v = reinterpret_cast<uint16_t*>(thread_scratch((2 * (plain + turned) + strips * packed_strip(group)) * 2, Scratch::call));
+        v = reinterpret_cast<uint16_t*>(
+            thread_scratch((2 * (plain + turned) + strips * packed_strip(group)) * 2, Scratch::call));
         if (v == nullptr) return false;
         u = v + plain, v_turned = u + plain, u_turned = v_turned + turned, packed = u_turned + turned;
         for (uint16_t* each : {v, u}) std::memset(each + plain - kStep, 0, kStep * 2);
@@ -189,14 +195,17 @@ struct Hidden {
         const int64_t strips = group.width / kStrip;
         parallel_items(2 * strips, group.threads, [&](int64_t item) {
             const int64_t column = item % strips * kStrip;
-            transpose_rows(group.kernel, (item < strips ? v : u) + column, group.width, group.view.tokens, kStrip, padded,
-                           packed + item * packed_strip(group), (item < strips ? v_turned : u_turned) + column * padded);
+            transpose_rows(group.kernel, (item < strips ? v : u) + column, group.width, group.view.tokens, kStrip,
+                           padded, packed + item * packed_strip(group),
+                           (item < strips ? v_turned : u_turned) + column * padded);
         });
     }
 };
 
 int backward(const Group& group) {
-    if (group.width == 0) return group.view.dx == nullptr ? kOk : multiply_sums(group.kernel, {input_gradient(group, nullptr)}, group.threads);
+    if (group.width == 0)
+        return group.view.dx == nullptr ? kOk
+                                        : multiply_sums(group.kernel, {input_gradient(group, nullptr)}, group.threads);
     Hidden made;
     if (!made.make(group)) return kNoMemory;
     const Source stacked = group.stacked_a(), x = plain_source(group.view.x, group.view.tokens, group.view.inner);

@@ -10,12 +10,12 @@
 
 namespace entrenar {
 
-// Error unless a member of a group over `inner` columns is in order, and in a backward its room for gradients. Its y is not
-// looked at: a caller made of several operations checks all their members before the first.
+// Error unless a member of a group over `inner` columns is in order, and in a backward its room for gradients. Its y is
+// not looked at: a caller made of several operations checks all their members before the first.
 int check_member(const MemberView& member, int64_t inner, bool backward);
 
-// Elements of u of a group: (tokens, R), every member's rank rounded up to a whole strip, and a step of zeros; 0 where no
-// member has a rank. False where that overflows.
+// Elements of u of a group: (tokens, R), every member's rank rounded up to a whole strip, and a step of zeros; 0 where
+// no member has a rank. False where that overflows.
 bool hidden_elements(const MemberView* members, int64_t count, int64_t tokens, int64_t* elements);
 
 // y = x·Wᵀ + bias + (x·Aᵀ)·(scale·B)ᵀ of every member.

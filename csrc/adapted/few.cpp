@@ -90,7 +90,8 @@ int forward_few_tokens(const Group& group) {
     std::vector<Job> jobs;
     int64_t grains = 0;
     for (const Member& member : group.members) {
-        jobs.push_back({group, member, x, {u + member.offset, x.count, group.width, kBfloat16, nullptr, nullptr}, grains});
+        jobs.push_back(
+            {group, member, x, {u + member.offset, x.count, group.width, kBfloat16, nullptr, nullptr}, grains});
         grains = jobs.back().end();
     }
     parallel_for(grains, 1, group.threads, [&](int64_t begin, int64_t end) {

@@ -16,14 +16,14 @@ int check_norm(const NormView& norm, int64_t columns) {
 int norm_forward(const NormView& norm, const void* x, int64_t rows, int64_t columns, void* out, int threads) {
     const int64_t bytes = rows * columns * 2;
     return rms_norm(x, bytes, norm.weight, norm.bytes, out, bytes, rows, columns, norm.eps, norm.offset, kBfloat16,
-                             norm.dtype, threads);
+                    norm.dtype, threads);
 }
 
-int norm_backward(const NormView& norm, const void* grad, const void* x, const void* added, int64_t rows, int64_t columns,
-                  void* dx, int threads) {
+int norm_backward(const NormView& norm, const void* grad, const void* x, const void* added, int64_t rows,
+                  int64_t columns, void* dx, int threads) {
     const int64_t bytes = rows * columns * 2;
-    return rms_norm_backward(grad, bytes, x, bytes, norm.weight, norm.bytes, added, added ? bytes : 0, dx, bytes,
-                                      rows, columns, norm.eps, norm.offset, kBfloat16, norm.dtype, threads);
+    return rms_norm_backward(grad, bytes, x, bytes, norm.weight, norm.bytes, added, added ? bytes : 0, dx, bytes, rows,
+                             columns, norm.eps, norm.offset, kBfloat16, norm.dtype, threads);
 }
 
 MemberView member_at(const MemberView& member, void* y, int64_t tokens) {
@@ -33,8 +33,8 @@ MemberView member_at(const MemberView& member, void* y, int64_t tokens) {
     return placed;
 }
 
-GroupView group_of(const void* x, void* dx, const BufferView& u, int64_t tokens, int64_t inner, const MemberView* members,
-                   int64_t count) {
+GroupView group_of(const void* x, void* dx, const BufferView& u, int64_t tokens, int64_t inner,
+                   const MemberView* members, int64_t count) {
     const int64_t bytes = tokens * inner * 2;
     return {x, x ? bytes : 0, dx, dx ? bytes : 0, nullptr, 0, u.data, u.bytes, tokens, inner, count, members};
 }

@@ -1,10 +1,10 @@
 // CPUID once, then a path that a caller may lower (tests run every path on one machine).
 #include "dispatch.h"
 
-#include "abi/abi.h"
 #include <atomic>
 #include <cstring>
 #include <initializer_list>
+#include "abi/abi.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -6,8 +6,8 @@
 // megabytes thrash the table of small ones.
 #include "memory.h"
 
-#include "abi/abi.h"
 #include <atomic>
+#include "abi/abi.h"
 
 #include "errors.h"
 

@@ -1,8 +1,8 @@
 // Threads for the kernels; see parallel.h for why there are two sources of them.
 #include "parallel.h"
 
-#include "abi/abi.h"
 #include <pthread.h>
+#include "abi/abi.h"
 
 #include <algorithm>
 #include <atomic>
@@ -91,8 +91,8 @@ private:
 using Clock = std::chrono::steady_clock;
 
 // An OpenMP region ends when its last thread has arrived, work or no work: where another process holds a core that is a
-// time slice of the scheduler, 8 ms for a job of 0.1 ms. After two such stalls in a row (one may be a core that wakes up)
-// our own pool, which waits for nobody, serves for a while.
+// time slice of the scheduler, 8 ms for a job of 0.1 ms. After two such stalls in a row (one may be a core that wakes
+// up) our own pool, which waits for nobody, serves for a while.
 constexpr auto kStall = std::chrono::milliseconds(2), kOwnPoolTime = std::chrono::milliseconds(200);
 constexpr int kStallsInARow = 2;
 

@@ -32,7 +32,8 @@ char* thread_scratch(int64_t bytes, Scratch kind) {
     scratch.data = static_cast<char*>(std::aligned_alloc(kHugePage, static_cast<size_t>(scratch.bytes)));
     if (scratch.data == nullptr) scratch.bytes = 0;
 #if defined(__linux__)
-    else madvise(scratch.data, static_cast<size_t>(scratch.bytes), MADV_HUGEPAGE);  // a wish: failing costs speed only
+    else
+        madvise(scratch.data, static_cast<size_t>(scratch.bytes), MADV_HUGEPAGE);  // a wish: failing costs speed only
 #endif
     return scratch.data;
 }

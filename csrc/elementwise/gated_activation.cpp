@@ -16,7 +16,8 @@ constexpr int64_t kGrainElements = 1 << 14;
 }  // namespace entrenar
 
 // gate, up, out: count elements of dtype; kind: elementwise/kernels.h's Activation.
-int entrenar::gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* out, int64_t out_bytes, int64_t count, int kind, int dtype, int threads) {
+int entrenar::gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* out,
+                               int64_t out_bytes, int64_t count, int kind, int dtype, int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
     if (!is_activation(kind)) return kBadArgument;
@@ -33,12 +34,16 @@ int entrenar::gated_activation(const void* gate, int64_t gate_bytes, const void*
     return kOk;
 }
 
-ENTRENAR_API int entrenar_gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* out, int64_t out_bytes, int64_t count, int kind, int dtype, int threads) {
+ENTRENAR_API int entrenar_gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes,
+                                           void* out, int64_t out_bytes, int64_t count, int kind, int dtype,
+                                           int threads) {
     return entrenar::gated_activation(gate, gate_bytes, up, up_bytes, out, out_bytes, count, kind, dtype, threads);
 }
 
 // grad, gate, up, dgate, dup: count elements of dtype; dgate and dup may be grad, gate or up.
-int entrenar::gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* dgate, int64_t dgate_bytes, void* dup, int64_t dup_bytes, int64_t count, int kind, int dtype, int threads) {
+int entrenar::gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate, int64_t gate_bytes,
+                                        const void* up, int64_t up_bytes, void* dgate, int64_t dgate_bytes, void* dup,
+                                        int64_t dup_bytes, int64_t count, int kind, int dtype, int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
     if (!is_activation(kind)) return kBadArgument;
@@ -58,6 +63,10 @@ int entrenar::gated_activation_backward(const void* grad, int64_t grad_bytes, co
     return kOk;
 }
 
-ENTRENAR_API int entrenar_gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* dgate, int64_t dgate_bytes, void* dup, int64_t dup_bytes, int64_t count, int kind, int dtype, int threads) {
-    return entrenar::gated_activation_backward(grad, grad_bytes, gate, gate_bytes, up, up_bytes, dgate, dgate_bytes, dup, dup_bytes, count, kind, dtype, threads);
+ENTRENAR_API int entrenar_gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate,
+                                                    int64_t gate_bytes, const void* up, int64_t up_bytes, void* dgate,
+                                                    int64_t dgate_bytes, void* dup, int64_t dup_bytes, int64_t count,
+                                                    int kind, int dtype, int threads) {
+    return entrenar::gated_activation_backward(grad, grad_bytes, gate, gate_bytes, up, up_bytes, dgate, dgate_bytes,
+                                               dup, dup_bytes, count, kind, dtype, threads);
 }

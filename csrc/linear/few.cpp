@@ -24,7 +24,8 @@ bool is_kind(const Source& source, SourceKind kind) { return source.view.kind ==
 
 // Columns [column, column + count) of a row of any weight as bfloat16, of a 4-bit one as any dtype.
 void decode_row(const Source& source, int64_t row, int64_t column, int64_t count, char* to, int dtype) {
-    if (!is_kind(source, SourceKind::codebook4)) return source.decode(row, column, count, reinterpret_cast<uint16_t*>(to));
+    if (!is_kind(source, SourceKind::codebook4))
+        return source.decode(row, column, count, reinterpret_cast<uint16_t*>(to));
     const int64_t begin = row * source.view.columns + column;
     decode(*source.decoder, source.codebook, begin, begin + count, to, dtype, false);
 }
@@ -158,8 +159,16 @@ void FewTokensProduct::add_packed(int64_t first, int64_t count, float* sums) con
         }
         fetch_scales(weight.scales, (first + kTilesAhead * kTileRows) * blocks + block, count * some);
         const uint8_t* packed = weight.packed + (first * columns + column) / 2;
-        const PackedRows rows{packed, columns / 2, scales, kScaleGroup, weight.codebook, weight.block_size,
-                              some * weight.block_size, tokens_.chunks + column, whole_chunks(columns), tokens_.count};
+        const PackedRows rows{packed,
+                              columns / 2,
+                              scales,
+                              kScaleGroup,
+                              weight.codebook,
+                              weight.block_size,
+                              some * weight.block_size,
+                              tokens_.chunks + column,
+                              whole_chunks(columns),
+                              tokens_.count};
         packed_dot(rows, count, sums);
     }
 }

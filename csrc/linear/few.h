@@ -1,5 +1,6 @@
-// x·Wᵀ for up to 16 tokens: the weight's bytes are read once, and decoded a tile at a time or on their way into the sum; the
-// weight as a whole never exists. One thread sums an element in a fixed order: the result does not depend on how many.
+// x·Wᵀ for up to 16 tokens: the weight's bytes are read once, and decoded a tile at a time or on their way into the
+// sum; the weight as a whole never exists. One thread sums an element in a fixed order: the result does not depend on
+// how many.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// A piece of a weight into a packed panel: decoded a row at a time, or straight from memory where it is bfloat16 already.
+// A piece of a weight into a packed panel: decoded a row at a time, or straight from memory where it is bfloat16
+// already.
 #include <algorithm>
 
 #include "matmul/sum.h"
@@ -50,7 +51,8 @@ void pack_straight(const MatmulKernel& kernel, const Piece& piece, int64_t colum
                 rows = decoded;
                 stride = count;
             }
-            kernel.pack_pairs(rows, rows + stride, many, group_elements, to + pair / 16 * kStepElements + pair % 16 * 2 * kStrip);
+            kernel.pack_pairs(rows, rows + stride, many, group_elements,
+                              to + pair / 16 * kStepElements + pair % 16 * 2 * kStrip);
         }
     }
 }

@@ -20,7 +20,8 @@ void decode_dense(const SourceView& view, int64_t row, int64_t column, int64_t c
         return;
     }
     if (view.dtype == kFloat32) {
-        matmul_kernel().store_bf16({out, nullptr, nullptr, 0, 1, count}, static_cast<const float*>(view.data) + first, 0, view.scale);
+        matmul_kernel().store_bf16({out, nullptr, nullptr, 0, 1, count}, static_cast<const float*>(view.data) + first,
+                                   0, view.scale);
         return;
     }
     for (int64_t i = 0; i < count; ++i) {
