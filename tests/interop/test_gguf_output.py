@@ -8,7 +8,6 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from gguf_tokenizers import TOKENIZERS, random_text
 from llama_cpp import Llama
 from tokenizers import normalizers as norm
 from tokenizers.processors import TemplateProcessing
@@ -19,6 +18,7 @@ from entrenar.files.peft import read_adapter
 from entrenar.gguf.vocabulary_probe import PROBES
 from entrenar.gguf.writer import write_gguf_file
 from entrenar.recipes.export import export
+from tests.support.gguf_tokenizers import TOKENIZERS, random_text
 
 pytestmark = pytest.mark.interop
 

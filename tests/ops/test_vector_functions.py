@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from compare import spacing
 from torch import Tensor
 
 from entrenar import native
+from tests.support.compare import spacing
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 pytestmark = pytest.mark.parametrize("path", NATIVE)

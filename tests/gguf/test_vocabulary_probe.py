@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from gguf_tokenizers import TOKENIZERS
 from tokenizers import AddedToken
 from tokenizers import normalizers as norm
 from tokenizers.processors import TemplateProcessing
@@ -12,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import vocabulary_metadata
 from entrenar.gguf.tokenizer import CONTROL, USER_DEFINED
+from tests.support.gguf_tokenizers import TOKENIZERS
 
 _BLANKS = norm.Replace(" ", "▁")
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from gguf_tokenizers import TOKENIZERS, random_text
 from transformers import PreTrainedTokenizerFast
 
 from entrenar.exporting.gguf import vocabulary_metadata
 from entrenar.gguf.tokenizer import tokenizer_from_metadata
+from tests.support.gguf_tokenizers import TOKENIZERS, random_text
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, make_family
-from test_fast_forwards import IDS, quantized
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,6 +13,8 @@ from entrenar.lora.attach import attach_lora
 from entrenar.models.acceleration.activations import decoder_layers, kept_per_token, ladder, set_keep
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from entrenar.models.forward import target_loss
+from tests.support.families import FAMILIES, make_family
+from tests.support.fast_models import IDS, quantized
 
 
 def adapted(family: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

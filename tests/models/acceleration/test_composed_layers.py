@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_family
-from test_fast_forwards import IDS, POSITIONS
-from test_fast_layers import ALIKE, adapted, gradients, train_norms
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -16,6 +13,8 @@ from entrenar.layers.residual_blocks import Keep
 from entrenar.models.acceleration import activations, fast_layers
 from entrenar.models.acceleration.activations import kept_per_token, ladder, set_keep
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
+from tests.support.families import make_family
+from tests.support.fast_models import ALIKE, IDS, POSITIONS, adapted, gradients, train_norms
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from refusals import assert_refuses, fields
-from test_residual_blocks import CODEBOOK, factors, member, norm
 from torch import Tensor
 
 from entrenar import native
@@ -27,6 +25,8 @@ from entrenar.native.abi import AttentionBlockView, AttentionView, GroupView, Me
 from entrenar.ops import attention
 from entrenar.ops.linear_weight import CodebookWeight, Int8Weight
 from entrenar.ops.scales import nest_scales
+from tests.support.blocks import CODEBOOK, factors, member, norm
+from tests.support.refusals import assert_refuses, fields
 
 pytestmark = pytest.mark.usefixtures("native_path")
 

@@ -10,18 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from guards import assert_guard, guarded
-from samples import DTYPES, gaussian
 
 from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops.dequantize_codebook import dequantize_codebook, dequantize_codebook_into
-from entrenar.ops.linear_codebook import linear_codebook
+from entrenar.ops.dequantize_codebook import dequantize_codebook_into
 from entrenar.ops.multiply import codebook_weight, int8_weight
-from entrenar.ops.quantize_codebook import quantize_codebook
-from entrenar.ops.quantize_symmetric import quantize_symmetric
+from tests.support.all_kernels import CODEBOOK, everything
+from tests.support.guards import assert_guard, guarded
+from tests.support.samples import DTYPES, gaussian
 
-CODEBOOK = torch.linspace(-1, 1, 16)
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 needs_library = pytest.mark.skipif(not NATIVE, reason="the native library is not built")
 
@@ -127,16 +124,6 @@ def test_training_asks_for_huge_pages_unless_the_user_says_otherwise() -> None:
     assert run(HUGE_PAGES, ENTRENAR_MALLOC="default").stdout == "False\n"
 
 
-def everything(seed: int = 0) -> list[bytes]:
-    """A result of each kind of kernel, large enough for several threads."""
-    flat = gaussian(256 * 1024 + 77, seed=seed)
-    packed, absmax = quantize_codebook(flat, CODEBOOK, 64)
-    tensors = [packed, absmax, *quantize_symmetric(flat, 127, 64), *quantize_symmetric(flat, 7, 64)]
-    tensors += [dequantize_codebook(packed, [absmax], CODEBOOK, 64, flat.numel(), dtype) for dtype in DTYPES]
-    tensors += [linear_codebook(gaussian(3 * 1024).view(3, 1024), packed, [absmax], CODEBOOK, 64, 256)]
-    return [tensor.numpy().tobytes() for tensor in tensors if tensor.dtype != torch.bfloat16]
-
-
 @needs_library
 def test_one_thread_and_many_give_the_same_bytes(kernel_path: str) -> None:
     before = torch.get_num_threads()
@@ -160,8 +147,7 @@ def test_eight_python_threads_at_once(kernel_path: str) -> None:
 
 FORK = """
 import os, sys, torch
-sys.path.insert(0, "tests/ops")
-from test_native import everything
+from tests.support.all_kernels import everything
 from entrenar import native
 from entrenar.native import library
 native.set_path(sys.argv[1]) if len(sys.argv) > 1 else None
@@ -186,10 +172,9 @@ def test_a_forked_child_computes_the_same_bytes_and_so_does_its_parent(own_pool:
 @needs_library
 def test_our_own_threads_give_the_same_bytes_as_torchs() -> None:
     script = """
-import sys; sys.path.insert(0, "tests/ops")
 import torch; torch.set_num_threads(3)
 from concurrent.futures import ThreadPoolExecutor
-from test_native import everything
+from tests.support.all_kernels import everything
 from entrenar.native import library
 before = [everything(seed) for seed in range(8)]
 library.loaded().entrenar_use_gomp(None)

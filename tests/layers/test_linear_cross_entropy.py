@@ -19,6 +19,7 @@ from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.ops.cross_entropy import cross_entropy_rows
 from entrenar.quant.tensor import quantize
+from tests.support.recorder import Recorder
 
 RULES = [LogitRule(), LogitRule(0.25), LogitRule(softcap=2.0), LogitRule(3.0, 1.5)]
 N, H, V = 13, 64, 50
@@ -203,12 +204,12 @@ def test_half_precision_is_right_to_the_rounding_of_its_logits(
 
 
 @pytest.fixture
-def record(recorder: Callable[[], Any]) -> Callable[..., Any]:
+def record() -> Callable[..., Any]:
     """Forward and backward of n positions under a Recorder, which is returned."""
 
     def run(n: int, head: nn.Module, v: int = V, h: int = H, wants_hidden: bool = True) -> Any:
         hidden, labels = random(n, h, seed=3).requires_grad_(wants_hidden), labels_for(n, v)
-        with recorder() as recorded:
+        with Recorder() as recorded:
             loss = linear_cross_entropy(hidden, head, labels, v, LogitRule(0.5, 3.0))
             if loss.requires_grad:
                 loss.backward()

@@ -5,33 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_family
-from test_fast_forwards import IDS, POSITIONS, quantized
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from entrenar.layers import residual_blocks
 from entrenar.layers.residual_blocks import Keep
-from entrenar.lora.attach import attach_lora
-from entrenar.lora.saved import trainable_copies
 from entrenar.models.acceleration import attention, fast_layers
 from entrenar.models.acceleration.activations import set_keep
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
+from tests.support.families import make_family
+from tests.support.fast_models import ALIKE, IDS, POSITIONS, adapted, gradients, train_norms
 
 pytestmark = pytest.mark.usefixtures("native_path")
-# Built as Llama is; granite scales its residuals, the others have other norms, projections or orders.
-ALIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
-
-
-def adapted(model: PreTrainedModel) -> PreTrainedModel:
-    """In nf4, with adapters that do something."""
-    quantized(model)
-    torch.manual_seed(0)
-    attach_lora(model, rank=4, alpha=8)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def pair(family: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel, int]:
@@ -40,22 +25,6 @@ def pair(family: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel,
     fast = copy.deepcopy(plain)
     layers = use_fast_forwards(fast)["layers"]
     return adapted(fast), adapted(plain.float()), layers
-
-
-def train_norms(model: PreTrainedModel, name: str) -> None:
-    """Replace the norms of a name by trained copies, as modules_to_save does, and change them."""
-    for path, trained in trainable_copies(model, [name], []).items():
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, trained)
-        nn.init.uniform_(trained.get_parameter("weight"), 0.5, 2.0, generator=torch.Generator().manual_seed(1))
-
-
-def gradients(model: PreTrainedModel, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Logits, and the gradients of all factors as one vector."""
-    model.zero_grad()
-    found = model(input_ids=IDS, use_cache=False, **inputs).logits.float()
-    found.square().mean().backward()
-    return found.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:

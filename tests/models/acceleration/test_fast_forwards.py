@@ -5,33 +5,18 @@ from typing import Any, cast
 
 import pytest
 import torch
-from families import FAMILIES, make_family
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.attach import attach_lora
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
-from entrenar.quant.tensor import quantize
-
-IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
-POSITIONS = torch.tensor([[*range(13), *range(7)], [*range(4), *range(9), *range(7)]])
+from tests.support.families import FAMILIES, make_family
+from tests.support.fast_models import IDS, POSITIONS, quantized
 
 
 def logits(model: PreTrainedModel, **inputs: Any) -> Tensor:
     return model(input_ids=IDS, use_cache=False, **inputs).logits
-
-
-def quantized(model: PreTrainedModel) -> PreTrainedModel:
-    """The linear layers but the head in nf4."""
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and module is not head:
-            parent, _, child = name.rpartition(".")
-            packed = QuantizedLinear(quantize(module.weight, format="nf4", block_size=16), module.bias)
-            setattr(model.get_submodule(parent), child, packed)
-    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

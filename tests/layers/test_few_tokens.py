@@ -6,8 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear_gguf import packed_weight
-from test_native import assert_guard, guarded
 from torch import Tensor
 
 from entrenar import native
@@ -18,6 +16,8 @@ from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES
 from entrenar.ops.linear_weight import CodebookWeight, DenseWeight, GGUFWeight, Int8Weight, LinearWeight
 from entrenar.ops.scales import nest_scales
+from tests.support.guards import assert_guard, guarded
+from tests.support.products import packed_weight
 
 CODEBOOK = torch.linspace(-1, 1, 16) ** 3
 BLOCKED = sorted(DEQUANTIZED_TYPES)

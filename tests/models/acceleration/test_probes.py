@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_family
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -18,6 +17,7 @@ from entrenar.models.acceleration.probes import (
     projects_its_input,
     rotates_halves,
 )
+from tests.support.families import make_family
 
 
 def layer_of(family: str, **changes: Any) -> tuple[Any, dict[str, Any]]:

@@ -4,11 +4,11 @@ from typing import Any, cast
 
 import pytest
 import torch
-from families import FAMILIES, make_family
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from entrenar.models.acceleration import attention
+from tests.support.families import FAMILIES, make_family
 
 IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 # Two documents in the first row, three in the second.

@@ -3,8 +3,9 @@
 from copy import deepcopy
 from typing import Any
 
-from families import make_family
 from transformers import PreTrainedModel
+
+from tests.support.families import make_family
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_family
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from entrenar.models.acceleration import attention, confirmed, fast_forwards, verdicts
 from entrenar.models.acceleration.confirmed import make_fast, own_way
+from tests.support.families import make_family
 
 IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 
