@@ -29,7 +29,7 @@ struct ScaleBuffers {
     int64_t map_bytes;
 };
 
-enum class SourceKind : int32_t { dense = 0, codebook4 = 1, stack = 2, gguf = 3, int8 = 4 };
+enum class SourceKind : int32_t { dense = 0, codebook4 = 1, gguf = 3, int8 = 4 };
 
 // A caller's weight (rows, columns), as ops/multiply.py fills it in; a stack is made here alone. Pointers may be
 // unaligned.

@@ -29,7 +29,7 @@ constexpr int64_t kMostMembers = 1 << 16;  // more is a mistake, and would not f
 // All of a member but its y.
 int read_member(const MemberView& view, int64_t inner, Member* member) {
     member->view = &view;
-    if (const int error = read_source(view.weight, &member->weight)) return error;
+    if (const int error = read_weight(view.weight, &member->weight)) return error;
     if (view.weight.columns != inner || view.rank < 0 || view.rank > (1 << 20)) return kBadArgument;
     if (view.bias != nullptr) {
         if (const int error = check_buffer(view.bias, view.bias_bytes, view.weight.rows, 2)) return error;
@@ -38,10 +38,10 @@ int read_member(const MemberView& view, int64_t inner, Member* member) {
     const bool fits = view.a.rows == view.rank && view.a.columns == inner && view.b.rows == view.weight.rows &&
                       view.b.columns == view.rank;
     if (!fits) return kBadArgument;
-    if (const int error = read_source(view.a, &member->a)) return error;
+    if (const int error = read_weight(view.a, &member->a)) return error;
     SourceView scaled = view.b;
     scaled.scale *= view.scale;
-    return read_source(scaled, &member->b);
+    return read_weight(scaled, &member->b);
 }
 
 int read_group(bool reads_x, Group* group) {
@@ -72,7 +72,7 @@ Sum into(int64_t rows, int64_t columns, void* data, int64_t stride, int dtype, f
 }
 
 // u (M, R): x·Aᵀ of all members in one product, which reads x once.
-Sum hidden_product(const Group& group, const Source& stacked, uint16_t* u) {
+Sum hidden_product(const Group& group, const Weight& stacked, uint16_t* u) {
     Sum sum = into(group.view.tokens, group.width, u, group.width, kBfloat16);
     sum.terms.push_back(
         {static_cast<const uint16_t*>(group.view.x), group.view.inner, group.view.inner, true, &stacked});
@@ -86,7 +86,7 @@ int forward(const Group& group) {
         if (u == nullptr) u = reinterpret_cast<uint16_t*>(thread_scratch((elements + kStep) * 2, Scratch::call));
         if (u == nullptr) return kNoMemory;
         std::memset(u + elements, 0, kStep * 2);  // the last row's step may reach so far
-        const Source stacked = group.stacked_a();
+        const Weight stacked = group.stacked_a();
         if (const int error = multiply_sums(group.kernel, {hidden_product(group, stacked, u)}, group.threads))
             return error;
     }
@@ -127,7 +127,7 @@ Sum input_gradient(const Group& group, const uint16_t* v) {
     return sum;
 }
 
-Source plain_source(const void* data, int64_t rows, int64_t columns) {
+Weight plain_source(const void* data, int64_t rows, int64_t columns) {
     SourceView view{};
     view.dtype = kBfloat16;
     view.rows = rows;
@@ -135,13 +135,13 @@ Source plain_source(const void* data, int64_t rows, int64_t columns) {
     view.scale = 1.0f;
     view.data = data;
     view.data_bytes = rows * columns * 2;
-    Source source;
-    read_source(view, &source);  // cannot fail: the sizes were checked with the caller's buffers
+    Weight source;
+    read_weight(view, &source);  // cannot fail: the sizes were checked with the caller's buffers
     return source;
 }
 
 // dA = vᵀ·x of all members in one product, which reads x once; v transposed is (R, padded).
-Sum gradients_of_a(const Group& group, const uint16_t* v, int64_t padded, const Source& x) {
+Sum gradients_of_a(const Group& group, const uint16_t* v, int64_t padded, const Weight& x) {
     Sum sum = into(group.width, group.view.inner, nullptr, 0, kFloat32);
     for (const Member& member : group.members) {
         for (int64_t row = 0; row < member.padded_rank(); ++row) {
@@ -154,7 +154,7 @@ Sum gradients_of_a(const Group& group, const uint16_t* v, int64_t padded, const 
 }
 
 // dB = scale · gᵀ·u, as the transpose of uᵀ·g; u transposed is (R, padded), `grads` a source for every member.
-void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, const std::vector<Source>& grads,
+void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, const std::vector<Weight>& grads,
                         std::vector<Sum>* sums) {
     for (size_t i = 0; i < group.members.size(); ++i) {
         const Member& member = group.members[i];
@@ -208,13 +208,13 @@ int backward(const Group& group) {
                                         : multiply_sums(group.kernel, {input_gradient(group, nullptr)}, group.threads);
     Hidden made;
     if (!made.make(group)) return kNoMemory;
-    const Source stacked = group.stacked_a(), x = plain_source(group.view.x, group.view.tokens, group.view.inner);
+    const Weight stacked = group.stacked_a(), x = plain_source(group.view.x, group.view.tokens, group.view.inner);
     std::vector<Sum> first;
     if (group.view.u == nullptr) first.push_back(hidden_product(group, stacked, made.u));
     add_passed_back(group, made.v, &first);
     if (const int error = multiply_sums(group.kernel, first, group.threads)) return error;
     made.transpose(group);
-    std::vector<Source> grads;
+    std::vector<Weight> grads;
     for (const Member& member : group.members) {
         grads.push_back(plain_source(member.view->y, group.view.tokens, member.view->weight.rows));
     }

@@ -27,8 +27,8 @@ const Paths<DequantizeCodebook> kPaths = {&dequantize_codebook_generic, ENTRENAR
 
 const DequantizeCodebook& dequantize_codebook_kernel() { return pick(kPaths); }
 
-int read_weight(const void* packed, int64_t packed_bytes, const ScaleBuffers& scales, const void* codebook,
-                int64_t codebook_bytes, int64_t block_size, int64_t count, CodebookWeight* weight) {
+int read_codebook_weight(const void* packed, int64_t packed_bytes, const ScaleBuffers& scales, const void* codebook,
+                         int64_t codebook_bytes, int64_t block_size, int64_t count, CodebookWeight* weight) {
     if (count < 0) return kBadSize;
     if (block_size < 2 || block_size % 2 != 0) return kBadBlockSize;
     if (const int error = check_buffer(packed, packed_bytes, divide_up(count, 2), 1)) return error;
@@ -67,7 +67,7 @@ ENTRENAR_API int entrenar_dequantize_codebook(const void* packed, int64_t packed
     const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
     CodebookWeight weight;
     if (const int error =
-            read_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
+            read_codebook_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
         return error;
     }
     if (const int error = check_buffer(out, out_bytes, count, dtype_bytes(dtype))) return error;
@@ -95,7 +95,7 @@ ENTRENAR_API int entrenar_dequantize_codebook_panel(const void* packed, int64_t 
     const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
     CodebookWeight weight;
     if (const int error =
-            read_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
+            read_codebook_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
         return error;
     }
     int64_t elements = 0, reach = 0;

@@ -15,7 +15,7 @@
 #include "common/scratch.h"
 #include "common/sizes.h"
 #include "linear/few.h"
-#include "matmul/source.h"
+#include "weights/weight.h"
 
 namespace entrenar {
 namespace {
@@ -26,8 +26,8 @@ struct Shape {
     int64_t tokens, rows, columns;
 };
 
-int read_codebook(const SourceView& view, Source* source) {
-    return view.kind == static_cast<int32_t>(SourceKind::codebook4) ? read_source(view, source) : kBadArgument;
+int read_codebook(const SourceView& view, Weight* source) {
+    return view.kind == static_cast<int32_t>(kCodebook4Kind.kind) ? read_weight(view, source) : kBadArgument;
 }
 
 int check_shape(const Shape& shape, int dtype, const void* in, int64_t in_bytes, int64_t in_columns, const void* out,
@@ -99,7 +99,7 @@ ENTRENAR_API int entrenar_linear_codebook(const entrenar::SourceView* view, cons
     if (bias != nullptr) {
         if (const int error = check_buffer(bias, bias_bytes, shape.rows, dtype_bytes(dtype))) return error;
     }
-    Source source;
+    Weight source;
     if (const int error = read_codebook(*view, &source)) return error;
     FewTokens few{x, tokens, shape.columns, dtype, nullptr, nullptr};
     Arranged arranged;
@@ -126,9 +126,9 @@ ENTRENAR_API int entrenar_linear_codebook_backward(const entrenar::SourceView* v
             check_shape(shape, dtype, gradient, gradient_bytes, shape.rows, dx, dx_bytes, shape.columns)) {
         return error;
     }
-    Source source;
+    Weight source;
     if (const int error = read_codebook(*view, &source)) return error;
-    const CodebookWeight& weight = source.codebook;
+    const CodebookWeight& weight = source.state<CodebookWeight>();
     const DequantizeCodebook& decoder = dequantize_codebook_kernel();
     const Linear& kernel = linear_kernel();
     parallel_for(shape.columns, kBackwardColumns, threads, [&](int64_t begin, int64_t end) {

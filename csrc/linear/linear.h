@@ -16,6 +16,9 @@ constexpr int64_t kBackwardColumns = 512;  // backward: 16 tokens of 512 float32
 // value up on the way into the sum. The weight is then not rounded to x's dtype.
 constexpr int64_t kChunk = 128, kDword = 8, kMaxPackedTokens = 4;
 
+// Columns with the last chunk filled up.
+constexpr int64_t whole_chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk * kChunk; }
+
 // Element of the chunk that nibble `nibble` (from the lowest) of dword `lane` holds.
 constexpr int64_t chunk_element(int64_t nibble, int64_t lane) { return 8 * lane + (nibble ^ 1); }
 

@@ -40,7 +40,7 @@ ENTRENAR_API int entrenar_multiply(const entrenar::TermView* terms, int64_t coun
     if (bias != nullptr) {
         if (const int error = check_buffer(bias, bias_bytes, columns, 2)) return error;
     }
-    std::vector<Source> sources(static_cast<size_t>(count));
+    std::vector<Weight> sources(static_cast<size_t>(count));
     Sum sum{rows,   columns, {}, {out, columns, out_dtype, false, rows, {}}, alpha, static_cast<const uint16_t*>(bias),
             nullptr};
     for (int64_t i = 0; i < count; ++i) {
@@ -52,8 +52,8 @@ ENTRENAR_API int entrenar_multiply(const entrenar::TermView* terms, int64_t coun
             if (__builtin_add_overflow(reach, view.inner, &reach)) return kBadSize;
         }
         if (const int error = check_buffer(view.a, view.a_bytes, reach, 2)) return error;
-        Source& source = sources[static_cast<size_t>(i)];
-        if (const int error = read_source(view.source, &source)) return error;
+        Weight& source = sources[static_cast<size_t>(i)];
+        if (const int error = read_weight(view.source, &source)) return error;
         sum.terms.push_back(
             {static_cast<const uint16_t*>(view.a), view.a_stride, view.inner, view.transposed != 0, &source});
     }

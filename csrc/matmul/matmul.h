@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "matmul/source.h"
+#include "weights/weight.h"
 
 namespace entrenar {
 

@@ -14,7 +14,7 @@ struct Term {
     int64_t a_stride;  // elements
     int64_t inner;
     bool transposed;
-    const Source* source;
+    const Weight* source;
 };
 
 // Where C goes: row r, column c to data[r · stride + c], or transposed to data[c · stride + r]. Rows from `kept` on are
