@@ -1,15 +1,24 @@
-"""Tensors that are cheaper to make again than to keep.
+"""What is computed again in a backward rather than saved.
 
-A norm's result, or a gated activation's, is a pass over memory away from tensors that are kept anyway. It carries a
-recipe, and a layer that would keep it for its backward keeps the recipe's inputs instead (those same tensors).
+A norm's result, or a gated activation's, is one pass over memory away from tensors that are saved anyway. It carries a
+recipe, and a layer that would save it for its backward saves the recipe's inputs instead (those same tensors).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import Tensor
 
 _ATTRIBUTE = "_entrenar_recipe"
+
+
+class Recompute(Enum):
+    """What a decoder layer computes again in its backward, in place of saving it beside its input."""
+
+    NOTHING = "nothing"
+    CHEAP = "cheap"  # norms and activations; the results of products are saved
+    ALL = "all"
 
 
 @dataclass(frozen=True)

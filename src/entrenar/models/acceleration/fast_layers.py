@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from entrenar.layers import composed_blocks, residual_blocks
 from entrenar.layers.adapted_native import Member
 from entrenar.layers.quantized_linear import can_join, member_of
-from entrenar.layers.residual_blocks import AttentionBlock, Keep, MlpBlock, Norm, decoder_layer, serves
+from entrenar.layers.recompute import Recompute
+from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Norm, decoder_layer, serves
 from entrenar.models.acceleration import attention
 from entrenar.models.acceleration.agreement import TRIAL_TOKENS, Forward, agree, recorded
 from entrenar.models.acceleration.probes import attention_structure, is_residual_layer, rotates_halves
@@ -69,7 +70,7 @@ def serve(model: nn.Module) -> bool:
     )
 
 
-def set_keep(layer: nn.Module, choice: Keep) -> None:
+def set_recompute(layer: nn.Module, choice: Recompute) -> None:
     """Say what a layer's blocks keep for their backward; DEAR if nothing is said."""
     setattr(layer, _KEEP, choice)
 
@@ -153,7 +154,7 @@ def _run(module: Any, layer: _Layer, h: Tensor, kwargs: dict[str, Any]) -> Tenso
     if wanted is None or norms is None or not all(map(can_join, linears)):
         return None
     rotation, starts = wanted
-    keep = getattr(module, _KEEP, Keep.DEAR) if torch.is_grad_enabled() else Keep.NOTHING
+    keep = getattr(module, _KEEP, Recompute.CHEAP) if torch.is_grad_enabled() else Recompute.ALL
     first, second = _blocks(layer, linears, norms)
     return decoder_layer(h, first, second, rotation, starts, keep)
 
