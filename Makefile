@@ -41,6 +41,7 @@ NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-int8)
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pylint --disable=all --enable=duplicate-code src tests examples benchmarks
@@ -63,7 +64,7 @@ asan: setup
 	cmake --build build/asan --parallel 2
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	ENTRENAR_LIBRARY=build/asan/libentrenar_kernels.so $(BIN)/pytest -p no:cacheprovider tests/ops tests/quant
+	ENTRENAR_LIBRARY=build/asan/libentrenar_kernels.so $(BIN)/pytest -p no:cacheprovider tests/native tests/ops tests/layers tests/quant
 
 # mergekit pins other versions of what we use, so it has an environment of its own.
 build/mergekit/.done:

@@ -23,6 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrenar import native
 from entrenar.gguf.pre_tokenizers import PRE_TOKENIZERS
+from tests.support.gguf_files import make_gguf
+
+__all__ = ["make_gguf"]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -102,6 +105,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=[path for path in native.supported_paths() if path != "reference"], scope="module")
 def native_path(request: pytest.FixtureRequest) -> Iterator[str]:
     """A test that asks for it runs once on each path of the native library that this machine has."""
+    with native.using(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=native.supported_paths(), scope="module")
+def kernel_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same with the reference among the paths."""
     with native.using(request.param):
         yield request.param
 

@@ -5,10 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_composed_blocks import HEADS, HIDDEN, WIDTH, attention_block, mlp_block, rotation_of
-from test_residual_blocks import factors
 from torch import Tensor
-from triton_kernels import (
+
+from entrenar.layers.adapted_native import Member
+from entrenar.layers.composed_blocks import after_attention, before_attention
+from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Norm
+from entrenar.ops import gpu_kernels
+from entrenar.ops.library import compute
+from entrenar.ops.linear_weight import CodebookWeight
+from tests.support.blocks import factors
+from tests.support.composed_blocks import HEADS, HIDDEN, WIDTH, attention_block, mlp_block, rotation_of
+from tests.support.triton_kernels import (
     Triton,
     test_a_norm_of_what_does_not_lie_together,
     test_cross_entropy,
@@ -18,13 +25,6 @@ from triton_kernels import (
     test_norms,
     test_rotations,
 )
-
-from entrenar.layers.adapted_native import Member
-from entrenar.layers.composed_blocks import after_attention, before_attention
-from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Norm
-from entrenar.ops import gpu_kernels
-from entrenar.ops.library import compute
-from entrenar.ops.linear_weight import CodebookWeight
 
 pytestmark = pytest.mark.cuda
 __all__ = [

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_models import LONGROPE, MODELS, PHI3_LONG, make_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -19,6 +18,7 @@ from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.opening.load import load
 from entrenar.opening.source import open_source
 from entrenar.recipes.export import export
+from tests.support.gguf_models import LONGROPE, MODELS, PHI3_LONG, make_model
 
 
 def logits(model: PreTrainedModel, rows: int, length: int = 24) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_gguf_adapter import TEXT, live_logits, mean_kl
 from torch import Tensor
 from transformers import Gemma3ForCausalLM
 
@@ -15,6 +14,7 @@ from entrenar.models.acceleration.confirmed import own_way
 from entrenar.models.forward import target_loss
 from entrenar.opening.load import load
 from entrenar.recipes.export import export
+from tests.support.llama_cpp_logits import TEXT, live_logits, mean_kl
 
 pytestmark = pytest.mark.interop
 DTYPES = ("bfloat16", "float32")

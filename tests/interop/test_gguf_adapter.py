@@ -1,49 +1,19 @@
 """llama.cpp applies our GGUF adapter: its logits are those of our live model, on a float base and on the blocks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from llama_cpp import Llama
-from torch import Tensor
 
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.opening.load import load
-from entrenar.opening.open_model import open_model
 from entrenar.recipes.export import export
+from tests.support.llama_cpp_logits import TEXT, live_logits, mean_kl
 
 pytestmark = pytest.mark.interop
 
 TOKENS = 500
-TEXT = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
-
-
-@contextmanager
-def llama_cpp(path: Path, lora: Path | None) -> Iterator[Llama]:
-    model = Llama(str(path), n_ctx=512, logits_all=True, verbose=False, lora_path=str(lora) if lora else None)
-    try:
-        yield model
-    finally:
-        model.close()
-
-
-def mean_kl(ours: Tensor, path: Path, lora: Path | None, ids: list[int]) -> float:
-    """Mean KL(ours ‖ llama.cpp's) in nats a token; ours (T, V) logits."""
-    with llama_cpp(path, lora) as other:
-        other.eval(ids)
-        theirs = torch.tensor(np.array(other.scores[: len(ids)])).log_softmax(-1)
-    log_p = ours.log_softmax(-1)
-    return (log_p.exp() * (log_p - theirs)).sum(-1).mean().item()
-
-
-def live_logits(model: str, adapter: str | None, ids: list[int]) -> Tensor:
-    loaded, _ = open_model(model, adapter, "keep", dtype="float32")
-    with torch.no_grad():
-        return loaded(input_ids=torch.tensor([ids])).logits[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import gguf
 import pytest
 import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
-from gguf_models import make_model
-from llama_cpp_logits import F32, GELU, relative_error, tokens
 from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import export_gguf
 from entrenar.opening.load import load
+from tests.support.gguf_models import make_model
+from tests.support.llama_cpp_logits import F32, GELU, relative_error, tokens
 
 pytestmark = pytest.mark.interop
 

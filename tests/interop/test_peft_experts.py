@@ -7,7 +7,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from mixtures import MIXTURES, save_mixture
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -17,6 +16,7 @@ from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.opening.load import load
 from entrenar.recipes.export import export
 from entrenar.recipes.train import train
+from tests.support.mixtures import MIXTURES, save_mixture
 
 pytestmark = pytest.mark.interop
 TARGETS = [["down_proj"], ["gate_up_proj"], ["gate_up_proj", "down_proj"]]

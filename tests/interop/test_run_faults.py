@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_faults import FULL, KILL, outcome, run
+
+from tests.support.run_faults import FULL, KILL, outcome, run
 
 MakeConfig = Callable[..., Path]
 _STRIDE = 4  # 1: every point, ten minutes

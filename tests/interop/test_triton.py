@@ -12,17 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_kernels import (
-    DTYPES,
-    Triton,
-    test_a_norm_of_what_does_not_lie_together,
-    test_cross_entropy,
-    test_cross_entropy_of_what_is_no_number,
-    test_decoding,
-    test_gated_activations,
-    test_norms,
-    test_rotations,
-)
 
 from entrenar.ops import (
     cross_entropy,
@@ -32,6 +21,17 @@ from entrenar.ops import (
     library,
     rms_norm,
     rotary,
+)
+from tests.support.triton_kernels import (
+    DTYPES,
+    Triton,
+    test_a_norm_of_what_does_not_lie_together,
+    test_cross_entropy,
+    test_cross_entropy_of_what_is_no_number,
+    test_decoding,
+    test_gated_activations,
+    test_norms,
+    test_rotations,
 )
 
 __all__ = [
@@ -88,7 +88,7 @@ def test_kernels_pass_the_trial_by_which_they_serve(
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_compiler_takes_every_kernel(capability: int, tmp_path: Path) -> None:
-    script = Path(__file__).parent / "compile_triton.py"
+    script = Path(__file__).parents[1] / "support" / "compile_triton.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, str(script), str(capability)], capture_output=True, text=True, timeout=200, env=environment

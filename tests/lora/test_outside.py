@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_family
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -15,6 +14,7 @@ from entrenar.lora.dora import DoRALayer
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.quant.tensor import quantize
+from tests.support.families import make_family
 
 W = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(5, 25)[None]

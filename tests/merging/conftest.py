@@ -1,7 +1,8 @@
 """Three models near each other, on disk; read only."""
 
 import pytest
-from models_on_disk import tensors, write_model
+
+from tests.support.models_on_disk import tensors, write_model
 
 
 @pytest.fixture(scope="session")

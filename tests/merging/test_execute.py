@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_on_disk import tensors, write_config, write_model
 from safetensors.torch import load_file
 
 from entrenar.core.errors import EntrenarError, InputError
@@ -17,6 +16,7 @@ from entrenar.merging import stack
 from entrenar.merging.execute import working_directory
 from entrenar.merging.in_memory import merge_tensors
 from entrenar.recipes.merge import merge
+from tests.support.models_on_disk import tensors, write_config, write_model
 
 METHODS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("ties", {"weight": 0.5, "density": 0.4}, {}),

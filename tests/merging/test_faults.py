@@ -5,12 +5,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 
 from entrenar.core.errors import InputError
 from entrenar.merging.place import export_directory, statistics_directory, working_directory
 from entrenar.recipes.merge import merge
+from tests.support import merge_faults as faults
 
 
 def config(trio: dict[str, str], **changes: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_on_disk import HIDDEN, tensors, write_model, write_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from entrenar.core.errors import InputError
 from entrenar.merging.layer_config import follow_layers
 from entrenar.merging.names import shown_names, without_paths
 from entrenar.recipes.merge import merge
+from tests.support.models_on_disk import HIDDEN, tensors, write_model, write_tokenizer
 
 BIAS = "model.layers.1.self_attn.q_proj.bias"
 

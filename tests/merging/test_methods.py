@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +14,7 @@ from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.merging.in_memory import merge_tensors
 from entrenar.merging.registry import METHODS
+from tests.support import merge_oracle as oracle
 
 W = [0.75, 0.5, 0.25]  # exact in every type: a vote is not decided by how a weight is rounded
 SHAPE = (23, 47)

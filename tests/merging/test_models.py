@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from models_on_disk import HIDDEN, tensors, write_model
 from safetensors.torch import save_file
 
 from entrenar.core.errors import InputError
@@ -13,6 +12,7 @@ from entrenar.files.peft import AdapterTensors, PeftAdapter, write_adapter
 from entrenar.merging.layers import split_layer
 from entrenar.merging.models import open_model
 from entrenar.merging.stack import Scratch
+from tests.support.models_on_disk import HIDDEN, tensors, write_model
 
 Q = "model.layers.1.self_attn.q_proj"
 

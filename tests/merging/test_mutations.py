@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from models_on_disk import tensors, write_model, write_tokenizer
 
 from entrenar.core.errors import EntrenarError
 from entrenar.merging.config import read_merge_config
 from entrenar.merging.place import working_directory
 from entrenar.merging.plan import make_plan
 from entrenar.recipes.merge import merge
+from tests.support.models_on_disk import tensors, write_model, write_tokenizer
 
 ROUNDS = 60
 ODD: list[Any] = [

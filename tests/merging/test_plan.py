@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from models_on_disk import tensors, write_config, write_model
 
 from entrenar.core.errors import InputError
 from entrenar.merging.config import read_merge_config
 from entrenar.merging.directory import merged_config
 from entrenar.merging.plan import MergePlan, make_plan
+from tests.support.models_on_disk import tensors, write_config, write_model
 
 
 def plan_of(**config: Any) -> MergePlan:

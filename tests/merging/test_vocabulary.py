@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models_on_disk import tensors, write_model, write_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
 from entrenar.recipes.merge import merge
+from tests.support.models_on_disk import tensors, write_model, write_tokenizer
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import MIXTURES, save_mixture
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -16,6 +15,7 @@ from entrenar.lora.attach import attach_lora
 from entrenar.models.experts import Experts
 from entrenar.opening.load import load
 from entrenar.quant.tensor import quantize
+from tests.support.mixtures import MIXTURES, save_mixture
 
 Saved = Callable[[str], tuple[Path, PreTrainedModel]]
 

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from families import FAMILIES, MIXING, make_family
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, PreTrainedModel
 
@@ -17,6 +16,8 @@ from entrenar.lora.attach import attach_lora
 from entrenar.models import forward
 from entrenar.models.forward import target_logits, target_loss
 from entrenar.opening.load import load
+from tests.support.families import FAMILIES, MIXING, make_family
+from tests.support.recorder import Recorder
 
 # Three rows of 6 tokens, one document each, and which of them are targets.
 _POSITIONS = torch.arange(6).repeat(3, 1)
@@ -222,15 +223,15 @@ def test_half_precision_is_the_whole_pass_in_half_precision(tiny_model_dir: Path
         assert (got[name] - gradient).norm() <= 2**-6 * gradient.norm(), name
 
 
-def test_the_logits_of_all_positions_never_exist(recorder: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logits_of_all_positions_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = 2000
     monkeypatch.setattr(linear_cross_entropy, "LOGIT_BYTES", 20 * vocabulary * 4)
     model, inputs = _make("gemma2", vocab_size=vocabulary), _inputs(rows=8, length=60)
     attach_lora(model, rank=4, alpha=8)
     logits = int(inputs[2].sum()) * vocabulary * 4
-    with recorder() as ours, torch.enable_grad():
+    with Recorder() as ours, torch.enable_grad():
         target_loss(model, *inputs).backward()
-    with recorder() as theirs:
+    with Recorder() as theirs:
         _their_loss(model, *inputs).backward()
     assert max(ours.sizes) < logits / 4
     assert max(theirs.sizes) > logits
@@ -253,13 +254,13 @@ def test_logits_that_are_changed_in_another_way_go_through_the_models_own_code(
 
 
 def test_changed_logits_too_are_made_in_chunks(
-    bent: Callable[..., PreTrainedModel], recorder: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    bent: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs = bent(lambda z: z.clamp(-3, 3)), _inputs(rows=8, length=60)
     attach_lora(model, rank=4, alpha=8)
     vocabulary = model.config.get_text_config().vocab_size
     monkeypatch.setattr(linear_cross_entropy, "LOGIT_BYTES", 8 * vocabulary * 4)
-    with recorder() as recorded:
+    with Recorder() as recorded:
         target_loss(model, *inputs).backward()
     # What else is large are the scores of attention and the MLP's activations, which know nothing of the vocabulary.
     assert not [size for size in recorded.sizes if size % (vocabulary * 4) == 0 and size > 8 * vocabulary * 4]

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, MIXING, make_family
 
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from entrenar.models.isolation import isolates_documents
 from entrenar.opening.load import load
+from tests.support.families import FAMILIES, MIXING, make_family
 
 DTYPES = [torch.float32, torch.bfloat16]
 

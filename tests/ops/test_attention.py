@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar.core.errors import InputError
-from entrenar.ops.attention import attention_mask, causal_attention
+from entrenar.ops.attention import causal_attention
+from tests.support.attention import exactly
 
 # (B, T, H, G, D): one token; less, equal and more than a block of 32 and of 128; grouped and single heads
 SHAPES = [
@@ -32,16 +33,6 @@ def documents(batch: int, tokens: int, window: int = 0) -> Tensor:
     cuts = torch.rand(batch, tokens) < 0.1
     starts = torch.where(cuts, index, 0).cummax(dim=1).values
     return (starts.maximum(index - window + 1) if window else starts).int()
-
-
-def exactly(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -> Tensor:
-    """The definition, in float64."""
-    groups = q.shape[2] // k.shape[2]
-    k, v = k.double().repeat_interleave(groups, dim=2), v.double().repeat_interleave(groups, dim=2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k) * scale
-    seen = attention_mask(torch.zeros(q.shape[:2], dtype=torch.int32) if starts is None else starts)
-    weights = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(dim=-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

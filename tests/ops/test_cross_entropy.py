@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_rounded_once
-from guards import assert_guard, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import DTYPES, adversarial, awkward, gaussian
 from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.ops.cross_entropy import cross_entropy_losses, cross_entropy_rows
+from tests.support.compare import assert_rounded_once
+from tests.support.guards import assert_guard, guarded
+from tests.support.samples import DTYPES, adversarial, awkward, gaussian
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 SHAPES = [(0, 5), (1, 1), (3, 2), (5, 31), (4, 32), (2, 33), (3, 577), (2, 2047), (3, 2048), (2, 2049), (2, 5000)]
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_refused(kernel_path: str) -> None:
             cross_entropy_rows(logits, labels, softcap)
 
 
-KERNEL = native.Function("entrenar_cross_entropy", "bbbnnfiii")
+KERNEL = native.Function("cross_entropy")
 
 
 @pytest.mark.parametrize("path", NATIVE)

@@ -3,16 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_rounded_once
-from guards import assert_guard, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import DTYPES, adversarial, awkward, gaussian
 from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.ops.gated_activation import KINDS, gated_activation, gated_activation_backward
+from tests.support.compare import assert_rounded_once
+from tests.support.guards import assert_guard, guarded
+from tests.support.samples import DTYPES, adversarial, awkward, gaussian
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 COUNTS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 65, 129, 1000, 40_001)
@@ -182,8 +182,8 @@ def test_what_does_not_fit_is_refused() -> None:
             gated_activation(torch.zeros(2), up, "silu")
 
 
-FORWARD = native.Function("entrenar_gated_activation", "bbbniii")
-BACKWARD = native.Function("entrenar_gated_activation_backward", "bbbbbniii")
+FORWARD = native.Function("gated_activation")
+BACKWARD = native.Function("gated_activation_backward")
 
 
 @pytest.mark.parametrize("path", NATIVE)

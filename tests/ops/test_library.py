@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from samples import gaussian
 
 from entrenar.ops import (
     dequantize_codebook,
@@ -15,6 +14,7 @@ from entrenar.ops import (
     quantize_symmetric,
     scales,
 )
+from tests.support.samples import gaussian
 
 assert all((dequantize_codebook, dequantize_int8, quantize_codebook, quantize_symmetric, scales))  # they register
 CODEBOOK = torch.linspace(-1, 1, 16)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from samples import DTYPES
 from torch import Tensor
 
 from entrenar import native
@@ -11,6 +10,7 @@ from entrenar.ops import panels
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.linear_codebook import linear_codebook
 from entrenar.ops.scales import nest_scales
+from tests.support.samples import DTYPES
 
 CODEBOOK = torch.linspace(-1, 1, 16)
 ROUNDING = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}

@@ -2,49 +2,23 @@
 
 import gc
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_multiply import assert_close
 from torch import Tensor
 
 from entrenar.layers.adapted_linear import adapted_linears
 from entrenar.layers.adapted_native import Member
 from entrenar.ops import panels
 from entrenar.ops.linear_gguf import (
-    FLOAT_TYPES,
     GGUF_TYPES,
-    block_of,
     columns_of,
     decode_rows,
     gguf_panels,
 )
 from entrenar.ops.linear_weight import GGUFWeight
-
-
-def packed_weight(type: str, rows: int, blocks: int) -> tuple[Tensor, Tensor]:
-    """Random bytes with scales of a sensible size, and the float32 matrix that the gguf package reads from them."""
-    elements, size = block_of(type)
-    generator = np.random.default_rng(rows * 100 + blocks)
-    if elements == 1:
-        values = torch.from_numpy(generator.standard_normal((rows, blocks * 32))).to(FLOAT_TYPES[type])
-        return values.view(torch.uint8), values.float()
-    raw = generator.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
-    for first, last in _HALVES[type]:
-        raw[..., first:last] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-    raw = raw.reshape(rows, -1)
-    return torch.from_numpy(raw), torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[type.upper()]))
-
-
-# Where the float16 scales (and minima) of a block stand.
-_HALVES = {
-    "q4_0": [(0, 2)], "q4_1": [(0, 2), (2, 4)], "q5_0": [(0, 2)], "q5_1": [(0, 2), (2, 4)], "q8_0": [(0, 2)],
-    "iq4_nl": [(0, 2)], "q2_k": [(80, 82), (82, 84)], "q3_k": [(108, 110)], "q4_k": [(0, 2), (2, 4)],
-    "q5_k": [(0, 2), (2, 4)], "q6_k": [(208, 210)],
-}  # fmt: skip
+from tests.support.products import assert_close, packed_weight
 
 
 @pytest.mark.parametrize("type", GGUF_TYPES)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_multiply import assert_close, exact
 from torch import Tensor
 
 from entrenar import native
@@ -16,6 +15,7 @@ from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.linear_weight import Int8Weight
 from entrenar.ops.multiply import Term, int8_weight, multiply
 from entrenar.ops.scales import nest_scales
+from tests.support.products import assert_close, exact
 
 
 def weight(rows: int, columns: int, block_size: int, nested: bool = False) -> Int8Weight:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from compare import assert_rounded_once
 from torch import Tensor
 
 from entrenar import native
 from entrenar.ops.merge_sums import Vote, add_absolute_sums, add_gram, task_sum, weighted_sum
+from tests.support.compare import assert_rounded_once
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 COUNTS = [1, 9, 255, 256, 700]

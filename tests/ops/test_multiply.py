@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from guards import assert_guard, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,6 +10,8 @@ from entrenar.core.errors import InputError
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.gguf_blocks import dequantize_gguf, quantize_gguf
 from entrenar.ops.multiply import Term, Weight, codebook_weight, dense_weight, gguf_weight, multiply
+from tests.support.guards import assert_guard, guarded
+from tests.support.products import assert_close, exact
 
 CODEBOOK = torch.linspace(-1, 1, 16)
 pytestmark = pytest.mark.usefixtures("native_path")
@@ -27,20 +28,6 @@ def four_bit(rows: int, columns: int) -> tuple[Weight, Tensor]:
     scales = [torch.rand(-(-count // 64)) * 0.1]
     dense = dequantize_codebook(packed, scales, CODEBOOK, 64, count, torch.bfloat16).view(rows, columns)
     return codebook_weight(packed, scales, CODEBOOK, 64, (rows, columns)), dense
-
-
-def exact(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Σ A·B in float64, and the same of magnitudes."""
-    value = sum(a.double() @ b.double() for a, b in pairs)
-    size = sum(a.double().abs() @ b.double().abs() for a, b in pairs)
-    assert isinstance(value, Tensor)
-    assert isinstance(size, Tensor)
-    return value, size
-
-
-def assert_close(found: Tensor, value: Tensor, size: Tensor) -> None:
-    rounding = 2.0**-8 if found.dtype == torch.bfloat16 else 2.0**-20
-    assert ((found.double() - value).abs() <= rounding * size + 1e-30).all()
 
 
 sizes = st.integers(1, 140)

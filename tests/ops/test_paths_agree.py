@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from samples import BLOCK_SIZES, COUNTS, DTYPES, adversarial, gaussian, unaligned
 from torch import Tensor
 
 from entrenar import native
@@ -11,6 +10,7 @@ from entrenar.ops.dequantize_int8 import dequantize_int8
 from entrenar.ops.quantize_codebook import quantize_codebook
 from entrenar.ops.quantize_symmetric import quantize_symmetric
 from entrenar.ops.scales import decode_scales, nest_scales
+from tests.support.samples import BLOCK_SIZES, COUNTS, DTYPES, adversarial, gaussian, unaligned
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 pytestmark = pytest.mark.parametrize("path", NATIVE)

@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from compare import assert_rounded_once
-from guards import assert_guard, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import DTYPES, adversarial, awkward, gaussian, unaligned
 from torch import Tensor
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -15,6 +12,9 @@ from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.ops import rms_norm as module
 from entrenar.ops.rms_norm import rms_norm
+from tests.support.compare import assert_rounded_once
+from tests.support.guards import assert_guard, guarded
+from tests.support.samples import DTYPES, adversarial, awkward, gaussian, unaligned
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 SHAPES = [(0, 8), (1, 1), (3, 7), (5, 31), (4, 33), (2, 3, 64), (7, 577), (300, 40), (3, 2049), (64,)]
@@ -169,9 +169,9 @@ def test_a_weight_of_another_size_is_refused() -> None:
         rms_norm(torch.zeros(2, 8), torch.zeros(7), 1e-6)
 
 
-FORWARD = native.Function("entrenar_rms_norm", "bbbnnffiii")
-BACKWARD = native.Function("entrenar_rms_norm_backward", "bbbbbnnffiii")
-WEIGHT = native.Function("entrenar_rms_norm_backward_weight", "bbbnnfiii")
+FORWARD = native.Function("rms_norm")
+BACKWARD = native.Function("rms_norm_backward")
+WEIGHT = native.Function("rms_norm_backward_weight")
 
 
 @pytest.mark.parametrize("path", NATIVE)

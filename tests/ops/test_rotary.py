@@ -4,11 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import assert_rounded_once, spacing
-from guards import assert_guard, guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import DTYPES, adversarial, awkward, gaussian, unaligned
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial
@@ -16,6 +13,9 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.ops.rotary import rotary
+from tests.support.compare import assert_rounded_once, spacing
+from tests.support.guards import assert_guard, guarded
+from tests.support.samples import DTYPES, adversarial, awkward, gaussian, unaligned
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 Oracle = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -166,7 +166,7 @@ def test_angles_of_two_dtypes_are_refused() -> None:
         rotary(torch.zeros(2, 3, 4, 8), torch.zeros(1, 3, 8), torch.zeros(1, 3, 8).half())
 
 
-ROTARY = native.Function("entrenar_rotary", "sbbbnnnnnnnnniiii")
+ROTARY = native.Function("rotary")
 
 
 @pytest.mark.parametrize("path", NATIVE)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_faults import FULL, KILL, Ending, outcome, run
+
+from tests.support.run_faults import FULL, KILL, Ending, outcome, run
 
 MakeConfig = Callable[..., Path]
 CHANGES: dict[str, Any] = {

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mixtures import save_mixture
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -20,6 +19,7 @@ from entrenar.lora.attach import attach_lora
 from entrenar.merging import execute
 from entrenar.opening import compute
 from entrenar.recipes import merge_statistics
+from tests.support.mixtures import save_mixture
 
 ROW = 48
 TEXT = "switch on the lamp, then check the heater and reset my clock. " * 12

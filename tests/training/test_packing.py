@@ -1,11 +1,11 @@
 """Packed = separate: the loss and the adapter's gradients, against transformers running each document by itself."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, make_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,12 +16,13 @@ from entrenar.data.encode import Example
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from entrenar.training.step import accumulate
+from tests.support.families import FAMILIES, make_family
 
 _CAPACITY = 40
 
 
 # Sliding windows are 5 tokens in most families: shorter than a document. Here also longer, and in every layer.
-CASES: dict[str, dict[str, object]] = {
+CASES: dict[str, dict[str, Any]] = {
     **{name: {} for name in FAMILIES},
     "mistral, window 64": {"sliding_window": 64},
     "phi3, window 5": {"sliding_window": 5},

@@ -1,0 +1,1 @@
+"""What several test files use: models and files to test with, exact results to compare with, ways to fail."""
