@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_ATTRIBUTE = "_entrenar_recipe"
+from entrenar.core.attachment import Attachment
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,15 @@ class Recipe:
     inputs: tuple[Tensor, ...]
 
 
+_RECIPE = Attachment[Recipe]("recipe")
+
+
 def with_recipe(tensor: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """The tensor itself, marked."""
-    setattr(tensor, _ATTRIBUTE, Recipe(make, inputs))
+    _RECIPE.hang(tensor, Recipe(make, inputs))
     return tensor
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
     """The tensor's recipe, if it has one."""
-    return getattr(tensor, _ATTRIBUTE, None)
+    return _RECIPE.of(tensor)

@@ -4,9 +4,9 @@ An attention class of transformers reads its rotation (`apply_rotary_pos_emb` in
 To let the class's own forward run without that rotation, or with a faster one, the variable must mean something else
 for this forward alone. Three plainer ways were weighed (docs/decisions/0024):
 
-- patching the module while the call lasts changes it for every model and every thread, and costs a lock a call;
-- tensors that answer for cos and sin (`__torch_function__`) still pay for each operation of the rotation: a third of a
-  millisecond for a token of a model of 30 layers, which takes 18;
+- patching the module while the call lasts changes it for every model and every thread;
+- tensors that answer for cos = 1 and sin = 0 (`__torch_function__`) still pay for cutting, negating and joining halves,
+  eight operations a layer and token;
 - a forward of our own would have to know every class's cache, masks and windows.
 
 So a second function is made of the same code object over a copy of the globals. What it cannot do: replace what the
