@@ -10,7 +10,7 @@ from enum import Enum
 
 from torch import Tensor
 
-_ATTRIBUTE = "_entrenar_recipe"
+from entrenar.core.attachment import Attachment
 
 
 class Recompute(Enum):
@@ -29,12 +29,15 @@ class Recipe:
     inputs: tuple[Tensor, ...]
 
 
+_RECIPE = Attachment[Recipe]("recipe")
+
+
 def with_recipe(tensor: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """The tensor itself, marked."""
-    setattr(tensor, _ATTRIBUTE, Recipe(make, inputs))
+    _RECIPE.hang(tensor, Recipe(make, inputs))
     return tensor
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
     """The tensor's recipe, if it has one."""
-    return getattr(tensor, _ATTRIBUTE, None)
+    return _RECIPE.of(tensor)

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from entrenar.layers import composed_blocks
 from entrenar.layers.recompute import Recompute
-from entrenar.models.acceleration import activations, fast_layers
+from entrenar.models.acceleration import activations, fast_layers, layer_forward
 from entrenar.models.acceleration.activations import ladder, set_recompute
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from tests.support.families import make_family
@@ -22,6 +22,7 @@ from tests.support.learning import saved_bytes
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composed_blocks, "_is_on_gpu", lambda _: True)
     monkeypatch.setattr(fast_layers, "serves", lambda _: False)
+    monkeypatch.setattr(layer_forward, "serves", lambda _: False)
     monkeypatch.setattr(activations, "recompute_inside", lambda _: False)
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from entrenar.layers import residual_blocks
 from entrenar.layers.recompute import Recompute
-from entrenar.models.acceleration import attention, fast_layers
+from entrenar.models.acceleration import attention, layer_forward
 from entrenar.models.acceleration.activations import set_recompute
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from tests.support.families import make_family
@@ -76,7 +76,7 @@ def test_calls_that_ask_for_more_go_the_classs_own_way(monkeypatch: pytest.Monke
     def refuse(*_: object) -> Tensor:
         raise AssertionError("the block was used")
 
-    monkeypatch.setattr(fast_layers, "decoder_layer", refuse)
+    monkeypatch.setattr(layer_forward, "decoder_layer", refuse)
     with pytest.raises(AssertionError):
         fast(input_ids=IDS, use_cache=False)
     assert fast.generate(input_ids=IDS, max_new_tokens=3, do_sample=False).shape == (2, 23)  # pyright: ignore[reportCallIssue]
