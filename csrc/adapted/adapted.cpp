@@ -1,14 +1,15 @@
 // Linear layers that share an input, each with or without low-rank factors: the sums of products of
 // layers/adapted_linear.py, one call for a forward and one for a backward.
 //
-// Letters as in group.h. As an inner dimension u and v are read in steps of 32: what is read of a neighbour meets the zeros
-// that follow a factor.
+// Letters as in group.h. As an inner dimension u and v are read in steps of 32: what is read of a neighbour meets the
+// zeros that follow a factor.
 #include "adapted/adapted.h"
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 #include <vector>
+#include "abi/abi.h"
 
 #include "adapted/group.h"
 #include "common/errors.h"
@@ -28,7 +29,7 @@ constexpr int64_t kMostMembers = 1 << 16;  // more is a mistake, and would not f
 // All of a member but its y.
 int read_member(const MemberView& view, int64_t inner, Member* member) {
     member->view = &view;
-    if (const int error = read_source(view.weight, &member->weight)) return error;
+    if (const int error = read_weight(view.weight, &member->weight)) return error;
     if (view.weight.columns != inner || view.rank < 0 || view.rank > (1 << 20)) return kBadArgument;
     if (view.bias != nullptr) {
         if (const int error = check_buffer(view.bias, view.bias_bytes, view.weight.rows, 2)) return error;
@@ -37,10 +38,10 @@ int read_member(const MemberView& view, int64_t inner, Member* member) {
     const bool fits = view.a.rows == view.rank && view.a.columns == inner && view.b.rows == view.weight.rows &&
                       view.b.columns == view.rank;
     if (!fits) return kBadArgument;
-    if (const int error = read_source(view.a, &member->a)) return error;
+    if (const int error = read_weight(view.a, &member->a)) return error;
     SourceView scaled = view.b;
     scaled.scale *= view.scale;
-    return read_source(scaled, &member->b);
+    return read_weight(scaled, &member->b);
 }
 
 int read_group(bool reads_x, Group* group) {
@@ -71,9 +72,10 @@ Sum into(int64_t rows, int64_t columns, void* data, int64_t stride, int dtype, f
 }
 
 // u (M, R): x·Aᵀ of all members in one product, which reads x once.
-Sum hidden_product(const Group& group, const Source& stacked, uint16_t* u) {
+Sum hidden_product(const Group& group, const Weight& stacked, uint16_t* u) {
     Sum sum = into(group.view.tokens, group.width, u, group.width, kBfloat16);
-    sum.terms.push_back({static_cast<const uint16_t*>(group.view.x), group.view.inner, group.view.inner, true, &stacked});
+    sum.terms.push_back(
+        {static_cast<const uint16_t*>(group.view.x), group.view.inner, group.view.inner, true, &stacked});
     return sum;
 }
 
@@ -84,8 +86,9 @@ int forward(const Group& group) {
         if (u == nullptr) u = reinterpret_cast<uint16_t*>(thread_scratch((elements + kStep) * 2, Scratch::call));
         if (u == nullptr) return kNoMemory;
         std::memset(u + elements, 0, kStep * 2);  // the last row's step may reach so far
-        const Source stacked = group.stacked_a();
-        if (const int error = multiply_sums(group.kernel, {hidden_product(group, stacked, u)}, group.threads)) return error;
+        const Weight stacked = group.stacked_a();
+        if (const int error = multiply_sums(group.kernel, {hidden_product(group, stacked, u)}, group.threads))
+            return error;
     }
     const auto* x = static_cast<const uint16_t*>(group.view.x);
     std::vector<Sum> sums;
@@ -95,7 +98,8 @@ int forward(const Group& group) {
         sum.bias = static_cast<const uint16_t*>(member.view->bias);
         sum.residual = static_cast<const uint16_t*>(group.view.residual);
         sum.terms.push_back({x, group.view.inner, group.view.inner, true, &member.weight});
-        if (member.view->rank > 0) sum.terms.push_back({u + member.offset, group.width, member.inner_rank(), true, &member.b});
+        if (member.view->rank > 0)
+            sum.terms.push_back({u + member.offset, group.width, member.inner_rank(), true, &member.b});
         sums.push_back(std::move(sum));
     }
     return multiply_sums(group.kernel, sums, group.threads);
@@ -117,12 +121,13 @@ Sum input_gradient(const Group& group, const uint16_t* v) {
     for (const Member& member : group.members) {
         const int64_t rows = member.view->weight.rows;
         sum.terms.push_back({static_cast<const uint16_t*>(member.view->y), rows, rows, false, &member.weight});
-        if (member.view->rank > 0) sum.terms.push_back({v + member.offset, group.width, member.inner_rank(), false, &member.a});
+        if (member.view->rank > 0)
+            sum.terms.push_back({v + member.offset, group.width, member.inner_rank(), false, &member.a});
     }
     return sum;
 }
 
-Source plain_source(const void* data, int64_t rows, int64_t columns) {
+Weight plain_source(const void* data, int64_t rows, int64_t columns) {
     SourceView view{};
     view.dtype = kBfloat16;
     view.rows = rows;
@@ -130,13 +135,13 @@ Source plain_source(const void* data, int64_t rows, int64_t columns) {
     view.scale = 1.0f;
     view.data = data;
     view.data_bytes = rows * columns * 2;
-    Source source;
-    read_source(view, &source);  // cannot fail: the sizes were checked with the caller's buffers
+    Weight source;
+    read_weight(view, &source);  // cannot fail: the sizes were checked with the caller's buffers
     return source;
 }
 
 // dA = vᵀ·x of all members in one product, which reads x once; v transposed is (R, padded).
-Sum gradients_of_a(const Group& group, const uint16_t* v, int64_t padded, const Source& x) {
+Sum gradients_of_a(const Group& group, const uint16_t* v, int64_t padded, const Weight& x) {
     Sum sum = into(group.width, group.view.inner, nullptr, 0, kFloat32);
     for (const Member& member : group.members) {
         for (int64_t row = 0; row < member.padded_rank(); ++row) {
@@ -149,12 +154,13 @@ Sum gradients_of_a(const Group& group, const uint16_t* v, int64_t padded, const 
 }
 
 // dB = scale · gᵀ·u, as the transpose of uᵀ·g; u transposed is (R, padded), `grads` a source for every member.
-void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, const std::vector<Source>& grads,
+void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, const std::vector<Weight>& grads,
                         std::vector<Sum>* sums) {
     for (size_t i = 0; i < group.members.size(); ++i) {
         const Member& member = group.members[i];
         if (member.view->rank == 0) continue;
-        Sum sum = into(member.padded_rank(), member.view->weight.rows, member.view->db, member.view->rank, kFloat32, member.view->scale);
+        Sum sum = into(member.padded_rank(), member.view->weight.rows, member.view->db, member.view->rank, kFloat32,
+                       member.view->scale);
         sum.out.transposed = true;
         sum.out.kept = member.view->rank;
         sum.terms.push_back({u + member.offset * padded, padded, group.view.tokens, false, &grads[i]});
@@ -162,8 +168,8 @@ void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, c
     }
 }
 
-// What a backward makes on its way: v and u (M, R), each with zeros behind it, and both transposed, (R, padded). u may be
-// the forward's.
+// What a backward makes on its way: v and u (M, R), each with zeros behind it, and both transposed, (R, padded). u may
+// be the forward's.
 struct Hidden {
     uint16_t *v, *u, *v_turned, *u_turned, *packed;
     int64_t padded;
@@ -176,7 +182,8 @@ struct Hidden {
         padded = divide_up(group.view.tokens, kStep) * kStep;
         const int64_t plain = plain_elements(group), turned = padded * group.width;
         const int64_t strips = 2 * group.width / kStrip;
-        v = reinterpret_cast<uint16_t*>(thread_scratch((2 * (plain + turned) + strips * packed_strip(group)) * 2, Scratch::call));
+        v = reinterpret_cast<uint16_t*>(
+            thread_scratch((2 * (plain + turned) + strips * packed_strip(group)) * 2, Scratch::call));
         if (v == nullptr) return false;
         u = v + plain, v_turned = u + plain, u_turned = v_turned + turned, packed = u_turned + turned;
         for (uint16_t* each : {v, u}) std::memset(each + plain - kStep, 0, kStep * 2);
@@ -188,23 +195,26 @@ struct Hidden {
         const int64_t strips = group.width / kStrip;
         parallel_items(2 * strips, group.threads, [&](int64_t item) {
             const int64_t column = item % strips * kStrip;
-            transpose_rows(group.kernel, (item < strips ? v : u) + column, group.width, group.view.tokens, kStrip, padded,
-                           packed + item * packed_strip(group), (item < strips ? v_turned : u_turned) + column * padded);
+            transpose_rows(group.kernel, (item < strips ? v : u) + column, group.width, group.view.tokens, kStrip,
+                           padded, packed + item * packed_strip(group),
+                           (item < strips ? v_turned : u_turned) + column * padded);
         });
     }
 };
 
 int backward(const Group& group) {
-    if (group.width == 0) return group.view.dx == nullptr ? kOk : multiply_sums(group.kernel, {input_gradient(group, nullptr)}, group.threads);
+    if (group.width == 0)
+        return group.view.dx == nullptr ? kOk
+                                        : multiply_sums(group.kernel, {input_gradient(group, nullptr)}, group.threads);
     Hidden made;
     if (!made.make(group)) return kNoMemory;
-    const Source stacked = group.stacked_a(), x = plain_source(group.view.x, group.view.tokens, group.view.inner);
+    const Weight stacked = group.stacked_a(), x = plain_source(group.view.x, group.view.tokens, group.view.inner);
     std::vector<Sum> first;
     if (group.view.u == nullptr) first.push_back(hidden_product(group, stacked, made.u));
     add_passed_back(group, made.v, &first);
     if (const int error = multiply_sums(group.kernel, first, group.threads)) return error;
     made.transpose(group);
-    std::vector<Source> grads;
+    std::vector<Weight> grads;
     for (const Member& member : group.members) {
         grads.push_back(plain_source(member.view->y, group.view.tokens, member.view->weight.rows));
     }

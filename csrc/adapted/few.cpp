@@ -14,7 +14,7 @@ namespace {
 
 // u (M, R): x·Aᵀ of all members.
 void make_hidden(const Group& group, const FewTokens& x, uint16_t* u) {
-    const Source stacked = group.stacked_a();
+    const Weight stacked = group.stacked_a();
     const FewTokensProduct product(stacked, x);
     parallel_for(group.width, kGrainRows, group.threads, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row += kTileRows) {
@@ -69,9 +69,7 @@ struct Job {
 bool takes_few_tokens(const Group& group) {
     const Path path = current_path();
     if (path == Path::generic || path == Path::neon) return false;  // scalar sums are slower than whole products
-    const auto dense = [](const Member& member) {
-        return member.weight.view.kind == static_cast<int32_t>(SourceKind::dense);
-    };
+    const auto dense = [](const Member& member) { return member.weight.kind->add == nullptr; };
     if (group.view.u != nullptr) return false;  // this way makes u in another form
     const bool any_dense = std::any_of(group.members.begin(), group.members.end(), dense);
     return group.view.tokens <= (any_dense ? kMaxPackedTokens / 2 : kMaxPackedTokens);  // those need no decoding
@@ -90,7 +88,8 @@ int forward_few_tokens(const Group& group) {
     std::vector<Job> jobs;
     int64_t grains = 0;
     for (const Member& member : group.members) {
-        jobs.push_back({group, member, x, {u + member.offset, x.count, group.width, kBfloat16, nullptr, nullptr}, grains});
+        jobs.push_back(
+            {group, member, x, {u + member.offset, x.count, group.width, kBfloat16, nullptr, nullptr}, grains});
         grains = jobs.back().end();
     }
     parallel_for(grains, 1, group.threads, [&](int64_t begin, int64_t end) {

@@ -14,7 +14,7 @@ namespace entrenar {
 
 struct Member {
     const MemberView* view;
-    Source weight, a, b;  // b times the scale
+    Weight weight, a, b;  // b times the scale
     int64_t offset;       // of its columns among the R
     int64_t padded_rank() const { return divide_up(view->rank, kStrip) * kStrip; }
     int64_t inner_rank() const { return divide_up(view->rank, kStep) * kStep; }
@@ -28,12 +28,12 @@ struct Group {
     int threads;
 
     // The members' A one below the other, (R, inner).
-    Source stacked_a() const {
-        std::vector<const Source*> parts;
+    Weight stacked_a() const {
+        std::vector<const Weight*> parts;
         for (const Member& member : members) {
             if (member.view->rank > 0) parts.push_back(&member.a);
         }
-        return stack_sources(parts);
+        return stack_weights(parts);
     }
 };
 

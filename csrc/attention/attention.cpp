@@ -52,7 +52,8 @@ AttentionKernels attention_kernels() {
 #if defined(__x86_64__)
     if (has_avx512_bf16()) return {matmul_kernel(), attention_avx512bf16};
 #endif
-    static constexpr Paths<AttentionRows> kPaths{&attention_generic, ENTRENAR_ON_X86(&attention_avx2), nullptr, nullptr};
+    static constexpr Paths<AttentionRows> kPaths{&attention_generic, ENTRENAR_ON_X86(&attention_avx2), nullptr,
+                                                 nullptr};
     return {matmul_kernel(), pick(kPaths)};
 }
 

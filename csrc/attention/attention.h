@@ -7,27 +7,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "abi/abi.h"
 #include "matmul/panel.h"
 
 namespace entrenar {
-
-// A (B, T, heads, D) tensor with D contiguous; strides in elements.
-struct HeadsView {
-    const void* data;
-    int64_t bytes, batch, token, head;
-
-    const uint16_t* rows(int64_t b, int64_t h) const { return static_cast<const uint16_t*>(data) + b * batch + h * head; }
-};
-
-// What ops/attention.py passes. A token attends the keys from starts[b][t] to itself.
-struct AttentionView {
-    int64_t batch, tokens, heads, kv_heads, width;
-    const void* starts;  // (B, T) int32, never falling along T; null: 0
-    int64_t starts_bytes;
-    float scale;
-    int32_t unused;
-    HeadsView q, k, v;
-};
 
 // The first key of every token of one row.
 std::vector<int64_t> first_keys(const AttentionView& view, int64_t row);
@@ -45,9 +28,9 @@ struct RowState {
 
 // The row-wise parts.
 struct AttentionRows {
-    // One row of scores against a chunk of keys, of which [first, last) count: their scaled exponentials go to p (bfloat16,
-    // 0 elsewhere up to `columns`, a multiple of 32), the state is brought up to date, and what was summed before into `o`
-    // (width floats) is rescaled when there is a new maximum.
+    // One row of scores against a chunk of keys, of which [first, last) count: their scaled exponentials go to p
+    // (bfloat16, 0 elsewhere up to `columns`, a multiple of 32), the state is brought up to date, and what was summed
+    // before into `o` (width floats) is rescaled when there is a new maximum.
     void (*softmax)(const float* scores, int64_t first, int64_t last, int64_t columns, float scale, RowState* state,
                     float* o, int64_t width, uint16_t* p);
     // out = o / sum as bfloat16.
@@ -59,7 +42,8 @@ struct AttentionRows {
     void (*gradient)(const float* scores, const float* dp, const float* lse, const float* delta, int64_t first,
                      int64_t last, int64_t columns, float scale, uint16_t* p, uint16_t* ds);
     // out (count, width) bfloat16, rows `stride` apart, = the transpose of c (width, pitch).
-    void (*store_transposed)(const float* c, int64_t pitch, int64_t count, int64_t width, uint16_t* out, int64_t stride);
+    void (*store_transposed)(const float* c, int64_t pitch, int64_t count, int64_t width, uint16_t* out,
+                             int64_t stride);
 };
 
 extern const AttentionRows attention_generic, attention_avx2, attention_avx512bf16;
@@ -70,5 +54,12 @@ struct AttentionKernels {
     const AttentionRows& rows;
 };
 AttentionKernels attention_kernels();
+
+// What other groups are made of; the exported functions do nothing else.
+int attention_forward(const AttentionView* view, void* out, int64_t out_bytes, void* lse, int64_t lse_bytes,
+                      int threads);
+int attention_backward(const AttentionView* view, const void* out, int64_t out_bytes, const void* grad,
+                       int64_t grad_bytes, const void* lse, int64_t lse_bytes, void* dq, int64_t dq_bytes, void* dk,
+                       int64_t dk_bytes, void* dv, int64_t dv_bytes, int threads);
 
 }  // namespace entrenar

@@ -27,8 +27,8 @@ inline __m512 load_bf16(const uint16_t* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-// body(column, lanes that count) over [first, last) in vectors of 16 from a whole vector on; the lanes are a constant but in
-// the first and the last.
+// body(column, lanes that count) over [first, last) in vectors of 16 from a whole vector on; the lanes are a constant
+// but in the first and the last.
 template <class Body>
 inline void over_range(int64_t first, int64_t last, const Body& body) {
     if (first >= last) return;
@@ -49,11 +49,13 @@ inline void zero_outside(uint16_t* row, int64_t first, int64_t last, int64_t col
     }
 }
 
-// 2^x, for what is rounded to bfloat16 afterwards: 2^(the fraction of x) as a polynomial (minimax for the relative error, 3e-6,
-// with 2^0 held at 1), and the instruction that multiplies by a power of two rounds its exponent down itself.
+// 2^x, for what is rounded to bfloat16 afterwards: 2^(the fraction of x) as a polynomial (minimax for the relative
+// error, 3e-6, with 2^0 held at 1), and the instruction that multiplies by a power of two rounds its exponent down
+// itself.
 inline __m512 power_of_two(__m512 x) {
     const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    __m512 power = _mm512_fmadd_ps(_mm512_set1_ps(0.013426687568426132f), fraction, _mm512_set1_ps(0.0522424690425396f));
+    __m512 power =
+        _mm512_fmadd_ps(_mm512_set1_ps(0.013426687568426132f), fraction, _mm512_set1_ps(0.0522424690425396f));
     power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.2412802129983902f));
     power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.6930448412895203f));
     power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(1.0f));
@@ -118,7 +120,8 @@ void gradient(const float* scores, const float* dp, const float* lse, const floa
         const __m512 centre = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, lse + c), base);
         const __m512 exponent = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, scores + c), both, centre);
         const __m512 power = _mm512_maskz_mov_ps(mask, power_of_two(exponent));
-        const __m512 off = _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, dp + c), factor, _mm512_maskz_loadu_ps(mask, delta + c));
+        const __m512 off =
+            _mm512_fmsub_ps(_mm512_maskz_loadu_ps(mask, dp + c), factor, _mm512_maskz_loadu_ps(mask, delta + c));
         store_bf16(p + c, power);
         store_bf16(ds + c, _mm512_mul_ps(power, off));
     });

@@ -1,7 +1,9 @@
 // Attention's forward: 32 queries at a time past the keys in chunks, with a running maximum and sum a row.
 #include <algorithm>
+
 #include <atomic>
 #include <cmath>
+#include "abi/abi.h"
 
 #include "attention/attention.h"
 #include "common/errors.h"
@@ -48,17 +50,19 @@ void run_queries(const AttentionView& view, const AttentionKernels& kernels, con
     const int64_t from = first[static_cast<size_t>(begin)] / kStep * kStep;
     for (int64_t key = from; key < end; key += kKeys) {
         const int64_t groups = divide_up(std::min(kKeys, end - key), kGroup);
-        const PackedProduct score{&kernels.products, queries, view.q.token, rows,
-                                  room.keys + key / kGroup * packed_group(width), packed_group(width), width / kStep, groups};
+        const PackedProduct score{
+            &kernels.products,   queries,       view.q.token, rows, room.keys + key / kGroup * packed_group(width),
+            packed_group(width), width / kStep, groups};
         multiply_packed(score, room.scores, kKeys, false);
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t low = std::clamp<int64_t>(first[static_cast<size_t>(begin + r)] - key, 0, kKeys);
             const int64_t high = std::clamp<int64_t>(begin + r + 1 - key, low, kKeys);
             kernels.rows.softmax(room.scores + r * kKeys, low, high, groups * kGroup, view.scale, &states[r],
-                                   room.o + r * width, width, room.p + r * kKeys);
+                                 room.o + r * width, width, room.p + r * kKeys);
         }
-        const PackedProduct value{&kernels.products, room.p, kKeys, rows, room.values + key / kStep * kStepElements,
-                                  packed_group(view.tokens), groups, width / kGroup};
+        const PackedProduct value{
+            &kernels.products,         room.p, kKeys,         rows, room.values + key / kStep * kStepElements,
+            packed_group(view.tokens), groups, width / kGroup};
         multiply_packed(value, room.o, width, key != from);
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -73,8 +77,8 @@ void run_queries(const AttentionView& view, const AttentionKernels& kernels, con
 }  // namespace entrenar
 
 // out (B, T, H, D) bfloat16 and lse (B, H, T) float32, the logarithm of each row's sum of exponentials.
-ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* out, int64_t out_bytes, void* lse,
-                                    int64_t lse_bytes, int threads) {
+int entrenar::attention_forward(const AttentionView* view, void* out, int64_t out_bytes, void* lse, int64_t lse_bytes,
+                                int threads) {
     using namespace entrenar;
     const AttentionKernels kernels = attention_kernels();
     if (const int error = check_attention(*view)) return error;
@@ -82,16 +86,19 @@ ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* o
     if (const int error = check_buffer(out, out_bytes, rows * view->width, 2)) return error;
     if (const int error = check_buffer(lse, lse_bytes, rows, 4)) return error;
     const Outputs outputs{static_cast<uint16_t*>(out), static_cast<float*>(lse)};
-    // A thread packs the keys and values it needs; where heads are few, several share a head and take its blocks in turn.
+    // A thread packs the keys and values it needs; where heads are few, several share a head and take its blocks in
+    // turn.
     const int64_t pairs = view->batch * view->kv_heads, blocks = divide_up(view->tokens, kQueries);
-    const int64_t shares = std::clamp<int64_t>(divide_up(2 * threads, pairs), 1, blocks), group = view->heads / view->kv_heads;
+    const int64_t shares = std::clamp<int64_t>(divide_up(2 * threads, pairs), 1, blocks),
+                  group = view->heads / view->kv_heads;
     std::atomic<int> error{kOk};
     parallel_items(pairs * shares, threads, [&](int64_t item) {
         const int64_t pair = item / shares, row = pair / view->kv_heads, kv = pair % view->kv_heads;
         char* scratch = thread_scratch(Room::bytes(*view));
         if (scratch == nullptr) return error.store(kNoMemory);
         const Room room(*view, scratch);
-        pack_rows_transposed(kernels.products, view->k.rows(row, kv), view->k.token, view->tokens, view->width, room.keys);
+        pack_rows_transposed(kernels.products, view->k.rows(row, kv), view->k.token, view->tokens, view->width,
+                             room.keys);
         pack_rows(kernels.products, view->v.rows(row, kv), view->v.token, view->tokens, view->width, room.values);
         const std::vector<int64_t> first = first_keys(*view, row);
         kernels.products.begin();
@@ -104,4 +111,9 @@ ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* o
         kernels.products.end();
     });
     return error.load();
+}
+
+ENTRENAR_API int entrenar_attention(const entrenar::AttentionView* view, void* out, int64_t out_bytes, void* lse,
+                                    int64_t lse_bytes, int threads) {
+    return entrenar::attention_forward(view, out, out_bytes, lse, lse_bytes, threads);
 }

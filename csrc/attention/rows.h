@@ -25,7 +25,8 @@ inline Floats keep(Ints lanes, Floats values) { return (Floats)((Ints)values & l
 inline Floats load_bf16(const uint16_t* from) { return widen_bf16(reinterpret_cast<const char*>(from)); }
 inline void store_bf16(uint16_t* to, Floats values) { narrow_bf16(values, reinterpret_cast<char*>(to)); }
 
-// body(column, lanes that count) over [first, last) in whole vectors; the lanes are a constant but in the first and the last.
+// body(column, lanes that count) over [first, last) in whole vectors; the lanes are a constant but in the first and the
+// last.
 template <class Body>
 inline void over_range(int64_t first, int64_t last, const Body& body) {
     if (first >= last) return;
@@ -50,9 +51,8 @@ void softmax(const float* scores, int64_t first, int64_t last, int64_t columns, 
              int64_t width, uint16_t* p) {
     const Floats lowest = all(-__builtin_inff());
     Floats highest = lowest;
-    over_range(first, last, [&](int64_t c, Ints lanes) {
-        highest = larger(lanes ? load<Floats>(scores + c) : lowest, highest);
-    });
+    over_range(first, last,
+               [&](int64_t c, Ints lanes) { highest = larger(lanes ? load<Floats>(scores + c) : lowest, highest); });
     const float before = state->maximum, maximum = largest(highest) * scale, now = maximum > before ? maximum : before;
     Floats total{};
     over_range(first, last, [&](int64_t c, Ints lanes) {

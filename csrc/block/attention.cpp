@@ -2,6 +2,7 @@
 // their own over each head (Qwen 3), and may not be rotated (SmolLM 3's every fourth layer).
 #include <utility>
 
+#include "abi/abi.h"
 #include "attention/attention.h"
 
 #include "block/block.h"
@@ -10,38 +11,11 @@
 #include "common/sizes.h"
 #include "elementwise/kernels.h"
 
-extern "C" {
-int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos, int64_t cos_bytes, const void* sin, int64_t sin_bytes,
-                    void* out, int64_t out_bytes, int64_t batch, int64_t tokens, int64_t heads, int64_t width,
-                    int64_t rotated, int64_t batch_stride, int64_t token_stride, int64_t head_stride, int64_t cos_batches,
-                    int dtype, int cos_dtype, int transpose, int threads);
-int entrenar_attention(const entrenar::AttentionView* view, void* out, int64_t out_bytes, void* lse, int64_t lse_bytes,
-                       int threads);
-int entrenar_attention_backward(const entrenar::AttentionView* view, const void* out, int64_t out_bytes, const void* grad,
-                                int64_t grad_bytes, const void* lse, int64_t lse_bytes, void* dq, int64_t dq_bytes, void* dk,
-                                int64_t dk_bytes, void* dv, int64_t dv_bytes, int threads);
-}
-
 namespace entrenar {
 
 // What a pass makes: the block's result, its gradients, or only what attention takes (q, k and v are needed then, and
 // attention itself is somebody else's: one with a cache).
 enum class Pass { forward, backward, inputs };
-
-// Forward: `out` is the result, and what of x, q, k, v, o, lse, u and output_u (of q, k and v, and of output) has a buffer is
-// kept there for the backward. Backward: `out` is the gradient of the result, `dh` that of h; what was not kept is made
-// again. q and k are kept rotated, or, where they have norms, as they came from their layers.
-struct AttentionBlockView {
-    int64_t batch, tokens, hidden, heads, kv_heads, width;
-    NormView norm, q_norm, k_norm;
-    BufferView h, x, q, k, v, o, lse, u, output_u, out, dh;  // lse (B, H, T) float32
-    BufferView cos, sin;                                     // (rotary_batches, T, rotated) of rotary_dtype; null: no rotation
-    int64_t rotary_batches, rotated;
-    BufferView starts;                                       // (B, T) int32, or null
-    MemberView members[4];                                   // q, k, v, output
-    float scale;
-    int32_t rotary_dtype;
-};
 
 namespace {
 
@@ -57,7 +31,8 @@ struct Sizes {
 
 int check_members(const AttentionBlockView& view, bool backward) {
     const int64_t queries = view.heads * view.width, keys = view.kv_heads * view.width;
-    const int64_t shapes[4][2] = {{queries, view.hidden}, {keys, view.hidden}, {keys, view.hidden}, {view.hidden, queries}};
+    const int64_t shapes[4][2] = {
+        {queries, view.hidden}, {keys, view.hidden}, {keys, view.hidden}, {view.hidden, queries}};
     for (int i = 0; i < 4; ++i) {
         if (view.members[i].weight.rows != shapes[i][0]) return kBadArgument;
         if (const int error = check_member(view.members[i], shapes[i][1], backward)) return error;
@@ -73,15 +48,25 @@ int check_norms_and_rotation(const AttentionBlockView& view) {
         if (const int error = check_norm(*norm, view.width)) return error;
     }
     if (view.cos.data == nullptr && view.sin.data == nullptr) return kOk;
-    return check_turns(view.cos.data, view.cos.bytes, view.sin.data, view.sin.bytes, view.batch, view.tokens, view.width,
-                       view.rotated, view.rotary_batches, view.rotary_dtype);
+    return check_turns(view.cos.data, view.cos.bytes, view.sin.data, view.sin.bytes, view.batch, view.tokens,
+                       view.width, view.rotated, view.rotary_batches, view.rotary_dtype);
 }
 
 // All that any part of the block would refuse: nothing is written before it is known that nothing will.
 int check(const AttentionBlockView& view, Pass pass) {
     const bool backward = pass == Pass::backward, inputs = pass == Pass::inputs;
-    const AttentionView attention{view.batch, view.tokens, view.heads, view.kv_heads, view.width, view.starts.data,
-                                  view.starts.bytes, view.scale, 0, {}, {}, {}};
+    const AttentionView attention{view.batch,
+                                  view.tokens,
+                                  view.heads,
+                                  view.kv_heads,
+                                  view.width,
+                                  view.starts.data,
+                                  view.starts.bytes,
+                                  view.scale,
+                                  0,
+                                  {},
+                                  {},
+                                  {}};
     int64_t elements = 0;
     if (const int error = check_attention_sizes(attention)) return error;
     if (!multiply(view.batch * view.tokens, view.hidden, &elements)) return kBadSize;
@@ -92,13 +77,19 @@ int check(const AttentionBlockView& view, Pass pass) {
         const BufferView& buffer;
         int64_t elements, bytes;
         bool needed;
-    } buffers[] = {{view.h, sizes.hidden, 2, true},    {view.out, sizes.hidden, 2, !inputs}, {view.dh, sizes.hidden, 2, backward},
-                   {view.x, sizes.hidden, 2, false},   {view.q, sizes.queries, 2, inputs},   {view.k, sizes.keys, 2, inputs},
-                   {view.v, sizes.keys, 2, inputs},    {view.o, sizes.queries, 2, false},
+    } buffers[] = {{view.h, sizes.hidden, 2, true},
+                   {view.out, sizes.hidden, 2, !inputs},
+                   {view.dh, sizes.hidden, 2, backward},
+                   {view.x, sizes.hidden, 2, false},
+                   {view.q, sizes.queries, 2, inputs},
+                   {view.k, sizes.keys, 2, inputs},
+                   {view.v, sizes.keys, 2, inputs},
+                   {view.o, sizes.queries, 2, false},
                    {view.lse, sizes.rows * view.heads, 4, false}};
     for (const auto& each : buffers) {
         if (each.buffer.data == nullptr && !each.needed) continue;
-        if (const int error = check_buffer(each.buffer.data, each.buffer.bytes, each.elements, each.bytes)) return error;
+        if (const int error = check_buffer(each.buffer.data, each.buffer.bytes, each.elements, each.bytes))
+            return error;
     }
     if (const int error = check_hidden(view.u, view.members, 3, sizes.rows)) return error;
     return check_hidden(view.output_u, view.members + 3, 1, sizes.rows);
@@ -115,16 +106,26 @@ HeadsView heads_of(const AttentionBlockView& view, const void* data, int64_t hea
 }
 
 AttentionView attention_of(const AttentionBlockView& view, const Values& values) {
-    return {view.batch, view.tokens, view.heads, view.kv_heads, view.width, view.starts.data, view.starts.bytes, view.scale, 0,
-            heads_of(view, values.q, view.heads), heads_of(view, values.k, view.kv_heads), heads_of(view, values.v, view.kv_heads)};
+    return {view.batch,
+            view.tokens,
+            view.heads,
+            view.kv_heads,
+            view.width,
+            view.starts.data,
+            view.starts.bytes,
+            view.scale,
+            0,
+            heads_of(view, values.q, view.heads),
+            heads_of(view, values.k, view.kv_heads),
+            heads_of(view, values.v, view.kv_heads)};
 }
 
 // from (B, T, heads, D) → to, turned by the angles of its position, or back.
 int rotate(const AttentionBlockView& view, const void* from, void* to, int64_t heads, bool back, int threads) {
     const HeadsView in = heads_of(view, from, heads);
-    return entrenar_rotary(from, in.bytes, view.cos.data, view.cos.bytes, view.sin.data, view.sin.bytes, to, in.bytes,
-                           view.batch, view.tokens, heads, view.width, view.rotated, in.batch, in.token, in.head,
-                           view.rotary_batches, kBfloat16, view.rotary_dtype, back, threads);
+    return rotary(from, in.bytes, view.cos.data, view.cos.bytes, view.sin.data, view.sin.bytes, to, in.bytes,
+                  view.batch, view.tokens, heads, view.width, view.rotated, in.batch, in.token, in.head,
+                  view.rotary_batches, kBfloat16, view.rotary_dtype, back, threads);
 }
 
 // What a layer gave for q or k → what attention takes: norm, then rotation. `between` is room for the norm's result.
@@ -140,7 +141,9 @@ int prepare(const AttentionBlockView& view, const NormView& norm, const uint16_t
     return rotates ? rotate(view, raw, to, heads, false, threads) : kOk;
 }
 
-bool has_norms(const AttentionBlockView& view) { return view.q_norm.weight != nullptr || view.k_norm.weight != nullptr; }
+bool has_norms(const AttentionBlockView& view) {
+    return view.q_norm.weight != nullptr || view.k_norm.weight != nullptr;
+}
 bool changes(const AttentionBlockView& view) { return has_norms(view) || view.cos.data != nullptr; }
 
 struct Needs {
@@ -151,7 +154,8 @@ struct Needs {
 int compute(const AttentionBlockView& view, const Values& values, const Needs& needs, uint16_t* between, int threads) {
     const Sizes sizes(view);
     if (needs.x) {
-        if (const int error = norm_forward(view.norm, view.h.data, sizes.rows, view.hidden, values.x, threads)) return error;
+        if (const int error = norm_forward(view.norm, view.h.data, sizes.rows, view.hidden, values.x, threads))
+            return error;
     }
     if (needs.projections) {
         const MemberView members[3] = {member_at(view.members[0], values.raw_q, sizes.rows),
@@ -161,12 +165,14 @@ int compute(const AttentionBlockView& view, const Values& values, const Needs& n
         if (const int error = adapted_forward(group, threads)) return error;
     }
     if (values.raw_q != values.q && (needs.projections || has_norms(view))) {
-        if (const int error = prepare(view, view.q_norm, values.raw_q, view.heads, between, values.q, threads)) return error;
-        if (const int error = prepare(view, view.k_norm, values.raw_k, view.kv_heads, between, values.k, threads)) return error;
+        if (const int error = prepare(view, view.q_norm, values.raw_q, view.heads, between, values.q, threads))
+            return error;
+        if (const int error = prepare(view, view.k_norm, values.raw_k, view.kv_heads, between, values.k, threads))
+            return error;
     }
     if (!needs.attention) return kOk;
     const AttentionView attention = attention_of(view, values);
-    return entrenar_attention(&attention, values.o, sizes.queries * 2, values.lse, sizes.rows * view.heads * 4, threads);
+    return attention_forward(&attention, values.o, sizes.queries * 2, values.lse, sizes.rows * view.heads * 4, threads);
 }
 
 // Kept q and k are raw where they have norms, and what attention takes elsewhere.
@@ -177,7 +183,8 @@ Values place_values(const AttentionBlockView& view, const Sizes& sizes, Pieces* 
     values.v = pieces->place(view.v, sizes.keys);
     values.o = pieces->place(view.o, sizes.queries);
     values.lse = reinterpret_cast<float*>(pieces->place(view.lse, sizes.rows * view.heads * 2));
-    uint16_t *other_q = changes(view) ? pieces->take(sizes.queries) : q, *other_k = changes(view) ? pieces->take(sizes.keys) : k;
+    uint16_t *other_q = changes(view) ? pieces->take(sizes.queries) : q,
+             *other_k = changes(view) ? pieces->take(sizes.keys) : k;
     values.raw_q = has_norms(view) ? q : other_q;
     values.raw_k = has_norms(view) ? k : other_k;
     values.q = has_norms(view) ? other_q : q;
@@ -219,7 +226,8 @@ int make_inputs(const AttentionBlockView& view, int threads) {
     if (!pieces.allocate()) return kNoMemory;
     Values values{};
     values.x = pieces.take(sizes.hidden);
-    uint16_t *between = pieces.take(sizes.queries), *raw_q = pieces.take(sizes.queries), *raw_k = pieces.take(sizes.keys);
+    uint16_t *between = pieces.take(sizes.queries), *raw_q = pieces.take(sizes.queries),
+             *raw_k = pieces.take(sizes.keys);
     values.q = static_cast<uint16_t*>(view.q.data);
     values.k = static_cast<uint16_t*>(view.k.data);
     values.v = static_cast<uint16_t*>(view.v.data);
@@ -257,19 +265,23 @@ int backward(const AttentionBlockView& view, int threads) {
     uint16_t* between = pieces.take(sizes.queries);
     const bool projections = view.q.data == nullptr || view.k.data == nullptr || view.v.data == nullptr;
     const bool attention = view.o.data == nullptr || view.lse.data == nullptr;
-    if (const int error = compute(view, values, {view.x.data == nullptr, projections, attention}, between, threads)) return error;
+    if (const int error = compute(view, values, {view.x.data == nullptr, projections, attention}, between, threads))
+        return error;
     const MemberView output = member_at(view.members[3], view.out.data, sizes.rows);
     const GroupView last = group_of(values.o, d_o, view.output_u, sizes.rows, view.heads * view.width, &output, 1);
     if (const int error = adapted_backward(last, threads)) return error;
     const AttentionView inner = attention_of(view, values);
-    if (const int error = entrenar_attention_backward(&inner, values.o, sizes.queries * 2, d_o, sizes.queries * 2, values.lse,
-                                                      sizes.rows * view.heads * 4, dq, sizes.queries * 2, dk, sizes.keys * 2, dv,
-                                                      sizes.keys * 2, threads)) {
+    if (const int error = attention_backward(&inner, values.o, sizes.queries * 2, d_o, sizes.queries * 2, values.lse,
+                                             sizes.rows * view.heads * 4, dq, sizes.queries * 2, dk, sizes.keys * 2, dv,
+                                             sizes.keys * 2, threads)) {
         return error;
     }
-    if (const int error = prepare_backward(view, view.q_norm, values.raw_q, view.heads, between, &dq, threads)) return error;
-    if (const int error = prepare_backward(view, view.k_norm, values.raw_k, view.kv_heads, between_k, &dk, threads)) return error;
-    const MemberView members[3] = {member_at(view.members[0], dq, sizes.rows), member_at(view.members[1], dk, sizes.rows),
+    if (const int error = prepare_backward(view, view.q_norm, values.raw_q, view.heads, between, &dq, threads))
+        return error;
+    if (const int error = prepare_backward(view, view.k_norm, values.raw_k, view.kv_heads, between_k, &dk, threads))
+        return error;
+    const MemberView members[3] = {member_at(view.members[0], dq, sizes.rows),
+                                   member_at(view.members[1], dk, sizes.rows),
                                    member_at(view.members[2], dv, sizes.rows)};
     const GroupView first = group_of(values.x, dx, view.u, sizes.rows, view.hidden, members, 3);
     if (const int error = adapted_backward(first, threads)) return error;

@@ -4,16 +4,7 @@
 #include "common/floats.h"
 #include "common/scratch.h"
 #include "common/sizes.h"
-
-extern "C" {
-int entrenar_rms_norm(const void* x, int64_t x_bytes, const void* weight, int64_t weight_bytes, void* out,
-                      int64_t out_bytes, int64_t rows, int64_t columns, float eps, float offset, int dtype,
-                      int weight_dtype, int threads);
-int entrenar_rms_norm_backward(const void* grad, int64_t grad_bytes, const void* x, int64_t x_bytes, const void* weight,
-                               int64_t weight_bytes, const void* added, int64_t added_bytes, void* dx, int64_t dx_bytes,
-                               int64_t rows, int64_t columns, float eps, float offset, int dtype, int weight_dtype,
-                               int threads);
-}
+#include "elementwise/kernels.h"
 
 namespace entrenar {
 
@@ -24,15 +15,15 @@ int check_norm(const NormView& norm, int64_t columns) {
 
 int norm_forward(const NormView& norm, const void* x, int64_t rows, int64_t columns, void* out, int threads) {
     const int64_t bytes = rows * columns * 2;
-    return entrenar_rms_norm(x, bytes, norm.weight, norm.bytes, out, bytes, rows, columns, norm.eps, norm.offset, kBfloat16,
-                             norm.dtype, threads);
+    return rms_norm(x, bytes, norm.weight, norm.bytes, out, bytes, rows, columns, norm.eps, norm.offset, kBfloat16,
+                    norm.dtype, threads);
 }
 
-int norm_backward(const NormView& norm, const void* grad, const void* x, const void* added, int64_t rows, int64_t columns,
-                  void* dx, int threads) {
+int norm_backward(const NormView& norm, const void* grad, const void* x, const void* added, int64_t rows,
+                  int64_t columns, void* dx, int threads) {
     const int64_t bytes = rows * columns * 2;
-    return entrenar_rms_norm_backward(grad, bytes, x, bytes, norm.weight, norm.bytes, added, added ? bytes : 0, dx, bytes,
-                                      rows, columns, norm.eps, norm.offset, kBfloat16, norm.dtype, threads);
+    return rms_norm_backward(grad, bytes, x, bytes, norm.weight, norm.bytes, added, added ? bytes : 0, dx, bytes, rows,
+                             columns, norm.eps, norm.offset, kBfloat16, norm.dtype, threads);
 }
 
 MemberView member_at(const MemberView& member, void* y, int64_t tokens) {
@@ -42,8 +33,8 @@ MemberView member_at(const MemberView& member, void* y, int64_t tokens) {
     return placed;
 }
 
-GroupView group_of(const void* x, void* dx, const BufferView& u, int64_t tokens, int64_t inner, const MemberView* members,
-                   int64_t count) {
+GroupView group_of(const void* x, void* dx, const BufferView& u, int64_t tokens, int64_t inner,
+                   const MemberView* members, int64_t count) {
     const int64_t bytes = tokens * inner * 2;
     return {x, x ? bytes : 0, dx, dx ? bytes : 0, nullptr, 0, u.data, u.bytes, tokens, inner, count, members};
 }

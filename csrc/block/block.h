@@ -6,36 +6,23 @@
 
 #include <cstdint>
 
+#include "abi/abi.h"
 #include "adapted/adapted.h"
 
 namespace entrenar {
-
-struct BufferView {
-    void* data;  // null: not there
-    int64_t bytes;
-};
-
-// An RMS norm's weight, (columns,) of `dtype`; data null where there is no norm.
-struct NormView {
-    const void* weight;
-    int64_t bytes;
-    int32_t dtype;
-    float eps, offset;
-    int32_t unused;
-};
 
 // Error unless the weight is one for rows of `columns`.
 int check_norm(const NormView& norm, int64_t columns);
 // x → norm(x), rows of `columns`.
 int norm_forward(const NormView& norm, const void* x, int64_t rows, int64_t columns, void* out, int threads);
 // dx = added + the norm's gradient for x; `added` may be null.
-int norm_backward(const NormView& norm, const void* grad, const void* x, const void* added, int64_t rows, int64_t columns,
-                  void* dx, int threads);
+int norm_backward(const NormView& norm, const void* grad, const void* x, const void* added, int64_t rows,
+                  int64_t columns, void* dx, int threads);
 
 // A member whose result, or its gradient, is at `y`.
 MemberView member_at(const MemberView& member, void* y, int64_t tokens);
-GroupView group_of(const void* x, void* dx, const BufferView& u, int64_t tokens, int64_t inner, const MemberView* members,
-                   int64_t count);
+GroupView group_of(const void* x, void* dx, const BufferView& u, int64_t tokens, int64_t inner,
+                   const MemberView* members, int64_t count);
 // Error unless `u` is null or room for what the factors make of a group's input.
 int check_hidden(const BufferView& u, const MemberView* members, int64_t count, int64_t tokens);
 

@@ -1,29 +1,13 @@
 // h + down(act(gate(x)) · up(x)), x = norm(h): SwiGLU and its kin (Shazeer 2020) as a residual block.
 #include "block/block.h"
+
+#include "abi/abi.h"
 #include "common/errors.h"
 #include "common/floats.h"
 #include "common/sizes.h"
 #include "elementwise/kernels.h"
 
-extern "C" {
-int entrenar_gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* out,
-                              int64_t out_bytes, int64_t count, int kind, int dtype, int threads);
-int entrenar_gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate, int64_t gate_bytes,
-                                       const void* up, int64_t up_bytes, void* dgate, int64_t dgate_bytes, void* dup,
-                                       int64_t dup_bytes, int64_t count, int kind, int dtype, int threads);
-}
-
 namespace entrenar {
-
-// Forward: `out` is the result, and what of x, gate, up, product, u and down_u (of gate and up, and of down) has a buffer is
-// kept there for the backward. Backward: `out` is the gradient of the result, `dh` that of h; what was not kept is made again.
-struct MlpBlockView {
-    int64_t tokens, hidden, inner;
-    NormView norm;
-    BufferView h, x, gate, up, product, u, down_u, out, dh;
-    MemberView members[3];  // gate, up, down
-    int32_t activation, unused;
-};
 
 namespace {
 
@@ -76,7 +60,8 @@ Values place_values(const MlpBlockView& view, int64_t narrow, int64_t wide, Piec
 int compute(const MlpBlockView& view, const Values& values, const Needs& needs, int threads) {
     const int64_t wide = view.tokens * view.inner;
     if (needs.x) {
-        if (const int error = norm_forward(view.norm, view.h.data, view.tokens, view.hidden, values.x, threads)) return error;
+        if (const int error = norm_forward(view.norm, view.h.data, view.tokens, view.hidden, values.x, threads))
+            return error;
     }
     if (needs.gates) {
         const MemberView members[2] = {member_at(view.members[0], values.gate, view.tokens),
@@ -85,8 +70,8 @@ int compute(const MlpBlockView& view, const Values& values, const Needs& needs, 
         if (const int error = adapted_forward(group, threads)) return error;
     }
     if (!needs.product) return kOk;
-    return entrenar_gated_activation(values.gate, wide * 2, values.up, wide * 2, values.product, wide * 2, wide,
-                                     view.activation, kBfloat16, threads);
+    return gated_activation(values.gate, wide * 2, values.up, wide * 2, values.product, wide * 2, wide, view.activation,
+                            kBfloat16, threads);
 }
 
 int forward(const MlpBlockView& view, int threads) {
@@ -115,17 +100,19 @@ int backward(const MlpBlockView& view, int threads) {
     const Values values = place_values(view, narrow, wide, &pieces);
     uint16_t *dx = pieces.take(narrow), *dproduct = pieces.take(wide), *dgate = dproduct;
     uint16_t* dup = own_dup ? pieces.take(wide) : values.product;
-    const Needs needs{view.x.data == nullptr, view.gate.data == nullptr || view.up.data == nullptr, view.product.data == nullptr};
+    const Needs needs{view.x.data == nullptr, view.gate.data == nullptr || view.up.data == nullptr,
+                      view.product.data == nullptr};
     if (const int error = compute(view, values, needs, threads)) return error;
     const MemberView down = member_at(view.members[2], view.out.data, view.tokens);
     const GroupView last = group_of(values.product, dproduct, view.down_u, view.tokens, view.inner, &down, 1);
     if (const int error = adapted_backward(last, threads)) return error;
-    if (const int error = entrenar_gated_activation_backward(dproduct, wide * 2, values.gate, wide * 2, values.up, wide * 2,
-                                                             dgate, wide * 2, dup, wide * 2, wide, view.activation, kBfloat16,
-                                                             threads)) {
+    if (const int error =
+            gated_activation_backward(dproduct, wide * 2, values.gate, wide * 2, values.up, wide * 2, dgate, wide * 2,
+                                      dup, wide * 2, wide, view.activation, kBfloat16, threads)) {
         return error;
     }
-    const MemberView members[2] = {member_at(view.members[0], dgate, view.tokens), member_at(view.members[1], dup, view.tokens)};
+    const MemberView members[2] = {member_at(view.members[0], dgate, view.tokens),
+                                   member_at(view.members[1], dup, view.tokens)};
     const GroupView first = group_of(values.x, dx, view.u, view.tokens, view.hidden, members, 2);
     if (const int error = adapted_backward(first, threads)) return error;
     return norm_backward(view.norm, dx, view.h.data, view.out.data, view.tokens, view.hidden, view.dh.data, threads);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include "abi/abi.h"
 
 #include "common/dispatch.h"
 #include "common/errors.h"
@@ -18,16 +19,16 @@ constexpr int64_t kGrainElements = 1 << 14;
 // A result of this many bytes does not stay in any cache, and writing past them saves reading it in first.
 constexpr int64_t kStreamBytes = 24 << 20;
 
-const Paths<DequantizeCodebook> kPaths = {
-    &dequantize_codebook_generic, ENTRENAR_ON_X86(&dequantize_codebook_avx2),
-    ENTRENAR_ON_X86(&dequantize_codebook_avx512), ENTRENAR_ON_ARM(&dequantize_codebook_neon)};
+const Paths<DequantizeCodebook> kPaths = {&dequantize_codebook_generic, ENTRENAR_ON_X86(&dequantize_codebook_avx2),
+                                          ENTRENAR_ON_X86(&dequantize_codebook_avx512),
+                                          ENTRENAR_ON_ARM(&dequantize_codebook_neon)};
 
 }  // namespace
 
 const DequantizeCodebook& dequantize_codebook_kernel() { return pick(kPaths); }
 
-int read_weight(const void* packed, int64_t packed_bytes, const ScaleBuffers& scales, const void* codebook,
-                int64_t codebook_bytes, int64_t block_size, int64_t count, CodebookWeight* weight) {
+int read_codebook_weight(const void* packed, int64_t packed_bytes, const ScaleBuffers& scales, const void* codebook,
+                         int64_t codebook_bytes, int64_t block_size, int64_t count, CodebookWeight* weight) {
     if (count < 0) return kBadSize;
     if (block_size < 2 || block_size % 2 != 0) return kBadBlockSize;
     if (const int error = check_buffer(packed, packed_bytes, divide_up(count, 2), 1)) return error;
@@ -65,7 +66,8 @@ ENTRENAR_API int entrenar_dequantize_codebook(const void* packed, int64_t packed
     if (!is_dtype(dtype)) return kBadDtype;
     const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
     CodebookWeight weight;
-    if (const int error = read_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
+    if (const int error =
+            read_codebook_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
         return error;
     }
     if (const int error = check_buffer(out, out_bytes, count, dtype_bytes(dtype))) return error;
@@ -79,19 +81,21 @@ ENTRENAR_API int entrenar_dequantize_codebook(const void* packed, int64_t packed
     return kOk;
 }
 
-// A panel of a weight (any rows, `columns`): rows [row, row + panel_rows), columns [column, column + panel_columns), into
-// out (panel_rows, panel_columns). `count` is the number of elements of the whole weight.
-ENTRENAR_API int entrenar_dequantize_codebook_panel(
-    const void* packed, int64_t packed_bytes, const void* scales, int64_t scales_bytes, const void* group,
-    int64_t group_bytes, const void* offset, int64_t offset_bytes, const void* map, int64_t map_bytes,
-    const void* codebook, int64_t codebook_bytes, void* out, int64_t out_bytes, int64_t count, int64_t columns,
-    int64_t row, int64_t panel_rows, int64_t column, int64_t panel_columns, int64_t block_size, int dtype,
-    int threads) {
+// A panel of a weight (any rows, `columns`): rows [row, row + panel_rows), columns [column, column + panel_columns),
+// into out (panel_rows, panel_columns). `count` is the number of elements of the whole weight.
+ENTRENAR_API int entrenar_dequantize_codebook_panel(const void* packed, int64_t packed_bytes, const void* scales,
+                                                    int64_t scales_bytes, const void* group, int64_t group_bytes,
+                                                    const void* offset, int64_t offset_bytes, const void* map,
+                                                    int64_t map_bytes, const void* codebook, int64_t codebook_bytes,
+                                                    void* out, int64_t out_bytes, int64_t count, int64_t columns,
+                                                    int64_t row, int64_t panel_rows, int64_t column,
+                                                    int64_t panel_columns, int64_t block_size, int dtype, int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
     const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
     CodebookWeight weight;
-    if (const int error = read_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
+    if (const int error =
+            read_codebook_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
         return error;
     }
     int64_t elements = 0, reach = 0;

@@ -29,8 +29,8 @@ struct CodebookWeight {
 };
 
 // Fill `weight` from a caller's buffers, or say which one is wrong.
-int read_weight(const void* packed, int64_t packed_bytes, const ScaleBuffers& scales, const void* codebook,
-                int64_t codebook_bytes, int64_t block_size, int64_t count, CodebookWeight* weight);
+int read_codebook_weight(const void* packed, int64_t packed_bytes, const ScaleBuffers& scales, const void* codebook,
+                         int64_t codebook_bytes, int64_t block_size, int64_t count, CodebookWeight* weight);
 
 // Elements [begin, end) into out, whichever way the scales are held.
 void decode(const DequantizeCodebook& kernel, const CodebookWeight& weight, int64_t begin, int64_t end, void* out,

@@ -53,8 +53,8 @@ struct Lookup<kFloat32> {
     __m256i eight(__m128i codes) const {
         const __m256i index = _mm256_cvtepu8_epi32(codes);
         const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign
-        return _mm256_castps_si256(_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
-                                                    _mm256_permutevar8x32_ps(high, index), upper));
+        return _mm256_castps_si256(
+            _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper));
     }
 
     void write16(const uint8_t* packed, char* out, bool stream) const {

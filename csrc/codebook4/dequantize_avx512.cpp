@@ -24,8 +24,9 @@ struct Lookup {
     // The upper 16 bits of each lane, twice.
     static __m512i high_halves() {
         const __m512i odd = _mm512_set1_epi32(0x00010001);
-        const __m512i lanes = _mm512_set_epi32(0x1E001C, 0x1A0018, 0x160014, 0x120010, 0xE000C, 0xA0008, 0x60004, 0x20000,
-                                               0x1E001C, 0x1A0018, 0x160014, 0x120010, 0xE000C, 0xA0008, 0x60004, 0x20000);
+        const __m512i lanes =
+            _mm512_set_epi32(0x1E001C, 0x1A0018, 0x160014, 0x120010, 0xE000C, 0xA0008, 0x60004, 0x20000, 0x1E001C,
+                             0x1A0018, 0x160014, 0x120010, 0xE000C, 0xA0008, 0x60004, 0x20000);
         return _mm512_or_si512(lanes, odd);
     }
 
@@ -60,7 +61,8 @@ inline __mmask32 first(int64_t count) { return static_cast<__mmask32>((uint64_t{
 template <int kDtype>
 void lookup_rest(const Lookup<kDtype>& lookup, const uint8_t* packed, int64_t count, char* out) {
     const auto bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(first((count + 1) / 2)), packed);
-    if constexpr (kDtype == kFloat32) _mm512_mask_storeu_epi32(out, static_cast<__mmask16>(first(count)), lookup(bytes));
+    if constexpr (kDtype == kFloat32)
+        _mm512_mask_storeu_epi32(out, static_cast<__mmask16>(first(count)), lookup(bytes));
     if constexpr (kDtype != kFloat32) _mm512_mask_storeu_epi16(out, first(count), lookup(bytes));
 }
 

@@ -18,8 +18,8 @@ struct Search {
 static inline Search load_search(const float* midpoints, const uint8_t* order) {
     alignas(64) float padded[32] = {};
     std::memcpy(padded, midpoints, 15 * sizeof(float));
-    return {_mm512_set1_ps(padded[7]), _mm512_loadu_ps(padded + 3), _mm512_loadu_ps(padded + 1),
-            _mm512_load_ps(padded), _mm_loadu_si128(reinterpret_cast<const __m128i*>(order))};
+    return {_mm512_set1_ps(padded[7]), _mm512_loadu_ps(padded + 3), _mm512_loadu_ps(padded + 1), _mm512_load_ps(padded),
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(order))};
 }
 
 // Number of midpoints below each lane. "Not ≥" rather than "<": a NaN ends at 15, as in torch.bucketize.

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include "abi/abi.h"
 
 #include "common/dispatch.h"
 #include "common/errors.h"
@@ -30,7 +31,8 @@ void prepare_buckets(Nearest* nearest) {
     int below = 0;
     for (int bucket = 0; bucket < 32; ++bucket) {
         const auto here = [&] {
-            return below < 15 && static_cast<int>(nearest->midpoints[below] * kBucketsPerUnit + kBucketCentre) == bucket;
+            return below < 15 &&
+                   static_cast<int>(nearest->midpoints[below] * kBucketsPerUnit + kBucketCentre) == bucket;
         };
         nearest->codes[2 * bucket] = nearest->codes[2 * bucket + 1] = nearest->order[below];
         nearest->threshold[bucket] = 2.0f;  // above every x

@@ -8,8 +8,8 @@ namespace entrenar {
 // bitsandbytes' guard against division by zero (ops/quantize_codebook.py's TINY).
 constexpr float kTiny = 1e-38f;
 
-// [-1, 1] in 32 buckets of nearly equal width; any x that is finite and rounds into it falls in 0 … 31. It never falls as
-// x rises, and that is all the search below relies on.
+// [-1, 1] in 32 buckets of nearly equal width; any x that is finite and rounds into it falls in 0 … 31. It never falls
+// as x rises, and that is all the search below relies on.
 constexpr float kBucketsPerUnit = 15.9f, kBucketCentre = 16.0f;
 
 // A codebook made ready for the search: the nearest entry of x is order[number of midpoints below x].
@@ -24,7 +24,8 @@ struct Nearest {
 };
 
 struct QuantizeCodebook {
-    // `blocks` whole blocks: absmax[b] = max |in|, codes of in · (1 / max(absmax, tiny)). block_size is a multiple of 16.
+    // `blocks` whole blocks: absmax[b] = max |in|, codes of in · (1 / max(absmax, tiny)). block_size is a multiple
+    // of 16.
     void (*blocks)(const void* in, int dtype, const Nearest& nearest, int64_t block_size, int64_t blocks,
                    uint8_t* codes, void* absmax);
 };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include "abi/abi.h"
 
 #include "common/dispatch.h"
 #include "common/errors.h"
@@ -32,9 +33,10 @@ SearchTable prepare(const float* codebook) {
 
 // in: count floats of `dtype`; codebook: 16 float32 in [-1, 1], any order; codes: count / 2 bytes; scales: one float32
 // per block. block_size is a multiple of 16, count one of block_size: a partial block is padded by the caller.
-ENTRENAR_API int entrenar_search_codebook(const void* in, int64_t in_bytes, const void* codebook, int64_t codebook_bytes,
-                                          void* codes, int64_t codes_bytes, void* scales, int64_t scales_bytes,
-                                          int64_t count, int64_t block_size, int dtype, int threads) {
+ENTRENAR_API int entrenar_search_codebook(const void* in, int64_t in_bytes, const void* codebook,
+                                          int64_t codebook_bytes, void* codes, int64_t codes_bytes, void* scales,
+                                          int64_t scales_bytes, int64_t count, int64_t block_size, int dtype,
+                                          int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
     if (block_size < 16 || block_size % 16 != 0) return kBadBlockSize;

@@ -3,7 +3,8 @@
 //
 // For a scale s the best codes are the nearest entries of x / s; for given codes c the best scale is Σwxc / Σwcc (least
 // squares), and the error is then Σwxx − (Σwxc)² / Σwcc. So every candidate scale is tried, the codes that belong to it
-// are found, and the one with the largest (Σwxc)² / Σwcc is kept, with its least-squares scale; one more step from there.
+// are found, and the one with the largest (Σwxc)² / Σwcc is kept, with its least-squares scale; one more step from
+// there.
 #pragma once
 
 #include <cstdint>
@@ -30,9 +31,9 @@ constexpr uint32_t kSmallest = 27u << 23, kInfinity = 0x7F800000u;
 
 // The codebook sorted, and what lies half-way between neighbours.
 struct SearchTable {
-    float values[16];      // ascending
-    float midpoints[16];   // the 16th is unused
-    uint8_t order[16];     // code of the i-th smallest entry
+    float values[16];     // ascending
+    float midpoints[16];  // the 16th is unused
+    uint8_t order[16];    // code of the i-th smallest entry
 };
 
 struct SearchCodebook {

@@ -114,7 +114,8 @@ void search_blocks(const char* in, const SearchTable& table, int64_t block_size,
 
 void search(const void* in, int dtype, const SearchTable& table, int64_t block_size, int64_t blocks, uint8_t* codes,
             void* scales) {
-    if (block_size > kLargestBlock) return search_codebook_generic.blocks(in, dtype, table, block_size, blocks, codes, scales);
+    if (block_size > kLargestBlock)
+        return search_codebook_generic.blocks(in, dtype, table, block_size, blocks, codes, scales);
     const auto* from = static_cast<const char*>(in);
     auto* to = static_cast<char*>(scales);
     if (dtype == kFloat32) return search_blocks<kFloat32>(from, table, block_size, blocks, codes, to);

@@ -24,8 +24,8 @@ static inline __m128i round_bf16(__m256 values) {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
     const __m256 nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
-    const __m256i top = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7FC0),
-                                           _mm256_castps_si256(nan));
+    const __m256i top =
+        _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7FC0), _mm256_castps_si256(nan));
     return _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
 }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <initializer_list>
+#include "abi/abi.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -16,5 +16,3 @@ enum Error : int {
 };
 
 }  // namespace entrenar
-
-#define ENTRENAR_API extern "C" __attribute__((visibility("default")))

@@ -1,9 +1,9 @@
 // The exponential of a vector of floats: x = n·ln2 + r with |r| ≤ ln2 / 2, a polynomial for e^r, and 2^n.
 //
-// Error at most 2 ulp over the whole range, denormal results included (2.3 where there is no fused multiply-add). e^0 is
-// exactly 1; very negative numbers and −∞ give 0, overflow and +∞ give +∞, NaN passes.
-// The split of ln2 is Cody and Waite's (1980): n times its upper part is exact without a fused multiply-add. The
-// polynomial is minimax for the relative error, with the constant term held at 1.
+// Error at most 2 ulp over the whole range, denormal results included (2.3 where there is no fused multiply-add). e^0
+// is exactly 1; very negative numbers and −∞ give 0, overflow and +∞ give +∞, NaN passes. The split of ln2 is Cody and
+// Waite's (1980): n times its upper part is exact without a fused multiply-add. The polynomial is minimax for the
+// relative error, with the constant term held at 1.
 #pragma once
 
 #include "common/lanes.h"

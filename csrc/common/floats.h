@@ -51,7 +51,7 @@ static inline uint16_t float_to_f16(float value) {
     const uint32_t magnitude = bits & 0x7FFFFFFFu;
     if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
     if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // 65520 and above
-    if (magnitude < 0x38800000u) {                                              // below 2^-14: a denormal half
+    if (magnitude < 0x38800000u) {                                               // below 2^-14: a denormal half
         // Adding 0.5 leaves the mantissa's last bit worth 2^-24, a denormal half's unit: the FPU rounds for us.
         const float aligned = bits_float(magnitude) + 0.5f;
         return static_cast<uint16_t>(sign | (float_bits(aligned) - 0x3F000000u));

@@ -143,7 +143,8 @@ inline void store_halves(Words value, char* to) {
 #if defined(__AVX512F__)
     store(to, _mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)value));
 #elif defined(__AVX2__)
-    const __m256i packed = _mm256_packus_epi32(_mm256_and_si256((__m256i)value, _mm256_set1_epi32(0xFFFF)), _mm256_setzero_si256());
+    const __m256i packed =
+        _mm256_packus_epi32(_mm256_and_si256((__m256i)value, _mm256_set1_epi32(0xFFFF)), _mm256_setzero_si256());
     store(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
     store(to, __builtin_convertvector(value, Halves));
@@ -177,9 +178,7 @@ inline Words rounded_bf16(Floats value) {
     return is_nan ? 0x7FC00000u - Words{} : rounded;
 }
 
-inline void narrow_bf16(Floats value, char* to) {
-    store_halves(rounded_bf16(value) >> 16, to);
-}
+inline void narrow_bf16(Floats value, char* to) { store_halves(rounded_bf16(value) >> 16, to); }
 
 // Codes of 0…255 or −128…127 to bytes. (The compiler's own conversion is slow.)
 inline void store_bytes(Ints codes, void* to) {

@@ -7,6 +7,7 @@
 #include "memory.h"
 
 #include <atomic>
+#include "abi/abi.h"
 
 #include "errors.h"
 

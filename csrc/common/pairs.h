@@ -123,9 +123,9 @@ inline void widen_in_order(const void* in, int in_dtype, int64_t first, int64_t 
 }
 
 // kernel<kDtype>(arguments…) for a dtype known at run time.
-#define ENTRENAR_FOR_DTYPE(dtype, kernel, ...)                       \
-    ((dtype) == kFloat32   ? kernel<kFloat32>(__VA_ARGS__)           \
-     : (dtype) == kFloat16 ? kernel<kFloat16>(__VA_ARGS__)           \
+#define ENTRENAR_FOR_DTYPE(dtype, kernel, ...)             \
+    ((dtype) == kFloat32   ? kernel<kFloat32>(__VA_ARGS__) \
+     : (dtype) == kFloat16 ? kernel<kFloat16>(__VA_ARGS__) \
                            : kernel<kBfloat16>(__VA_ARGS__))
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#include "abi/abi.h"
 
 #include <algorithm>
 #include <atomic>
@@ -87,12 +88,11 @@ private:
     int workers_ = 0, helpers_wanted_ = 0, helpers_running_ = 0;
 };
 
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 using Clock = std::chrono::steady_clock;
 
 // An OpenMP region ends when its last thread has arrived, work or no work: where another process holds a core that is a
-// time slice of the scheduler, 8 ms for a job of 0.1 ms. After two such stalls in a row (one may be a core that wakes up)
-// our own pool, which waits for nobody, serves for a while.
+// time slice of the scheduler, 8 ms for a job of 0.1 ms. After two such stalls in a row (one may be a core that wakes
+// up) our own pool, which waits for nobody, serves for a while.
 constexpr auto kStall = std::chrono::milliseconds(2), kOwnPoolTime = std::chrono::milliseconds(200);
 constexpr int kStallsInARow = 2;
 

@@ -1,5 +1,6 @@
 // What was kept since the forward, and weights once a token, come from memory: asked for ahead of time, into the second
-// cache, they are there when they are needed. That took a third off products of one token, and a thirtieth off a training step.
+// cache, they are there when they are needed. That took a third off products of one token, and a thirtieth off a
+// training step.
 #pragma once
 
 #include <cstdint>

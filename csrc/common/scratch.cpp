@@ -1,6 +1,7 @@
 // Scratch in whole huge pages where the system gives them: a packed panel is read in strides that thrash small ones.
 #include "common/scratch.h"
 
+#include "abi/abi.h"
 #include "common/errors.h"
 
 #include <cstdlib>
@@ -31,7 +32,8 @@ char* thread_scratch(int64_t bytes, Scratch kind) {
     scratch.data = static_cast<char*>(std::aligned_alloc(kHugePage, static_cast<size_t>(scratch.bytes)));
     if (scratch.data == nullptr) scratch.bytes = 0;
 #if defined(__linux__)
-    else madvise(scratch.data, static_cast<size_t>(scratch.bytes), MADV_HUGEPAGE);  // a wish: failing costs speed only
+    else
+        madvise(scratch.data, static_cast<size_t>(scratch.bytes), MADV_HUGEPAGE);  // a wish: failing costs speed only
 #endif
     return scratch.data;
 }

@@ -10,10 +10,14 @@ namespace entrenar {
 template <class Body>
 static inline void for_tokens(int64_t tokens, const Body& body) {
     switch (tokens) {
-        case 1: return body(std::integral_constant<int, 1>{});
-        case 2: return body(std::integral_constant<int, 2>{});
-        case 3: return body(std::integral_constant<int, 3>{});
-        default: return body(std::integral_constant<int, 4>{});
+        case 1:
+            return body(std::integral_constant<int, 1>{});
+        case 2:
+            return body(std::integral_constant<int, 2>{});
+        case 3:
+            return body(std::integral_constant<int, 3>{});
+        default:
+            return body(std::integral_constant<int, 4>{});
     }
 }
 

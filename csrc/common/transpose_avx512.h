@@ -20,8 +20,10 @@ static inline void transpose16(__m512i* r) {
     }
     // r[4q + j] holds, in lane l, column 4l + j of rows 4q … 4q + 3: gather lanes over q.
     for (int j = 0; j < 4; ++j) {
-        const __m512i low01 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), low23 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        const __m512i high01 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD), high23 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
+        const __m512i low01 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88),
+                      low23 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        const __m512i high01 = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xDD),
+                      high23 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xDD);
         t[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
         t[8 + j] = _mm512_shuffle_i32x4(low01, low23, 0xDD);
         t[4 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);

@@ -1,7 +1,9 @@
 // Entry point of the cross-entropy over rows of logits: rows over threads, each thread with a scratch row of its own.
 #include <algorithm>
+
 #include <atomic>
 #include <cstring>
+#include "abi/abi.h"
 
 #include "common/errors.h"
 #include "common/floats.h"

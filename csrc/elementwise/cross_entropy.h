@@ -1,12 +1,12 @@
 // Cross-entropy of one row of logits, and in their place its gradient, softmax − one-hot.
 //
 // The row is read a tile at a time; Σ e^(z − largest so far) is rescaled where the largest grows (Milakov and
-// Gimelshein 2018). The exponentials stay in a float32 scratch, so that the gradient is one multiplication an element. With a
-// softcap (Gemma 2, section 2) z = cap · tanh(x / cap) stays there instead, and the gradient is that of x.
+// Gimelshein 2018). The exponentials stay in a float32 scratch, so that the gradient is one multiplication an element.
+// With a softcap (Gemma 2, section 2) z = cap · tanh(x / cap) stays there instead, and the gradient is that of x.
 #pragma once
 
-#include <cfloat>
 #include <math.h>
+#include <cfloat>
 
 #include "common/pairs.h"
 #include "common/tanh.h"

@@ -1,5 +1,7 @@
 // Which table of elementwise kernels serves; and their float functions by themselves, for the tests.
 #include "common/dispatch.h"
+
+#include "abi/abi.h"
 #include "common/errors.h"
 #include "common/sizes.h"
 #include "elementwise/kernels.h"

@@ -1,5 +1,7 @@
 // Entry points of the gated activations: elements over threads.
 #include "common/errors.h"
+
+#include "abi/abi.h"
 #include "common/floats.h"
 #include "common/parallel.h"
 #include "common/sizes.h"
@@ -14,9 +16,8 @@ constexpr int64_t kGrainElements = 1 << 14;
 }  // namespace entrenar
 
 // gate, up, out: count elements of dtype; kind: elementwise/kernels.h's Activation.
-ENTRENAR_API int entrenar_gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes,
-                                           void* out, int64_t out_bytes, int64_t count, int kind, int dtype,
-                                           int threads) {
+int entrenar::gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* out,
+                               int64_t out_bytes, int64_t count, int kind, int dtype, int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
     if (!is_activation(kind)) return kBadArgument;
@@ -33,11 +34,16 @@ ENTRENAR_API int entrenar_gated_activation(const void* gate, int64_t gate_bytes,
     return kOk;
 }
 
+ENTRENAR_API int entrenar_gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes,
+                                           void* out, int64_t out_bytes, int64_t count, int kind, int dtype,
+                                           int threads) {
+    return entrenar::gated_activation(gate, gate_bytes, up, up_bytes, out, out_bytes, count, kind, dtype, threads);
+}
+
 // grad, gate, up, dgate, dup: count elements of dtype; dgate and dup may be grad, gate or up.
-ENTRENAR_API int entrenar_gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate,
-                                                    int64_t gate_bytes, const void* up, int64_t up_bytes, void* dgate,
-                                                    int64_t dgate_bytes, void* dup, int64_t dup_bytes, int64_t count,
-                                                    int kind, int dtype, int threads) {
+int entrenar::gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate, int64_t gate_bytes,
+                                        const void* up, int64_t up_bytes, void* dgate, int64_t dgate_bytes, void* dup,
+                                        int64_t dup_bytes, int64_t count, int kind, int dtype, int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
     if (!is_activation(kind)) return kBadArgument;
@@ -55,4 +61,12 @@ ENTRENAR_API int entrenar_gated_activation_backward(const void* grad, int64_t gr
                               static_cast<char*>(dup) + at, dtype);
     });
     return kOk;
+}
+
+ENTRENAR_API int entrenar_gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate,
+                                                    int64_t gate_bytes, const void* up, int64_t up_bytes, void* dgate,
+                                                    int64_t dgate_bytes, void* dup, int64_t dup_bytes, int64_t count,
+                                                    int kind, int dtype, int threads) {
+    return entrenar::gated_activation_backward(grad, grad_bytes, gate, gate_bytes, up, up_bytes, dgate, dgate_bytes,
+                                               dup, dup_bytes, count, kind, dtype, threads);
 }

@@ -38,7 +38,7 @@ inline Activated activated(Floats x) {
         const Normal at = normal(x);
         return {at.cumulative, fused(x, at.density, at.cumulative)};
     } else {
-        constexpr float kScale = 1.5957691216057308f, kCube = kScale * 0.044715f;  // 2√(2/π)
+        constexpr float kScale = 1.5957691216057308f, kCube = kScale * 0.044715f;               // 2√(2/π)
         const Floats near = smaller(all(20.0f), larger(all(-20.0f), x)), square = near * near;  // beyond: 0 and 1
         const Logistic sigma = logistic(near * fused(square, all(kCube), all(kScale)));
         const Floats steepness = fused(square, all(3.0f * kCube), all(kScale));

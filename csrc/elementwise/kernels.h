@@ -9,7 +9,7 @@
 
 namespace entrenar {
 
-enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };      // ops/gated_activation.py's KINDS
+enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };  // ops/gated_activation.py's KINDS
 static inline bool is_activation(int kind) { return kind >= kSilu && kind <= kGeluTanh; }
 
 enum Function : int { kExp = 0, kTanh = 1, kNormalCumulative = 2 };  // what entrenar_function computes
@@ -27,9 +27,9 @@ struct RmsNormRows {
 };
 
 struct Rotation {
-    const void *x, *cos, *sin;                        // x (batch, tokens, heads, width) with the strides below
-    void* out;                                        // contiguous
-    int64_t tokens, heads, width, rotated;            // the first `rotated` of `width` elements turn, the rest is copied
+    const void *x, *cos, *sin;              // x (batch, tokens, heads, width) with the strides below
+    void* out;                              // contiguous
+    int64_t tokens, heads, width, rotated;  // the first `rotated` of `width` elements turn, the rest is copied
     int64_t batch_stride, token_stride, head_stride;  // of x, in elements
     int64_t cos_batches;                              // cos and sin are (cos_batches, tokens, rotated)
     int dtype, cos_dtype;
@@ -42,7 +42,8 @@ struct Elementwise {
                            float* prepared);
     void (*rms_norm)(const RmsNormRows& rows, const float* weight, void* out);
     // `added` (rows, columns), if not null, is added to dx before it is rounded.
-    void (*rms_norm_backward)(const RmsNormRows& rows, const float* weight, const void* grad, const void* added, void* dx);
+    void (*rms_norm_backward)(const RmsNormRows& rows, const float* weight, const void* grad, const void* added,
+                              void* dx);
     // 1 / √(mean(x²) + eps) of each row.
     void (*reciprocal_norms)(const RmsNormRows& rows, float* out);
     // Σ over rows of grad · x · reciprocal, for up to kPanelColumns columns from `begin` on.
@@ -79,5 +80,21 @@ int check_turns(const void* cos, int64_t cos_bytes, const void* sin, int64_t sin
 
 // The table of the path in use.
 const Elementwise& elementwise();
+
+// What other groups are made of; the exported functions of the same names do nothing else.
+int rms_norm(const void* x, int64_t x_bytes, const void* weight, int64_t weight_bytes, void* out, int64_t out_bytes,
+             int64_t rows, int64_t columns, float eps, float offset, int dtype, int weight_dtype, int threads);
+int rms_norm_backward(const void* grad, int64_t grad_bytes, const void* x, int64_t x_bytes, const void* weight,
+                      int64_t weight_bytes, const void* added, int64_t added_bytes, void* dx, int64_t dx_bytes,
+                      int64_t rows, int64_t columns, float eps, float offset, int dtype, int weight_dtype, int threads);
+int gated_activation(const void* gate, int64_t gate_bytes, const void* up, int64_t up_bytes, void* out,
+                     int64_t out_bytes, int64_t count, int kind, int dtype, int threads);
+int gated_activation_backward(const void* grad, int64_t grad_bytes, const void* gate, int64_t gate_bytes,
+                              const void* up, int64_t up_bytes, void* dgate, int64_t dgate_bytes, void* dup,
+                              int64_t dup_bytes, int64_t count, int kind, int dtype, int threads);
+int rotary(const void* x, int64_t x_bytes, const void* cos, int64_t cos_bytes, const void* sin, int64_t sin_bytes,
+           void* out, int64_t out_bytes, int64_t batch, int64_t tokens, int64_t heads, int64_t width, int64_t rotated,
+           int64_t batch_stride, int64_t token_stride, int64_t head_stride, int64_t cos_batches, int dtype,
+           int cos_dtype, int transpose, int threads);
 
 }  // namespace entrenar

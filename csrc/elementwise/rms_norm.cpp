@@ -1,6 +1,7 @@
 // Entry points of the RMS norm and its gradients: rows over threads; the weight's gradient by columns.
 #include <algorithm>
 
+#include "abi/abi.h"
 #include "common/dispatch.h"
 #include "common/errors.h"
 #include "common/floats.h"
@@ -49,9 +50,9 @@ RmsNormRows rows_from(const Matrix& matrix, const void* x, int64_t begin, int64_
 }  // namespace entrenar
 
 // x, out: (rows, columns) of dtype; weight: (columns,) of weight_dtype.
-ENTRENAR_API int entrenar_rms_norm(const void* x, int64_t x_bytes, const void* weight, int64_t weight_bytes, void* out,
-                                   int64_t out_bytes, int64_t rows, int64_t columns, float eps, float offset, int dtype,
-                                   int weight_dtype, int threads) {
+int entrenar::rms_norm(const void* x, int64_t x_bytes, const void* weight, int64_t weight_bytes, void* out,
+                       int64_t out_bytes, int64_t rows, int64_t columns, float eps, float offset, int dtype,
+                       int weight_dtype, int threads) {
     using namespace entrenar;
     const Matrix matrix{rows, columns, dtype};
     if (const int error = check_matrix(matrix, x, x_bytes)) return error;
@@ -68,13 +69,19 @@ ENTRENAR_API int entrenar_rms_norm(const void* x, int64_t x_bytes, const void* w
     return kOk;
 }
 
+ENTRENAR_API int entrenar_rms_norm(const void* x, int64_t x_bytes, const void* weight, int64_t weight_bytes, void* out,
+                                   int64_t out_bytes, int64_t rows, int64_t columns, float eps, float offset, int dtype,
+                                   int weight_dtype, int threads) {
+    return entrenar::rms_norm(x, x_bytes, weight, weight_bytes, out, out_bytes, rows, columns, eps, offset, dtype,
+                              weight_dtype, threads);
+}
+
 // grad, x, dx: (rows, columns) of dtype, and `added`, which may be null, is added to dx; weight: (columns,) of
 // weight_dtype.
-ENTRENAR_API int entrenar_rms_norm_backward(const void* grad, int64_t grad_bytes, const void* x, int64_t x_bytes,
-                                            const void* weight, int64_t weight_bytes, const void* added,
-                                            int64_t added_bytes, void* dx, int64_t dx_bytes, int64_t rows,
-                                            int64_t columns, float eps, float offset, int dtype, int weight_dtype,
-                                            int threads) {
+int entrenar::rms_norm_backward(const void* grad, int64_t grad_bytes, const void* x, int64_t x_bytes,
+                                const void* weight, int64_t weight_bytes, const void* added, int64_t added_bytes,
+                                void* dx, int64_t dx_bytes, int64_t rows, int64_t columns, float eps, float offset,
+                                int dtype, int weight_dtype, int threads) {
     using namespace entrenar;
     const Matrix matrix{rows, columns, dtype};
     if (const int error = check_matrix(matrix, grad, grad_bytes)) return error;
@@ -90,18 +97,25 @@ ENTRENAR_API int entrenar_rms_norm_backward(const void* grad, int64_t grad_bytes
     const Elementwise& kernel = elementwise();
     parallel_for(rows, matrix.grain(), threads, [&](int64_t begin, int64_t end) {
         const int64_t at = begin * matrix.bytes();
-        kernel.rms_norm_backward(rows_from(matrix, x, begin, end, eps), floats,
-                                 static_cast<const char*>(grad) + at, added ? static_cast<const char*>(added) + at : nullptr,
-                                 static_cast<char*>(dx) + at);
+        kernel.rms_norm_backward(rows_from(matrix, x, begin, end, eps), floats, static_cast<const char*>(grad) + at,
+                                 added ? static_cast<const char*>(added) + at : nullptr, static_cast<char*>(dx) + at);
     });
     return kOk;
 }
 
+ENTRENAR_API int entrenar_rms_norm_backward(const void* grad, int64_t grad_bytes, const void* x, int64_t x_bytes,
+                                            const void* weight, int64_t weight_bytes, const void* added,
+                                            int64_t added_bytes, void* dx, int64_t dx_bytes, int64_t rows,
+                                            int64_t columns, float eps, float offset, int dtype, int weight_dtype,
+                                            int threads) {
+    return entrenar::rms_norm_backward(grad, grad_bytes, x, x_bytes, weight, weight_bytes, added, added_bytes, dx,
+                                       dx_bytes, rows, columns, eps, offset, dtype, weight_dtype, threads);
+}
+
 // grad, x: (rows, columns) of dtype; dweight: (columns,) of weight_dtype.
-ENTRENAR_API int entrenar_rms_norm_backward_weight(const void* grad, int64_t grad_bytes, const void* x,
-                                                   int64_t x_bytes, void* dweight, int64_t dweight_bytes, int64_t rows,
-                                                   int64_t columns, float eps, int dtype, int weight_dtype,
-                                                   int threads) {
+ENTRENAR_API int entrenar_rms_norm_backward_weight(const void* grad, int64_t grad_bytes, const void* x, int64_t x_bytes,
+                                                   void* dweight, int64_t dweight_bytes, int64_t rows, int64_t columns,
+                                                   float eps, int dtype, int weight_dtype, int threads) {
     using namespace entrenar;
     const Matrix matrix{rows, columns, dtype};
     if (const int error = check_matrix(matrix, grad, grad_bytes)) return error;

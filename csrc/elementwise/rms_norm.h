@@ -81,11 +81,12 @@ void project_row(const void* const* in, const float* weight, const RmsNormRows& 
     const Sums sums = sums_of<kDtype>(in, weight, rows.columns);
     const float r = reciprocal_norm(sums.squares, rows);
     const float pull = r * r * r * (sums.products / static_cast<float>(rows.columns));
-    map_pairs<kDtype, kIn, 1>(in, &dx, rows.columns, 0.0f, [=](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
-        const Pair w = load_floats(weight + at), &x = from[0], &g = from[1];
-        made[0] = {g.a * w.a * r - x.a * pull, g.b * w.b * r - x.b * pull};
-        if constexpr (kIn == 3) made[0] = {made[0].a + from[2].a, made[0].b + from[2].b};
-    });
+    map_pairs<kDtype, kIn, 1>(in, &dx, rows.columns, 0.0f,
+                              [=](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
+                                  const Pair w = load_floats(weight + at), &x = from[0], &g = from[1];
+                                  made[0] = {g.a * w.a * r - x.a * pull, g.b * w.b * r - x.b * pull};
+                                  if constexpr (kIn == 3) made[0] = {made[0].a + from[2].a, made[0].b + from[2].b};
+                              });
 }
 
 template <int kDtype>
@@ -94,7 +95,8 @@ void backward_rows(const RmsNormRows& rows, const float* weight, const void* gra
     const auto at = [stride](const void* from, int64_t row) { return static_cast<const char*>(from) + row * stride; };
     for (int64_t row = 0; row < rows.rows; ++row) {
         const void* const in[] = {at(rows.x, row), at(grad, row), added ? at(added, row) : nullptr};
-        (added ? project_row<kDtype, 3> : project_row<kDtype, 2>)(in, weight, rows, static_cast<char*>(dx) + row * stride);
+        (added ? project_row<kDtype, 3> : project_row<kDtype, 2>)(in, weight, rows,
+                                                                  static_cast<char*>(dx) + row * stride);
     }
 }
 

@@ -1,6 +1,7 @@
 // Entry point of the rotary position embedding: positions over threads.
 #include <algorithm>
 
+#include "abi/abi.h"
 #include "common/errors.h"
 #include "common/floats.h"
 #include "common/parallel.h"
@@ -40,11 +41,10 @@ int check_turns(const void* cos, int64_t cos_bytes, const void* sin, int64_t sin
 
 // x: (batch, tokens, heads, width) of dtype, elements of a head side by side, the other strides in elements; cos, sin:
 // (cos_batches, tokens, rotated) of cos_dtype, cos_batches 1 or batch; out: as x, contiguous.
-ENTRENAR_API int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos, int64_t cos_bytes, const void* sin,
-                                 int64_t sin_bytes, void* out, int64_t out_bytes, int64_t batch, int64_t tokens,
-                                 int64_t heads, int64_t width, int64_t rotated, int64_t batch_stride,
-                                 int64_t token_stride, int64_t head_stride, int64_t cos_batches, int dtype,
-                                 int cos_dtype, int transpose, int threads) {
+int entrenar::rotary(const void* x, int64_t x_bytes, const void* cos, int64_t cos_bytes, const void* sin,
+                     int64_t sin_bytes, void* out, int64_t out_bytes, int64_t batch, int64_t tokens, int64_t heads,
+                     int64_t width, int64_t rotated, int64_t batch_stride, int64_t token_stride, int64_t head_stride,
+                     int64_t cos_batches, int dtype, int cos_dtype, int transpose, int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
     int64_t positions = 0, position = 0, elements = 0, extent = 0;
@@ -52,7 +52,8 @@ ENTRENAR_API int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos
         !multiply(positions, position, &elements)) {
         return kBadSize;
     }
-    if (const int error = check_turns(cos, cos_bytes, sin, sin_bytes, batch, tokens, width, rotated, cos_batches, cos_dtype)) {
+    if (const int error =
+            check_turns(cos, cos_bytes, sin, sin_bytes, batch, tokens, width, rotated, cos_batches, cos_dtype)) {
         return error;
     }
     if (const int error = check_buffer(out, out_bytes, elements, dtype_bytes(dtype))) return error;
@@ -60,11 +61,21 @@ ENTRENAR_API int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos
     const int64_t sizes[] = {batch, tokens, heads, width}, strides[] = {batch_stride, token_stride, head_stride, 1};
     if (!extent_of(sizes, strides, &extent)) return kBadSize;
     if (const int error = check_buffer(x, x_bytes, extent, dtype_bytes(dtype))) return error;
-    const Rotation rotation{x,       cos,          sin,          out,         tokens,      heads, width,
-                            rotated, batch_stride, token_stride, head_stride, cos_batches, dtype, cos_dtype,
-                            transpose != 0};
+    const Rotation rotation{x,           cos,         sin,     out,          tokens,
+                            heads,       width,       rotated, batch_stride, token_stride,
+                            head_stride, cos_batches, dtype,   cos_dtype,    transpose != 0};
     const Elementwise& kernel = elementwise();
     parallel_for(positions, std::max<int64_t>(kGrainElements / position, 1), threads,
                  [&](int64_t begin, int64_t end) { kernel.rotate(rotation, begin, end); });
     return kOk;
+}
+
+ENTRENAR_API int entrenar_rotary(const void* x, int64_t x_bytes, const void* cos, int64_t cos_bytes, const void* sin,
+                                 int64_t sin_bytes, void* out, int64_t out_bytes, int64_t batch, int64_t tokens,
+                                 int64_t heads, int64_t width, int64_t rotated, int64_t batch_stride,
+                                 int64_t token_stride, int64_t head_stride, int64_t cos_batches, int dtype,
+                                 int cos_dtype, int transpose, int threads) {
+    return entrenar::rotary(x, x_bytes, cos, cos_bytes, sin, sin_bytes, out, out_bytes, batch, tokens, heads, width,
+                            rotated, batch_stride, token_stride, head_stride, cos_batches, dtype, cos_dtype, transpose,
+                            threads);
 }

@@ -22,8 +22,8 @@ void function(const void* in, int64_t count, int which, void* out) {
 }
 
 constexpr Elementwise kElementwise = {
-    prepare_weight, rms_norm,       rms_norm_backward, reciprocal_norms, rms_norm_backward_weight, rotate, gated,
-    gated_backward, cross_entropy,  function,
+    prepare_weight, rms_norm, rms_norm_backward, reciprocal_norms, rms_norm_backward_weight,
+    rotate,         gated,    gated_backward,    cross_entropy,    function,
 };
 
 }  // namespace

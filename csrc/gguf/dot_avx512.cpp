@@ -1,5 +1,5 @@
-// The dot products, compiled for the avx512 path. Where all of a type's codes are nibbles, the 16 values they can have in a
-// group are one vector, made once for the group: a look-up takes the place of unpacking, widening and scaling.
+// The dot products, compiled for the avx512 path. Where all of a type's codes are nibbles, the 16 values they can have
+// in a group are one vector, made once for the group: a look-up takes the place of unpacking, widening and scaling.
 #include "gguf/dot.h"
 
 namespace entrenar::gguf {

@@ -23,9 +23,7 @@ inline Floats symmetric_code(Floats x, Floats inverse) {
 }
 
 // 1 / value where its magnitude says anything.
-inline Floats signed_reciprocal(Floats value) {
-    return magnitude(value) > kTiny ? 1.0f / value : Floats{};
-}
+inline Floats signed_reciprocal(Floats value) { return magnitude(value) > kTiny ? 1.0f / value : Floats{}; }
 
 // Step 1 for the lanes from `lane`. The element of largest magnitude gets the negative end, which reaches one further.
 inline void search(const SymmetricTile& tile, int lane, PerLane& scales) {

@@ -12,7 +12,7 @@ namespace entrenar::gguf {
 namespace {
 
 constexpr int kTileLanes = 16;
-constexpr float kTiny = 1e-30f;        // a spread below this is none: float16 scales end at 6e-8
+constexpr float kTiny = 1e-30f;  // a spread below this is none: float16 scales end at 6e-8
 constexpr float kLargestF16 = 65504.0f;
 
 template <int kElements>
@@ -31,9 +31,7 @@ inline Floats square_root(Floats value) {
     return value;
 }
 
-inline Floats reciprocal_above(Floats value, float least) {
-    return value > least ? 1.0f / value : Floats{};
-}
+inline Floats reciprocal_above(Floats value, float least) { return value > least ? 1.0f / value : Floats{}; }
 
 // `flat`: the tile's sub-blocks one after another. The weight of an element in the error to be minimised is
 // rms + |x|, times the importance of its column where there is one.

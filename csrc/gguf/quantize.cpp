@@ -1,5 +1,7 @@
 // entrenar_quantize_gguf: float weights to GGUF blocks. Checks sizes, picks a kernel, splits the blocks over threads.
 #include "common/dispatch.h"
+
+#include "abi/abi.h"
 #include "common/floats.h"
 #include "common/parallel.h"
 #include "common/sizes.h"
@@ -22,24 +24,33 @@ Entry entry_of(int type) {
     const LegacyQuantize& legacy = pick(kLegacyPaths);
     const KQuantize& k = pick(kKPaths);
     switch (type) {
-        case kQ4_0: return {legacy.q4_0, kSmallBlock, 18};
-        case kQ4_1: return {legacy.q4_1, kSmallBlock, 20};
-        case kQ5_0: return {legacy.q5_0, kSmallBlock, 22};
-        case kQ5_1: return {legacy.q5_1, kSmallBlock, 24};
-        case kQ8_0: return {legacy.q8_0, kSmallBlock, 34};
-        case kQ4_K: return {k.q4_k, kSuperBlock, 144};
-        case kQ5_K: return {k.q5_k, kSuperBlock, 176};
-        case kQ6_K: return {k.q6_k, kSuperBlock, 210};
-        default: return {nullptr, 0, 0};
+        case kQ4_0:
+            return {legacy.q4_0, kSmallBlock, 18};
+        case kQ4_1:
+            return {legacy.q4_1, kSmallBlock, 20};
+        case kQ5_0:
+            return {legacy.q5_0, kSmallBlock, 22};
+        case kQ5_1:
+            return {legacy.q5_1, kSmallBlock, 24};
+        case kQ8_0:
+            return {legacy.q8_0, kSmallBlock, 34};
+        case kQ4_K:
+            return {k.q4_k, kSuperBlock, 144};
+        case kQ5_K:
+            return {k.q5_k, kSuperBlock, 176};
+        case kQ6_K:
+            return {k.q6_k, kSuperBlock, 210};
+        default:
+            return {nullptr, 0, 0};
     }
 }
 
 }  // namespace
 }  // namespace entrenar::gguf
 
-// in: weight (rows, columns) of in_dtype → out: blocks, row after row. `type` is ggml's id; importance: `columns` float32,
-// or null for none (the only choice for types that are not K). columns must be a multiple of the block.
-// A block with a NaN or an infinity has unspecified bytes.
+// in: weight (rows, columns) of in_dtype → out: blocks, row after row. `type` is ggml's id; importance: `columns`
+// float32, or null for none (the only choice for types that are not K). columns must be a multiple of the block. A
+// block with a NaN or an infinity has unspecified bytes.
 ENTRENAR_API int entrenar_quantize_gguf(const void* in, int64_t in_bytes, void* out, int64_t out_bytes,
                                         const void* importance, int64_t importance_bytes, int64_t rows, int64_t columns,
                                         int type, int in_dtype, int threads) {

@@ -86,7 +86,8 @@ inline void split_pairs(const uint8_t* packed, int8_t* codes) {
     for (int half = 0; half < 2; ++half) {
         for (int pair = 0; pair < 4; ++pair) {
             for (int i = 0; i < 32; ++i) {
-                codes[half * 128 + pair * 32 + i] = static_cast<int8_t>(((packed[half * 32 + i] >> (2 * pair)) & 3) << kShift);
+                codes[half * 128 + pair * 32 + i] =
+                    static_cast<int8_t>(((packed[half * 32 + i] >> (2 * pair)) & 3) << kShift);
             }
         }
     }
@@ -106,7 +107,8 @@ inline void unpack_q3_k(const uint8_t* block, Unpacked& to) {
     const uint8_t *high_bits = block, *scales = block + 96;
     const float scale = read_f16(block + 108);
     for (int group = 0; group < 16; ++group) {
-        const int low = (scales[group % 8] >> (group / 8 * 4)) & 15, high = (scales[8 + group % 4] >> (group / 4 * 2)) & 3;
+        const int low = (scales[group % 8] >> (group / 8 * 4)) & 15,
+                  high = (scales[8 + group % 4] >> (group / 4 * 2)) & 3;
         to.scale[group] = scale * static_cast<float>((low | (high << 4)) - 32);
         to.minimum[group] = 0.0f;
     }
@@ -181,16 +183,11 @@ inline Ints codes_at(const Unpacked& from, int first) {
 template <class Table, template <void (*)(const uint8_t*, Unpacked&), int, int, int, int, bool> class Kernel>
 constexpr Table table_of() {
     return {
-        Kernel<unpack_q4_0, 18, 32, 32, 8, false>::run,
-        Kernel<unpack_q4_1, 20, 32, 32, 0, false>::run,
-        Kernel<unpack_q5_0, 22, 32, 32, 16, true>::run,
-        Kernel<unpack_q5_1, 24, 32, 32, 0, true>::run,
-        Kernel<unpack_q8_0, 34, 32, 32, 0, false>::run,
-        Kernel<unpack_q2_k, 84, 256, 16, 0, false>::run,
-        Kernel<unpack_q3_k, 110, 256, 16, 4, false>::run,
-        Kernel<unpack_q4_k, 144, 256, 32, 0, false>::run,
-        Kernel<unpack_q5_k, 176, 256, 32, 0, false>::run,
-        Kernel<unpack_q6_k, 210, 256, 16, 32, false>::run,
+        Kernel<unpack_q4_0, 18, 32, 32, 8, false>::run,   Kernel<unpack_q4_1, 20, 32, 32, 0, false>::run,
+        Kernel<unpack_q5_0, 22, 32, 32, 16, true>::run,   Kernel<unpack_q5_1, 24, 32, 32, 0, true>::run,
+        Kernel<unpack_q8_0, 34, 32, 32, 0, false>::run,   Kernel<unpack_q2_k, 84, 256, 16, 0, false>::run,
+        Kernel<unpack_q3_k, 110, 256, 16, 4, false>::run, Kernel<unpack_q4_k, 144, 256, 32, 0, false>::run,
+        Kernel<unpack_q5_k, 176, 256, 32, 0, false>::run, Kernel<unpack_q6_k, 210, 256, 16, 32, false>::run,
         Kernel<unpack_iq4_nl, 18, 32, 32, 0, false>::run,
     };
 }

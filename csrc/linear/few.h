@@ -1,28 +1,20 @@
-// x·Wᵀ for up to 16 tokens: the weight's bytes are read once, and decoded a tile at a time or on their way into the sum; the
-// weight as a whole never exists. One thread sums an element in a fixed order: the result does not depend on how many.
+// x·Wᵀ for up to 16 tokens: the weight's bytes are read once, and decoded a tile at a time or on their way into the
+// sum; the weight as a whole never exists. One thread sums an element in a fixed order: the result does not depend on
+// how many.
 #pragma once
 
 #include <cstdint>
 
 #include "linear/linear.h"
-#include "matmul/source.h"
+#include "weights/weight.h"
 
 namespace entrenar {
-
-// x (count, columns), rows `stride` elements apart.
-struct FewTokens {
-    const void* x;
-    int64_t count, stride;
-    int dtype;
-    const float* wide;    // x in float32, (count, columns), or null
-    const float* chunks;  // as packed_dot of linear.h takes it, or null
-};
 
 // x as the weights it meets want it, in the caller's scratch.
 class Arranged {
 public:
     // Take note of a weight that x will meet.
-    void meet(const Source& source, const FewTokens& tokens);
+    void meet(const Weight& weight, const FewTokens& tokens);
 
     // Floats of scratch that the whole needs.
     int64_t floats(const FewTokens& tokens, int64_t columns) const;
@@ -38,17 +30,15 @@ private:
 class FewTokensProduct {
 public:
     // Both outlive it.
-    FewTokensProduct(const Source& source, const FewTokens& tokens);
+    FewTokensProduct(const Weight& weight, const FewTokens& tokens);
 
     // sums[t · kTileRows + r] += row first + r of W times token t, for r < count ≤ kTileRows.
     void add(int64_t first, int64_t count, float* sums) const;
 
 private:
     void add_decoded(int64_t first, int64_t count, float* sums) const;
-    void add_packed(int64_t first, int64_t count, float* sums) const;
-    void row(int64_t row, float* found) const;
 
-    const Source& source_;
+    const Weight& weight_;
     const FewTokens& tokens_;
     bool decodes_;  // a tile at a time
 };

@@ -1,10 +1,11 @@
-// A linear layer for up to 16 tokens: the weight's bytes are read once and decoded a tile at a time, and the weight as a
-// whole never exists. Each output element is summed by one thread in a fixed order, so the
-// result does not depend on the number of threads.
+// A linear layer for up to 16 tokens: the weight's bytes are read once and decoded a tile at a time, and the weight as
+// a whole never exists. Each output element is summed by one thread in a fixed order, so the result does not depend on
+// the number of threads.
 #include "linear/linear.h"
 
 #include <algorithm>
 #include <cstring>
+#include "abi/abi.h"
 
 #include "codebook4/dequantize.h"
 #include "common/dispatch.h"
@@ -14,7 +15,7 @@
 #include "common/scratch.h"
 #include "common/sizes.h"
 #include "linear/few.h"
-#include "matmul/source.h"
+#include "weights/weight.h"
 
 namespace entrenar {
 namespace {
@@ -25,8 +26,8 @@ struct Shape {
     int64_t tokens, rows, columns;
 };
 
-int read_codebook(const SourceView& view, Source* source) {
-    return view.kind == static_cast<int32_t>(SourceKind::codebook4) ? read_source(view, source) : kBadArgument;
+int read_codebook(const SourceView& view, Weight* source) {
+    return view.kind == static_cast<int32_t>(kCodebook4Kind.kind) ? read_weight(view, source) : kBadArgument;
 }
 
 int check_shape(const Shape& shape, int dtype, const void* in, int64_t in_bytes, int64_t in_columns, const void* out,
@@ -42,8 +43,8 @@ int check_shape(const Shape& shape, int dtype, const void* in, int64_t in_bytes,
 }
 
 // y[:, first … first + count) of the forward.
-void forward_rows(const FewTokensProduct& product, const Shape& shape, int64_t first, int64_t count, const void* bias, void* y,
-                  int dtype) {
+void forward_rows(const FewTokensProduct& product, const Shape& shape, int64_t first, int64_t count, const void* bias,
+                  void* y, int dtype) {
     float sums[kMaxTokens * kTileRows] = {};
     product.add(first, count, sums);
     for (int64_t r = 0; r < count; ++r) {
@@ -87,18 +88,18 @@ const Linear& linear_kernel() { return pick(kPaths); }
 
 }  // namespace entrenar
 
-// y (tokens, rows) = x (tokens, columns) · Wᵀ + bias; W (rows, columns) of 4 bits. x, bias and y have one dtype; bias may
-// be null. At most 16 tokens.
+// y (tokens, rows) = x (tokens, columns) · Wᵀ + bias; W (rows, columns) of 4 bits. x, bias and y have one dtype; bias
+// may be null. At most 16 tokens.
 ENTRENAR_API int entrenar_linear_codebook(const entrenar::SourceView* view, const void* x, int64_t x_bytes,
-                                          const void* bias, int64_t bias_bytes, void* y, int64_t y_bytes, int64_t tokens,
-                                          int dtype, int threads) {
+                                          const void* bias, int64_t bias_bytes, void* y, int64_t y_bytes,
+                                          int64_t tokens, int dtype, int threads) {
     using namespace entrenar;
     const Shape shape{tokens, view->rows, view->columns};
     if (const int error = check_shape(shape, dtype, x, x_bytes, shape.columns, y, y_bytes, shape.rows)) return error;
     if (bias != nullptr) {
         if (const int error = check_buffer(bias, bias_bytes, shape.rows, dtype_bytes(dtype))) return error;
     }
-    Source source;
+    Weight source;
     if (const int error = read_codebook(*view, &source)) return error;
     FewTokens few{x, tokens, shape.columns, dtype, nullptr, nullptr};
     Arranged arranged;
@@ -121,12 +122,13 @@ ENTRENAR_API int entrenar_linear_codebook_backward(const entrenar::SourceView* v
                                                    int dtype, int threads) {
     using namespace entrenar;
     const Shape shape{tokens, view->rows, view->columns};
-    if (const int error = check_shape(shape, dtype, gradient, gradient_bytes, shape.rows, dx, dx_bytes, shape.columns)) {
+    if (const int error =
+            check_shape(shape, dtype, gradient, gradient_bytes, shape.rows, dx, dx_bytes, shape.columns)) {
         return error;
     }
-    Source source;
+    Weight source;
     if (const int error = read_codebook(*view, &source)) return error;
-    const CodebookWeight& weight = source.codebook;
+    const CodebookWeight& weight = source.state<CodebookWeight>();
     const DequantizeCodebook& decoder = dequantize_codebook_kernel();
     const Linear& kernel = linear_kernel();
     parallel_for(shape.columns, kBackwardColumns, threads, [&](int64_t begin, int64_t end) {

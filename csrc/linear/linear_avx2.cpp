@@ -90,7 +90,9 @@ void accumulate(const void* rows, const float* factors, int64_t tokens, int64_t 
 constexpr int64_t kHalf = kChunk / 2;
 
 inline __m256i counting() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
-inline __m256i first_lanes(int64_t count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), counting()); }
+inline __m256i first_lanes(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), counting());
+}
 
 // The scale of each dword's block, blocks of 2^shift codes. There are no scales behind those of `dwords`.
 inline __m256 scales_of(const float* scales, int shift, int64_t dwords) {
@@ -102,7 +104,8 @@ inline __m256 scales_of(const float* scales, int shift, int64_t dwords) {
 
 // sums += scale · Σ x · value; the 16 values lie in two vectors of 8, of which a code's highest bit chooses one.
 template <int kTokens>
-inline void add_half(__m256i codes, __m256 low, __m256 high, __m256 scale, const float* x, int64_t x_stride, __m256* sums) {
+inline void add_half(__m256i codes, __m256 low, __m256 high, __m256 scale, const float* x, int64_t x_stride,
+                     __m256* sums) {
     __m256 partial[kTokens] = {};
     for (int nibble = 0; nibble < kDword; ++nibble) {
         const __m256i index = _mm256_srli_epi32(codes, 4 * nibble), top = _mm256_slli_epi32(codes, 28 - 4 * nibble);
@@ -125,8 +128,9 @@ void packed_dot_row(const PackedRows& rows, int64_t row, float* out) {
     for (int64_t k = 0; k < rows.columns; k += kHalf, packed += kHalf / 2) {
         if (k % kChunk == 0) fetch_ahead(packed);
         const int64_t dwords = rows.columns - k < kHalf ? (rows.columns - k) / kDword : 8;
-        const __m256i codes = dwords == 8 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
-                                          : _mm256_maskload_epi32(reinterpret_cast<const int*>(packed), first_lanes(dwords));
+        const __m256i codes = dwords == 8
+                                  ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))
+                                  : _mm256_maskload_epi32(reinterpret_cast<const int*>(packed), first_lanes(dwords));
         const float* from = rows.x + k / kChunk * kChunk + k % kChunk / kDword;
         add_half<kTokens>(codes, low, high, scales_of(scales + (k >> shift), shift, dwords), from, rows.x_stride, sums);
     }

@@ -84,9 +84,11 @@ struct ChunkScales {
     int64_t block_size;
 
     explicit ChunkScales(int64_t size) : block_size(size) {
-        const __m512i first = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 3);
+        const __m512i first =
+            _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 3);
         const unsigned shift = static_cast<unsigned>(__builtin_ctzll(static_cast<uint64_t>(size)));
-        lanes = size < kChunk ? _mm512_srl_epi32(first, _mm_cvtsi32_si128(static_cast<int>(shift))) : _mm512_setzero_si512();
+        lanes = size < kChunk ? _mm512_srl_epi32(first, _mm_cvtsi32_si128(static_cast<int>(shift)))
+                              : _mm512_setzero_si512();
         mask = static_cast<__mmask16>(size < kChunk ? (1u << (kChunk >> shift)) - 1 : 1u);
     }
 

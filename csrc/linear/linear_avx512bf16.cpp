@@ -35,7 +35,8 @@ void dot_bf16_avx512bf16(const void* rows, const void* x, int64_t x_stride, int6
     const auto* weights = static_cast<const uint16_t*>(rows);
     const auto* from = static_cast<const uint16_t*>(x);
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) dot_tokens<4>(weights, from + t * x_stride, x_stride, columns, sums + t * kTileRows);
+    for (; t + 4 <= tokens; t += 4)
+        dot_tokens<4>(weights, from + t * x_stride, x_stride, columns, sums + t * kTileRows);
     for (; t < tokens; ++t) dot_tokens<1>(weights, from + t * x_stride, x_stride, columns, sums + t * kTileRows);
 }
 

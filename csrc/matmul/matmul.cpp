@@ -1,6 +1,7 @@
 // Which kernel serves, and the entry point for a sum of products.
 #include "matmul/matmul.h"
 
+#include "abi/abi.h"
 #include "common/dispatch.h"
 #include "common/errors.h"
 #include "common/floats.h"
@@ -26,18 +27,10 @@ constexpr int64_t kMostTerms = 1 << 16;  // more is a mistake, and would not fit
 
 }  // namespace
 
-// One product of the sum, as ops/multiply.py passes it: A (rows, inner) bfloat16, rows `a_stride` elements apart.
-struct TermView {
-    const void* a;
-    int64_t a_bytes, a_stride, inner;
-    int32_t transposed, unused;
-    entrenar::SourceView source;
-};
-
 // out (rows, columns) of `out_dtype` (float32 or bfloat16) = alpha · Σ A·op(B) + bias; bias bfloat16 or null.
-ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const void* bias, int64_t bias_bytes, void* out,
-                                   int64_t out_bytes, int64_t rows, int64_t columns, float alpha, int out_dtype,
-                                   int threads) {
+ENTRENAR_API int entrenar_multiply(const entrenar::TermView* terms, int64_t count, const void* bias, int64_t bias_bytes,
+                                   void* out, int64_t out_bytes, int64_t rows, int64_t columns, float alpha,
+                                   int out_dtype, int threads) {
     using namespace entrenar;
     if (out_dtype != kFloat32 && out_dtype != kBfloat16) return kBadDtype;
     int64_t elements = 0;
@@ -47,8 +40,9 @@ ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const v
     if (bias != nullptr) {
         if (const int error = check_buffer(bias, bias_bytes, columns, 2)) return error;
     }
-    std::vector<Source> sources(static_cast<size_t>(count));
-    Sum sum{rows, columns, {}, {out, columns, out_dtype, false, rows, {}}, alpha, static_cast<const uint16_t*>(bias), nullptr};
+    std::vector<Weight> sources(static_cast<size_t>(count));
+    Sum sum{rows,   columns, {}, {out, columns, out_dtype, false, rows, {}}, alpha, static_cast<const uint16_t*>(bias),
+            nullptr};
     for (int64_t i = 0; i < count; ++i) {
         const TermView& view = terms[i];
         int64_t reach = 0;
@@ -58,9 +52,10 @@ ENTRENAR_API int entrenar_multiply(const TermView* terms, int64_t count, const v
             if (__builtin_add_overflow(reach, view.inner, &reach)) return kBadSize;
         }
         if (const int error = check_buffer(view.a, view.a_bytes, reach, 2)) return error;
-        Source& source = sources[static_cast<size_t>(i)];
-        if (const int error = read_source(view.source, &source)) return error;
-        sum.terms.push_back({static_cast<const uint16_t*>(view.a), view.a_stride, view.inner, view.transposed != 0, &source});
+        Weight& source = sources[static_cast<size_t>(i)];
+        if (const int error = read_weight(view.source, &source)) return error;
+        sum.terms.push_back(
+            {static_cast<const uint16_t*>(view.a), view.a_stride, view.inner, view.transposed != 0, &source});
     }
     return multiply_sums(matmul_kernel(), {sum}, threads);
 }

@@ -2,14 +2,14 @@
 // while it is multiplied. A linear layer with its adapter is one such sum: x·Wᵀ + u·Bᵀ; the gradient for the input that
 // several layers share is another: Σ g·W + v·A.
 //
-// The work is cut into panels of columns. A thread decodes a panel of every B_s into the layout below, where it stays in
-// the second cache, and runs all rows of A past it, a block of C at a time (Goto and van de Geijn 2008, with the roles
-// of A and B as here).
+// The work is cut into panels of columns. A thread decodes a panel of every B_s into the layout below, where it stays
+// in the second cache, and runs all rows of A past it, a block of C at a time (Goto and van de Geijn 2008, with the
+// roles of A and B as here).
 #pragma once
 
 #include <cstdint>
 
-#include "matmul/source.h"
+#include "weights/weight.h"
 
 namespace entrenar {
 
@@ -26,8 +26,8 @@ struct Run {
     int64_t steps;
 };
 
-// Where a block of C goes: out = alpha · c + bias + residual as bfloat16, rows `stride` elements apart; the residual lies as
-// the output does, and it and the bias may be null.
+// Where a block of C goes: out = alpha · c + bias + residual as bfloat16, rows `stride` elements apart; the residual
+// lies as the output does, and it and the bias may be null.
 struct Bf16Block {
     uint16_t* out;
     const uint16_t *bias, *residual;
@@ -36,8 +36,8 @@ struct Bf16Block {
 
 struct MatmulKernel {
     int64_t rows, groups;  // of a block of C at most
-    // c (rows, strips · 16), rows apart by `pitch` floats, = or += the sum over the runs; the first group of columns lies
-    // `offset` elements past every run's b, the second `group_elements` past the first.
+    // c (rows, strips · 16), rows apart by `pitch` floats, = or += the sum over the runs; the first group of columns
+    // lies `offset` elements past every run's b, the second `group_elements` past the first.
     void (*block)(const Run* runs, int64_t count, int64_t rows, int64_t strips, int64_t offset, int64_t group_elements,
                   float* c, int64_t pitch, bool add);
     // Before a thread's first block and after its last.

@@ -73,8 +73,8 @@ void block_of(const Run* runs, int64_t count, int64_t offset, float* c, int64_t 
     if constexpr (kLower && kRight) _tile_stored(3, lower + 16, stride);
 }
 
-void block(const Run* runs, int64_t count, int64_t rows, int64_t strips, int64_t offset, int64_t, float* c, int64_t pitch,
-           bool add) {
+void block(const Run* runs, int64_t count, int64_t rows, int64_t strips, int64_t offset, int64_t, float* c,
+           int64_t pitch, bool add) {
     if (rows != configured_rows) configure(rows);
     const auto chosen = rows > 16 ? (strips > 1 ? block_of<true, true> : block_of<true, false>)
                                   : (strips > 1 ? block_of<false, true> : block_of<false, false>);
@@ -86,7 +86,7 @@ void end() { _tile_release(); }
 
 }  // namespace
 
-const MatmulKernel matmul_amx = {32, 1, block, begin, end, pack_transposed_avx512bf16, pack_pairs_avx512bf16,
-                                 store_bf16_avx512bf16};
+const MatmulKernel matmul_amx = {
+    32, 1, block, begin, end, pack_transposed_avx512bf16, pack_pairs_avx512bf16, store_bf16_avx512bf16};
 
 }  // namespace entrenar

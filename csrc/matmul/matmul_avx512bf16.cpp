@@ -19,7 +19,8 @@ inline __m512bh broadcast(const char* from) {
 
 // kTokens rows of A against kWide strips.
 template <int kTokens, int kWide>
-void multiply(const Run* runs, int64_t count, int64_t offset, int64_t group_elements, float* c, int64_t pitch, bool add) {
+void multiply(const Run* runs, int64_t count, int64_t offset, int64_t group_elements, float* c, int64_t pitch,
+              bool add) {
     __m512 sums[kTokens][kWide];
     for (int t = 0; t < kTokens; ++t) {
         for (int s = 0; s < kWide; ++s) {
@@ -33,7 +34,8 @@ void multiply(const Run* runs, int64_t count, int64_t offset, int64_t group_elem
             const char* a = run.a + step * 64;
             for (int pair = 0; pair < 16; ++pair, b += 32, a += 4) {
                 __m512bh strip[kWide];
-                for (int s = 0; s < kWide; ++s) strip[s] = pairs(b + (s / 2) * group_elements + (s % 2) * kStepElements / 2);
+                for (int s = 0; s < kWide; ++s)
+                    strip[s] = pairs(b + (s / 2) * group_elements + (s % 2) * kStepElements / 2);
                 for (int t = 0; t < kTokens; ++t) {
                     const __m512bh token = broadcast(a + t * run.a_stride);
                     for (int s = 0; s < kWide; ++s) sums[t][s] = _mm512_dpbf16_ps(sums[t][s], token, strip[s]);
@@ -73,11 +75,12 @@ void pack_transposed_avx512bf16(const uint16_t* rows, int64_t stride, uint16_t* 
 
 void pack_pairs_avx512bf16(const uint16_t* first, const uint16_t* second, int64_t groups, int64_t group_elements,
                            uint16_t* pair) {
-    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                           36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
     for (int64_t group = 0; group < groups; ++group, pair += group_elements) {
-        const __m512i one = _mm512_loadu_si512(first + group * kGroup), two = _mm512_loadu_si512(second + group * kGroup);
+        const __m512i one = _mm512_loadu_si512(first + group * kGroup),
+                      two = _mm512_loadu_si512(second + group * kGroup);
         _mm512_storeu_si512(pair, _mm512_permutex2var_epi16(one, lower, two));
         _mm512_storeu_si512(pair + kStepElements / 2, _mm512_permutex2var_epi16(one, upper, two));
     }
@@ -105,7 +108,8 @@ void store_bf16_avx512bf16(const Bf16Block& to, const float* c, int64_t pitch, f
                 const int64_t from = i + 16 * half;
                 values[half] = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, c + from), factor);
                 if (to.bias != nullptr) values[half] = _mm512_add_ps(values[half], widened(to.bias + from, lanes));
-                if (to.residual != nullptr) values[half] = _mm512_add_ps(values[half], widened(to.residual + at + from, lanes));
+                if (to.residual != nullptr)
+                    values[half] = _mm512_add_ps(values[half], widened(to.residual + at + from, lanes));
             }
             const __m512bh rounded = _mm512_cvtne2ps_pbh(values[1], values[0]);
             _mm512_mask_storeu_epi16(to.out + at + i, mask, reinterpret_cast<__m512i>(rounded));
@@ -113,7 +117,7 @@ void store_bf16_avx512bf16(const Bf16Block& to, const float* c, int64_t pitch, f
     }
 }
 
-const MatmulKernel matmul_avx512bf16 = {kRows, kGroups, block, nothing, nothing, pack_transposed_avx512bf16,
-                                        pack_pairs_avx512bf16, store_bf16_avx512bf16};
+const MatmulKernel matmul_avx512bf16 = {
+    kRows, kGroups, block, nothing, nothing, pack_transposed_avx512bf16, pack_pairs_avx512bf16, store_bf16_avx512bf16};
 
 }  // namespace entrenar

@@ -1,4 +1,5 @@
-// A piece of a weight into a packed panel: decoded a row at a time, or straight from memory where it is bfloat16 already.
+// A piece of a weight into a packed panel: decoded a row at a time, or straight from memory where it is bfloat16
+// already.
 #include <algorithm>
 
 #include "matmul/sum.h"
@@ -11,7 +12,7 @@ void pack_transposed(const MatmulKernel& kernel, const Piece& piece, int64_t col
                      int64_t group_elements, uint16_t* to) {
     constexpr int64_t kChunk = 512;  // sixteen rows of this fit the first cache
     alignas(64) uint16_t decoded[kStrip * kChunk];
-    const Source& source = *piece.term->source;
+    const Weight& source = *piece.term->source;
     const int64_t end = piece.begin + piece.steps() * kStep;
     for (int64_t strip = 0; strip < groups * 2; ++strip) {
         const int64_t row = column + strip * kStrip;
@@ -37,7 +38,7 @@ void pack_straight(const MatmulKernel& kernel, const Piece& piece, int64_t colum
                    int64_t group_elements, uint16_t* to) {
     constexpr int64_t kChunkGroups = 64;
     alignas(64) uint16_t decoded[2 * kChunkGroups * kGroup];
-    const Source& source = *piece.term->source;
+    const Weight& source = *piece.term->source;
     for (int64_t first = 0; first < groups; first += kChunkGroups, to += kChunkGroups * group_elements) {
         const int64_t many = std::min(kChunkGroups, groups - first), count = many * kGroup;
         for (int64_t pair = 0; pair < piece.steps() * (kStep / 2); ++pair) {
@@ -50,7 +51,8 @@ void pack_straight(const MatmulKernel& kernel, const Piece& piece, int64_t colum
                 rows = decoded;
                 stride = count;
             }
-            kernel.pack_pairs(rows, rows + stride, many, group_elements, to + pair / 16 * kStepElements + pair % 16 * 2 * kStrip);
+            kernel.pack_pairs(rows, rows + stride, many, group_elements,
+                              to + pair / 16 * kStepElements + pair % 16 * 2 * kStrip);
         }
     }
 }

@@ -33,7 +33,8 @@ void pack_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride,
     }
 }
 
-void pack_rows_transposed(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, uint16_t* to) {
+void pack_rows_transposed(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count,
+                          int64_t width, uint16_t* to) {
     const int64_t group_elements = packed_group(width);
     alignas(64) uint16_t rest[kStrip * kStep];
     for (int64_t row = 0; row < (count + kGroup - 1) / kGroup * kGroup; row += kStrip) {
@@ -52,8 +53,8 @@ void pack_rows_transposed(const MatmulKernel& kernel, const uint16_t* rows, int6
     }
 }
 
-void transpose_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, int64_t padded, uint16_t* packed,
-                    uint16_t* to) {
+void transpose_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width,
+                    int64_t padded, uint16_t* packed, uint16_t* to) {
     pack_rows(kernel, rows, stride, count, width, packed);
     // A packed strip is [pair of rows][column][2]: transposed as dwords, a column's pairs lie in a row.
     alignas(64) uint16_t turned[kStrip * kStep];
@@ -75,11 +76,13 @@ void transpose_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t st
 void multiply_packed(const PackedProduct& product, float* c, int64_t pitch, bool add) {
     const MatmulKernel& kernel = *product.kernel;
     for (int64_t row = 0; row < product.rows; row += kernel.rows) {
-        const Run run{reinterpret_cast<const char*>(product.a + row * product.a_stride), product.a_stride * 2, product.b, product.steps};
+        const Run run{reinterpret_cast<const char*>(product.a + row * product.a_stride), product.a_stride * 2,
+                      product.b, product.steps};
         const int64_t rows = std::min(kernel.rows, product.rows - row);
         for (int64_t group = 0; group < product.groups; group += kernel.groups) {
             const int64_t groups = std::min(kernel.groups, product.groups - group);
-            kernel.block(&run, 1, rows, groups * 2, group * product.group_elements, product.group_elements, c + row * pitch + group * kGroup, pitch, add);
+            kernel.block(&run, 1, rows, groups * 2, group * product.group_elements, product.group_elements,
+                         c + row * pitch + group * kGroup, pitch, add);
         }
     }
 }

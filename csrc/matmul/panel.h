@@ -17,15 +17,17 @@ inline int64_t packed_elements(int64_t inner, int64_t columns) {
 constexpr int64_t kMaxPlainWidth = 1024;
 
 // rows (count, width), `stride` elements apart, → packed (count, width); zeros up to whole steps and groups.
-void pack_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, uint16_t* to);
+void pack_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width,
+               uint16_t* to);
 
 // The same matrix → its transpose packed, (width, count). width is a multiple of 32.
-void pack_rows_transposed(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, uint16_t* to);
+void pack_rows_transposed(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count,
+                          int64_t width, uint16_t* to);
 
-// rows (count, width) → plain (width, padded) rows of the transpose, padded ≥ count a multiple of 32, zeros behind count;
-// `packed` is room for packed_elements(count, width).
-void transpose_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width, int64_t padded, uint16_t* packed,
-                    uint16_t* to);
+// rows (count, width) → plain (width, padded) rows of the transpose, padded ≥ count a multiple of 32, zeros behind
+// count; `packed` is room for packed_elements(count, width).
+void transpose_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t stride, int64_t count, int64_t width,
+                    int64_t padded, uint16_t* packed, uint16_t* to);
 
 // c (rows, groups · 32), rows apart by `pitch` floats, = or += a (rows, steps · 32) · packed b.
 struct PackedProduct {

@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t kPanelBytes = 1200 << 10;
 constexpr int64_t kPanelGroups = 8;   // narrower panels read A too often, wider ones leave the cache sooner
 constexpr int64_t kChunkRows = 2048;  // rows of A at a time: bounds the scratch of partial sums
-// In a short pass the rows of A and the panel's group of so many steps, and the block of C, share the first cache; over a
-// longer one the block's way out of it and back costs more than that saves.
+// In a short pass the rows of A and the panel's group of so many steps, and the block of C, share the first cache; over
+// a longer one the block's way out of it and back costs more than that saves.
 constexpr int64_t kSliceSteps = 11, kShortPass = 56;
 
 using Pass = std::vector<Piece>;
@@ -63,7 +63,8 @@ public:
             copies_.emplace_back(static_cast<size_t>(rows * kStep), uint16_t{0});
             const uint16_t* from = piece.term->a + row * piece.term->a_stride + piece.end - rest;
             for (int64_t r = 0; r < rows; ++r) {
-                std::memcpy(copies_.back().data() + r * kStep, from + r * piece.term->a_stride, static_cast<size_t>(rest) * 2);
+                std::memcpy(copies_.back().data() + r * kStep, from + r * piece.term->a_stride,
+                            static_cast<size_t>(rest) * 2);
             }
         }
     }
@@ -103,7 +104,8 @@ private:
     std::vector<std::vector<uint16_t>> copies_;
 };
 
-void store_transposed(const Sum& sum, const float* c, int64_t pitch, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+void store_transposed(const Sum& sum, const float* c, int64_t pitch, int64_t row, int64_t rows, int64_t column,
+                      int64_t columns) {
     auto* out = static_cast<float*>(sum.out.data) + column * sum.out.stride + row;
     for (int64_t i = 0; i < columns; ++i, out += sum.out.stride) {
         for (int64_t r = 0; r < rows; ++r) out[r] = c[r * pitch + i] * sum.alpha;
@@ -149,7 +151,8 @@ struct WindowPass {
     bool first, last;
 
     // A block of rows over all groups, slice by slice; each block of C is stored after its last slice.
-    void run_rows(const std::vector<Run>& runs, const std::vector<int64_t>& ends, int64_t row, int64_t rows, float* c) const {
+    void run_rows(const std::vector<Run>& runs, const std::vector<int64_t>& ends, int64_t row, int64_t rows,
+                  float* c) const {
         const int64_t pitch = kernel.groups * kGroup, block = kernel.rows * pitch;
         const bool reuse = ends.size() == 1 && first && last;  // one block of C at a time, which is then in the cache
         for (size_t slice = 0; slice < ends.size(); ++slice) {
@@ -159,8 +162,8 @@ struct WindowPass {
             for (int64_t group = 0; group < window.groups; group += kernel.groups, at += reuse ? 0 : block) {
                 const int64_t groups = std::min(kernel.groups, window.groups - group);
                 const int64_t columns = std::min(groups * kGroup, sum.columns - window.column - group * kGroup);
-                kernel.block(runs.data() + from, ends[slice] - from, rows, divide_up(columns, kStrip), group * group_elements,
-                             group_elements, at, pitch, add);
+                kernel.block(runs.data() + from, ends[slice] - from, rows, divide_up(columns, kStrip),
+                             group * group_elements, group_elements, at, pitch, add);
                 if (done) store(kernel, sum, at, pitch, row, rows, window.column + group * kGroup, groups * kGroup);
             }
         }
@@ -168,7 +171,8 @@ struct WindowPass {
 
     void run(const Pass& pass, float* c) const {
         const Rows rows(pass, window.row, window.rows);
-        const int64_t steps = steps_of(pass), slices = steps <= kShortPass ? std::max<int64_t>(divide_up(steps, kSliceSteps), 1) : 1;
+        const int64_t steps = steps_of(pass),
+                      slices = steps <= kShortPass ? std::max<int64_t>(divide_up(steps, kSliceSteps), 1) : 1;
         const int64_t window_blocks = divide_up(window.groups, kernel.groups);
         std::vector<Run> runs;
         std::vector<int64_t> ends;
@@ -198,7 +202,8 @@ int run_window(const MatmulKernel& kernel, const Sum& sum, const std::vector<Pas
             to += piece.steps() * kStepElements;
         }
         kernel.begin();
-        WindowPass{kernel, sum, window, packed, group_elements, &pass == &passes.front(), &pass == &passes.back()}.run(pass, c);
+        WindowPass{kernel, sum, window, packed, group_elements, &pass == &passes.front(), &pass == &passes.back()}.run(
+            pass, c);
         kernel.end();
     }
     return kOk;
@@ -259,7 +264,8 @@ int multiply_sums(const MatmulKernel& kernel, const std::vector<Sum>& sums, int 
     }
     std::atomic<int> error{kOk};
     parallel_items(items, threads, [&](int64_t item) {
-        const auto task = std::find_if(tasks.begin(), tasks.end(), [item](const Task& each) { return item < each.end(); });
+        const auto task =
+            std::find_if(tasks.begin(), tasks.end(), [item](const Task& each) { return item < each.end(); });
         if (const int code = task->run(kernel, item)) error.store(code);
     });
     return error.load();

@@ -7,14 +7,14 @@
 
 namespace entrenar {
 
-// One product of the sum: A (rows, inner) bfloat16 times op(B) (inner, columns), which is B itself or, `transposed`, the
-// (columns, inner) matrix it is the transpose of. A weight smaller than that counts as followed by zeros.
+// One product of the sum: A (rows, inner) bfloat16 times op(B) (inner, columns), which is B itself or, `transposed`,
+// the (columns, inner) matrix it is the transpose of. A weight smaller than that counts as followed by zeros.
 struct Term {
     const uint16_t* a;
     int64_t a_stride;  // elements
     int64_t inner;
     bool transposed;
-    const Source* source;
+    const Weight* source;
 };
 
 // Where C goes: row r, column c to data[r · stride + c], or transposed to data[c · stride + r]. Rows from `kept` on are
@@ -37,7 +37,8 @@ struct Sum {
     const uint16_t* residual;  // laid out as the bfloat16 output it is added to, or null
 };
 
-// For each: out = alpha · Σ A·op(B) + bias + residual. None may read what another writes: threads take from all of them.
+// For each: out = alpha · Σ A·op(B) + bias + residual. None may read what another writes: threads take from all of
+// them.
 int multiply_sums(const MatmulKernel& kernel, const std::vector<Sum>& sums, int threads);
 
 // A stretch of a term's inner dimension, a whole number of steps but for the term's end.

@@ -14,9 +14,9 @@ namespace entrenar {
 namespace {
 
 constexpr int kVectors = kStrip / kLanes;
-constexpr int kRows = 12 / kVectors;       // twelve sums, of sixteen registers
-constexpr int64_t kGroups = 8;             // so many share the widened rows of A
-constexpr int64_t kChunk = 8 * kStep;      // of the inner dimension; a strip of so much stays in the first cache
+constexpr int kRows = 12 / kVectors;   // twelve sums, of sixteen registers
+constexpr int64_t kGroups = 8;         // so many share the widened rows of A
+constexpr int64_t kChunk = 8 * kStep;  // of the inner dimension; a strip of so much stays in the first cache
 
 // c (kTokens, kStrip) += a (kTokens rows of kChunk) · steps of a strip; `next` is the strip to come, which is asked for
 // meanwhile: a panel is larger than the second cache of some CPUs.
@@ -58,12 +58,13 @@ inline Multiply choose(int64_t rows, std::integer_sequence<int, kTokens...>) {
 
 inline void widen_rows(const char* rows, int64_t stride, int64_t count, int64_t elements, float* to) {
     for (int64_t r = 0; r < count; ++r) {
-        for (int64_t k = 0; k < elements; k += kLanes) store(to + r * kChunk + k, widen_bf16(rows + r * stride + k * 2));
+        for (int64_t k = 0; k < elements; k += kLanes)
+            store(to + r * kChunk + k, widen_bf16(rows + r * stride + k * 2));
     }
 }
 
-void block(const Run* runs, int64_t count, int64_t rows, int64_t strips, int64_t offset, int64_t group_elements, float* c,
-           int64_t pitch, bool add) {
+void block(const Run* runs, int64_t count, int64_t rows, int64_t strips, int64_t offset, int64_t group_elements,
+           float* c, int64_t pitch, bool add) {
     alignas(64) float widened[kRows * kChunk];
     const Multiply chosen = choose(rows, std::make_integer_sequence<int, kRows>());
     for (int64_t r = 0; r < rows && !add; ++r) std::memset(c + r * pitch, 0, static_cast<size_t>(strips * kStrip) * 4);

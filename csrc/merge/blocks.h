@@ -22,8 +22,8 @@ inline void widen_block(const char* from, int64_t count, float* out) {
     for (; i < count; ++i) out[i] = load_element(from, kDtype, i);
 }
 
-// Elements [at, at + count) as float32, and zeros up to the end of the block: its place need not be cleared before, which
-// for a few blocks costs more than what is done with them.
+// Elements [at, at + count) as float32, and zeros up to the end of the block: its place need not be cleared before,
+// which for a few blocks costs more than what is done with them.
 inline void widen_block(const Operand& x, int64_t at, int64_t count, float* out) {
     std::fill(out + (x.data == nullptr ? 0 : count), out + kBlock, 0.0f);
     if (x.data == nullptr) return;
@@ -136,8 +136,8 @@ inline int64_t pick_between(const int32_t* __restrict bits, int32_t first, int32
     return found;
 }
 
-void between(const Operand& x, const Operand& base, int64_t count, int32_t first, int32_t last, int32_t* out, int64_t room,
-             int64_t* found) {
+void between(const Operand& x, const Operand& base, int64_t count, int32_t first, int32_t last, int32_t* out,
+             int64_t room, int64_t* found) {
     for_magnitudes(x, base, count, [&](int64_t, int64_t, const int32_t* bits) {
         int32_t inside[kBlock + kLanes];
         const int64_t here = pick_between(bits, first, last, inside);

@@ -1,6 +1,7 @@
 // The exported merge functions: check sizes, pick a table. One call works alone on its piece: callers are many threads.
 #include "merge/merge.h"
 
+#include "abi/abi.h"
 #include "common/dispatch.h"
 #include "common/errors.h"
 #include "common/floats.h"
@@ -69,9 +70,9 @@ ENTRENAR_API int entrenar_merge_histogram(const void* x, int64_t x_bytes, int x_
 }
 
 // out: int32; found: int64 (2,), how many are above and how many between, added to; see merge.h.
-ENTRENAR_API int entrenar_merge_between(const void* x, int64_t x_bytes, int x_dtype, const void* base, int64_t base_bytes,
-                                        int base_dtype, int64_t count, int64_t first, int64_t last, void* out,
-                                        int64_t out_bytes, void* found, int64_t found_bytes) {
+ENTRENAR_API int entrenar_merge_between(const void* x, int64_t x_bytes, int x_dtype, const void* base,
+                                        int64_t base_bytes, int base_dtype, int64_t count, int64_t first, int64_t last,
+                                        void* out, int64_t out_bytes, void* found, int64_t found_bytes) {
     const Operand operand{x, x_dtype}, other{base, base_dtype};
     if (const int error = check_two(operand, x_bytes, other, base_bytes, count)) return error;
     if (const int error = check_buffer(out, out_bytes, 0, 4)) return error;
@@ -121,8 +122,8 @@ ENTRENAR_API int entrenar_merge_keep_by_rank(const void* x, int64_t x_bytes, int
     if (start < 0) return kBadArgument;
     const auto* ends = static_cast<const double*>(range);
     const RandomKey key{static_cast<uint32_t>(first), static_cast<uint32_t>(second)};
-    const bool done = merge().keep_by_rank(operand, other, rows, columns, ends[0], ends[1], key, start,
-                                           static_cast<uint8_t*>(mask));
+    const bool done =
+        merge().keep_by_rank(operand, other, rows, columns, ends[0], ends[1], key, start, static_cast<uint8_t*>(mask));
     return done ? kOk : kNoMemory;
 }
 
@@ -183,14 +184,16 @@ ENTRENAR_API int entrenar_merge_task_sum(const void* base, int64_t base_bytes, i
         const int64_t* row = rows + i * kRow;
         models[i] = {operand_of(row), reinterpret_cast<const uint8_t*>(row[3]), factor[0], factor[1], factor[2]};
     }
-    const TaskSum task{other, models, n, *static_cast<const double*>(lambda), (flags & 1) != 0, (flags & 2) != 0,
-                       (flags & 4) != 0, out, out_dtype};
+    const TaskSum task{
+        other, models,   n, *static_cast<const double*>(lambda), (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0,
+        out,   out_dtype};
     return merge().task_sum(task, count) ? kOk : kNoMemory;
 }
 
 // gram: float64 (n, n), its lower triangle is added to.
 ENTRENAR_API int entrenar_merge_gram(const void* inputs, int64_t inputs_bytes, int64_t n, const void* base,
-                                     int64_t base_bytes, int base_dtype, int64_t count, void* gram, int64_t gram_bytes) {
+                                     int64_t base_bytes, int base_dtype, int64_t count, void* gram,
+                                     int64_t gram_bytes) {
     if (n < 0 || n > kMostInputs) return kBadArgument;
     const Operand other{base, base_dtype};
     if (const int error = check(other, base_bytes, count)) return error;

@@ -24,7 +24,8 @@ struct RandomKey {
 struct TaskModel {
     Operand x;
     const uint8_t* mask;
-    double value, vote, divisor;  // factors of δ in the sum and in the vote; what it adds to the divisor where it is kept
+    double value, vote,
+        divisor;  // factors of δ in the sum and in the vote; what it adds to the divisor where it is kept
 };
 
 struct TaskSum {
@@ -44,8 +45,8 @@ constexpr int64_t kUpperBins = 1 << 15, kLowerBins = 1 << 16;
 struct Merge {
     // Counts of |x − base|; prefix −1: upper bits, else lower bits of elements with these upper bits.
     void (*histogram)(const Operand& x, const Operand& base, int64_t count, int64_t prefix, int64_t* counts);
-    // found[0] += how many |δ| have more bits than `last`; those from `first` to `last` are written to `out` from found[1]
-    // on, as far as the room for `room` goes, and found[1] grows by their number.
+    // found[0] += how many |δ| have more bits than `last`; those from `first` to `last` are written to `out` from
+    // found[1] on, as far as the room for `room` goes, and found[1] grows by their number.
     void (*between)(const Operand& x, const Operand& base, int64_t count, int32_t first, int32_t last, int32_t* out,
                     int64_t room, int64_t* found);
     // mask[i] = whether |δ| has more than `threshold`'s bits, or the same and is among the first `ties` of those; the

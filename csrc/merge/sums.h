@@ -64,7 +64,8 @@ struct Factors {
 
 // The elected sign of a vector of elements: +1, −1, or 0 where nobody is to be kept.
 template <class Real>
-ENTRENAR_INLINE inline typename Vector<Real>::Type elect(const TaskSum& task, const Factors<Real>* factors, const Real* deltas) {
+ENTRENAR_INLINE inline typename Vector<Real>::Type elect(const TaskSum& task, const Factors<Real>* factors,
+                                                         const Real* deltas) {
     using V = Vector<Real>;
     typedef typename V::Type Values;
     const Values plus = V::all(1), minus = V::all(-1), none = V::all(0), zero = task.zero_is_positive ? plus : none;
@@ -76,7 +77,8 @@ ENTRENAR_INLINE inline typename Vector<Real>::Type elect(const TaskSum& task, co
 // What a vector of elements moves by: of every model's value · δ the sum, or with consensus of those whose vote has the
 // elected sign, over the sum of their divisors where that is asked for.
 template <class Real>
-ENTRENAR_INLINE inline typename Vector<Real>::Type moved(const TaskSum& task, const Factors<Real>* factors, const Real* deltas) {
+ENTRENAR_INLINE inline typename Vector<Real>::Type moved(const TaskSum& task, const Factors<Real>* factors,
+                                                         const Real* deltas) {
     using V = Vector<Real>;
     typedef typename V::Type Values;
     const Values none = V::all(0), one = V::all(1), sign = task.consensus ? elect(task, factors, deltas) : none;
@@ -149,7 +151,8 @@ bool gram(const Operand* x, int64_t inputs, const Operand& base, int64_t count, 
             widen_block(x[input], at, length, delta);
             widen_block(base, at, length, other);
             double* const block = blocks + input * kBlock;
-            for (int64_t i = 0; i < kBlock; ++i) block[i] = static_cast<double>(delta[i]) - static_cast<double>(other[i]);
+            for (int64_t i = 0; i < kBlock; ++i)
+                block[i] = static_cast<double>(delta[i]) - static_cast<double>(other[i]);
         }
         Sums* pair = sums;
         for (int64_t row = 0; row < inputs; ++row) {

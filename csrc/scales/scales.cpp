@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include "abi/abi.h"
 
 #include "common/errors.h"
 #include "common/floats.h"
@@ -40,7 +41,8 @@ void nest_dynamic(const void* values, int64_t begin, int64_t end, float offset, 
     const bool usable = absmax > 0 && absmax <= 3.4028234663852886e38f;  // else the caller reports it by absmax
     const float reciprocal = 1.0f / absmax;
     for (int64_t i = begin; i < end; ++i) {
-        codes[i] = usable ? static_cast<uint8_t>(dynamic_code((float_at(values, i) - offset) * reciprocal, midpoints)) : 0;
+        codes[i] =
+            usable ? static_cast<uint8_t>(dynamic_code((float_at(values, i) - offset) * reciprocal, midpoints)) : 0;
     }
 }
 
@@ -59,7 +61,8 @@ int check_scales(const ScaleBuffers& scales, int64_t blocks) {
     if (blocks < 0) return kBadSize;
     if (scales.group == nullptr) return check_buffer(scales.values, scales.values_bytes, blocks, 4);
     if (const int error = check_buffer(scales.values, scales.values_bytes, blocks, 1)) return error;
-    if (const int error = check_buffer(scales.group, scales.group_bytes, divide_up(blocks, kScaleGroup), 4)) return error;
+    if (const int error = check_buffer(scales.group, scales.group_bytes, divide_up(blocks, kScaleGroup), 4))
+        return error;
     if (scales.map == nullptr) return kOk;
     if (const int error = check_buffer(scales.map, scales.map_bytes, 256, 4)) return error;
     return check_buffer(scales.offset, scales.offset_bytes, 1, 4);
@@ -74,8 +77,8 @@ void decode_scales(const ScaleBuffers& scales, int64_t first, int64_t count, flo
     const float offset = scales.map ? float_at(scales.offset, 0) : 0.0f;
     for (int64_t i = 0; i < count; ++i) {
         const float group = float_at(scales.group, (first + i) / kScaleGroup);
-        out[i] = scales.map ? float_at(scales.map, codes[i]) * group + offset
-                            : static_cast<float>(codes[i]) / 255 * group;
+        out[i] =
+            scales.map ? float_at(scales.map, codes[i]) * group + offset : static_cast<float>(codes[i]) / 255 * group;
     }
 }
 

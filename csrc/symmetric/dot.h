@@ -26,8 +26,8 @@ inline void add_block(const int8_t* codes, int64_t count, float scale, const flo
 }
 
 template <int kTokens>
-void dot_tokens(const int8_t* codes, const float* scales, int64_t block_size, int64_t begin, int64_t end, const float* x,
-                int64_t x_stride, float* out) {
+void dot_tokens(const int8_t* codes, const float* scales, int64_t block_size, int64_t begin, int64_t end,
+                const float* x, int64_t x_stride, float* out) {
     Floats sums[kTokens] = {};
     float rest[kTokens] = {};
     for (int64_t left = block_size - begin % block_size; begin < end; left = block_size, ++scales) {
@@ -42,7 +42,8 @@ void dot_tokens(const int8_t* codes, const float* scales, int64_t block_size, in
 
 void dot_int8(const int8_t* codes, const float* scales, int64_t block_size, int64_t begin, int64_t end, const float* x,
               int64_t x_stride, int64_t tokens, float* sums) {
-    for_tokens(tokens, [&](auto count) { dot_tokens<count>(codes, scales, block_size, begin, end, x, x_stride, sums); });
+    for_tokens(tokens,
+               [&](auto count) { dot_tokens<count>(codes, scales, block_size, begin, end, x, x_stride, sums); });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "symmetric/symmetric.h"
 
 #include <algorithm>
+#include "abi/abi.h"
 
 #include "common/dispatch.h"
 #include "common/errors.h"
@@ -54,8 +55,8 @@ void decode(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, in
     });
 }
 
-void dot(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, const float* x, int64_t x_stride,
-         int64_t tokens, float* sums) {
+void dot(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, const float* x,
+         int64_t x_stride, int64_t tokens, float* sums) {
     std::fill_n(sums, tokens, 0.0f);
     over_runs(weight, begin, end, [&](int64_t from, int64_t to, const float* scales) {
         kernel.dot(weight.codes, scales, weight.block_size, from, to, x + (from - begin), x_stride, tokens, sums);

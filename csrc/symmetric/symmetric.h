@@ -15,9 +15,10 @@ struct Symmetric {
     // Elements [begin, end) of int8 codes: code · scale; scales[0] is the scale of the block that holds `begin`.
     void (*dequantize)(const int8_t* codes, const float* scales, int64_t block_size, int64_t begin, int64_t end,
                        void* out, int dtype);
-    // sums[t] += Σ code · scale · x over elements [begin, end), of which x[t · x_stride] meets the first; up to 4 tokens.
-    void (*dot)(const int8_t* codes, const float* scales, int64_t block_size, int64_t begin, int64_t end, const float* x,
-                int64_t x_stride, int64_t tokens, float* sums);
+    // sums[t] += Σ code · scale · x over elements [begin, end), of which x[t · x_stride] meets the first; up to 4
+    // tokens.
+    void (*dot)(const int8_t* codes, const float* scales, int64_t block_size, int64_t begin, int64_t end,
+                const float* x, int64_t x_stride, int64_t tokens, float* sums);
 };
 
 extern const Symmetric symmetric_generic, symmetric_avx2, symmetric_avx512;
@@ -40,7 +41,7 @@ int read_int8(const void* codes, int64_t codes_bytes, const ScaleBuffers& scales
 void decode(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, void* out, int dtype);
 
 // sums[t] = Σ of elements [begin, end) times x[t · x_stride …], for up to 4 tokens.
-void dot(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, const float* x, int64_t x_stride,
-         int64_t tokens, float* sums);
+void dot(const Symmetric& kernel, const Int8Weight& weight, int64_t begin, int64_t end, const float* x,
+         int64_t x_stride, int64_t tokens, float* sums);
 
 }  // namespace entrenar

@@ -43,8 +43,8 @@ void quantize_block(const char* in, int64_t size, uint8_t* codes, char* scales) 
     const int64_t whole = size / 16 * 16, rest = size - whole;
     char padded[16 * kBytes] = {};
     std::memcpy(padded, in + whole * kBytes, static_cast<size_t>(rest * kBytes));
-    __m256i largest = _mm256_max_epu32(magnitude_bits(load8<kDtype>(padded)),
-                                       magnitude_bits(load8<kDtype>(padded + 8 * kBytes)));
+    __m256i largest =
+        _mm256_max_epu32(magnitude_bits(load8<kDtype>(padded)), magnitude_bits(load8<kDtype>(padded + 8 * kBytes)));
     for (int64_t i = 0; i < whole; i += 8) {
         largest = _mm256_max_epu32(largest, magnitude_bits(load8<kDtype>(in + i * kBytes)));
     }

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.layers import adapted_native, block_views
 from entrenar.layers.adapted_linear import adapted_linears
-from entrenar.layers.adapted_native import Member, MemberView
+from entrenar.layers.adapted_native import Member
 from entrenar.layers.residual_blocks import (
     AttentionBlock,
     Keep,
@@ -22,6 +21,7 @@ from entrenar.layers.residual_blocks import (
     before_attention,
     mlp_block,
 )
+from entrenar.native.abi import AttentionBlockView, AttentionView, GroupView, MemberView, MlpBlockView
 from entrenar.ops import attention
 from entrenar.ops.linear_weight import CodebookWeight, Int8Weight
 from entrenar.ops.scales import nest_scales
@@ -32,23 +32,23 @@ pytestmark = pytest.mark.usefixtures("native_path")
 
 # Each function's view, and the fields of it that may be null.
 VIEWS: dict[str, tuple[Any, set[str]]] = {
-    "entrenar_adapted": (adapted_native._GroupView, {"residual", "u"}),
-    "entrenar_adapted_backward": (adapted_native._GroupView, {"dx", "u"}),
-    "entrenar_attention": (attention._View, {"starts"}),
-    "entrenar_attention_backward": (attention._View, {"starts"}),
-    "entrenar_mlp_block": (
-        block_views.MlpView,
+    "adapted": (GroupView, {"residual", "u"}),
+    "adapted_backward": (GroupView, {"dx", "u"}),
+    "attention": (AttentionView, {"starts"}),
+    "attention_backward": (AttentionView, {"starts"}),
+    "mlp_block": (
+        MlpBlockView,
         {f"{name}.data" for name in ("x", "gate", "up", "product", "u", "down_u")},
     ),
-    "entrenar_attention_block": (
-        block_views.AttentionView,
+    "attention_block": (
+        AttentionBlockView,
         {f"{name}.data" for name in ("x", "q", "k", "v", "o", "lse", "u", "output_u", "starts")},
     ),
 }
-VIEWS["entrenar_attention_inputs"] = (
-    block_views.AttentionView, {f"{name}.data" for name in ("x", "o", "lse", "u", "output_u", "out", "starts")},
+VIEWS["attention_inputs"] = (
+    AttentionBlockView, {f"{name}.data" for name in ("x", "o", "lse", "u", "output_u", "out", "starts")},
 )  # fmt: skip
-VIEWS |= {f"{name}_backward": VIEWS[name] for name in ("entrenar_mlp_block", "entrenar_attention_block")}
+VIEWS |= {f"{name}_backward": VIEWS[name] for name in ("mlp_block", "attention_block")}
 
 Calls = Counter[str]
 
@@ -71,7 +71,7 @@ def _try_all(name: str, call: Callable[..., None], args: tuple[Any, ...]) -> int
     kind, optional = VIEWS[name]
     view = kind.from_address(args[0])
     found = list(fields(view))
-    if kind is adapted_native._GroupView:
+    if kind is GroupView:
         members = (MemberView * view.count).from_address(view.members)
         found += [field for index, one in enumerate(members) for field in fields(one, f"members[{index}].")]
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -101,16 +101,16 @@ def test_adapted_linears(refused: Calls) -> None:
     x = torch.randn(6, 32).bfloat16().requires_grad_()
     outputs = adapted_linears(x, members)
     torch.autograd.grad(outputs, [x, *factors(members)], [torch.ones_like(y) for y in outputs])
-    assert refused["entrenar_adapted"] > 150
-    assert refused["entrenar_adapted_backward"] > 150
+    assert refused["adapted"] > 150
+    assert refused["adapted_backward"] > 150
 
 
 def test_attention(refused: Calls) -> None:
     q, k, v = (torch.randn(2, 5, heads, 32).bfloat16().requires_grad_() for heads in (4, 2, 2))
     out = attention.causal_attention(q, k, v, 0.2, torch.zeros(2, 5, dtype=torch.int32))
     torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-    assert refused["entrenar_attention"] > 70
-    assert refused["entrenar_attention_backward"] > 70
+    assert refused["attention"] > 70
+    assert refused["attention_backward"] > 70
 
 
 @pytest.mark.parametrize("keep", [Keep.ALL, Keep.NOTHING])
@@ -119,8 +119,8 @@ def test_mlp_block(refused: Calls, keep: Keep) -> None:
     h = torch.randn(2, 3, 32).bfloat16().requires_grad_()
     out = mlp_block(h, block, keep)
     torch.autograd.grad(out, [h, *factors((block.gate, block.up, block.down))], torch.ones_like(out))
-    assert refused["entrenar_mlp_block"] > 200
-    assert refused["entrenar_mlp_block_backward"] > 200
+    assert refused["mlp_block"] > 200
+    assert refused["mlp_block_backward"] > 200
 
 
 def test_what_attention_takes(refused: Calls) -> None:
@@ -128,14 +128,14 @@ def test_what_attention_takes(refused: Calls) -> None:
     block = AttentionBlock(norm(32), *members, 32, 0.2, norm(32), norm(32))
     cos, sin = torch.rand(2, 2, 5, 16)
     before_attention(torch.randn(2, 5, 32).bfloat16(), block, (cos, sin))
-    assert refused["entrenar_attention_inputs"] > 250
+    assert refused["attention_inputs"] > 250
 
 
 def test_a_residual(refused: Calls) -> None:
     h, o = torch.randn(2, 3, 7).bfloat16(), torch.randn(2, 3, 32).bfloat16()
     mlp = MlpBlock(norm(7), member(8, 7), member(8, 7), member(7, 8), "silu")
     after_attention(h, o, member(7, 32), mlp)
-    assert refused["entrenar_adapted"] > 40
+    assert refused["adapted"] > 40
 
 
 @pytest.mark.parametrize("keep", [Keep.ALL, Keep.NOTHING])
@@ -146,5 +146,5 @@ def test_attention_block(refused: Calls, keep: Keep) -> None:
     cos, sin = torch.rand(2, 2, 5, 16)
     out = attention_block(h, block, (cos, sin), torch.zeros(2, 5, dtype=torch.int32), keep)
     torch.autograd.grad(out, [h, *factors(members)], torch.ones_like(out))
-    assert refused["entrenar_attention_block"] > 250
-    assert refused["entrenar_attention_block_backward"] > 250
+    assert refused["attention_block"] > 250
+    assert refused["attention_block_backward"] > 250

@@ -52,14 +52,16 @@ def test_an_unknown_path_in_the_environment_is_refused_with_the_known_ones() -> 
 
 
 def test_without_a_library_the_reference_serves_and_one_line_says_so() -> None:
-    hidden = "from entrenar import native; native._NAME = 'absent.so'" + SHOW + "native.path(); native.available()"
+    hidden = (
+        "from entrenar.native import library; library._NAME = 'absent.so'" + SHOW + "native.path(); native.available()"
+    )
     found = run(hidden, ENTRENAR_LIBRARY="", ENTRENAR_KERNELS="")
     assert found.stdout == "reference False\n"
     assert found.stderr.count("the native kernels are not built") == 1
 
 
 def test_without_a_library_a_forced_path_is_refused() -> None:
-    hidden = "from entrenar import native; native._NAME = 'absent.so'" + SHOW
+    hidden = "from entrenar.native import library; library._NAME = 'absent.so'" + SHOW
     assert "not built" in run(hidden, ENTRENAR_LIBRARY="", ENTRENAR_KERNELS="generic").stdout
 
 
@@ -147,8 +149,9 @@ FORK = """
 import os, sys, torch
 from tests.support.all_kernels import everything
 from entrenar import native
+from entrenar.native import library
 native.set_path(sys.argv[1]) if len(sys.argv) > 1 else None
-if %s: native._library().entrenar_use_gomp(None)
+if %s: library.loaded().entrenar_use_gomp(None)
 torch.set_num_threads(2)
 before = everything()
 pid = os.fork()
@@ -172,9 +175,9 @@ def test_our_own_threads_give_the_same_bytes_as_torchs() -> None:
 import torch; torch.set_num_threads(3)
 from concurrent.futures import ThreadPoolExecutor
 from tests.support.all_kernels import everything
-from entrenar import native
+from entrenar.native import library
 before = [everything(seed) for seed in range(8)]
-native._library().entrenar_use_gomp(None)
+library.loaded().entrenar_use_gomp(None)
 print([everything(seed) for seed in range(8)] == before)
 with ThreadPoolExecutor(8) as pool: print(list(pool.map(everything, range(8))) == before)
 """
@@ -197,13 +200,11 @@ def test_no_kernel_writes_outside_its_buffers(path: str, count: int, dtype: torc
     y, y_raw = guarded(3 * 2, dtype)
     x = gaussian(3 * count, dtype)
     with native.using(path):
-        native.Function("entrenar_quantize_symmetric", "bbbnniii")(flat, bytes_, absmax, count, 64, 127, number, 2)
-        native.Function("entrenar_dequantize_int8", "bbbbbbnnii")(
-            bytes_, absmax, None, None, None, out, count, 64, number, 2
-        )
-        native.Function("entrenar_quantize_symmetric", "bbbnniii")(flat, codes, absmax, count, 64, 7, number, 2)
-        native.Function("entrenar_nest_scales", "bbbbbni")(absmax, None, None, nested, group, absmax.numel(), 2)
-        native.Function("entrenar_quantize_codebook", "bbbbnnii")(flat, CODEBOOK, codes, absmax, count, 64, number, 2)
+        native.Function("quantize_symmetric")(flat, bytes_, absmax, count, 64, 127, number, 2)
+        native.Function("dequantize_int8")(bytes_, absmax, None, None, None, out, count, 64, number, 2)
+        native.Function("quantize_symmetric")(flat, codes, absmax, count, 64, 7, number, 2)
+        native.Function("nest_scales")(absmax, None, None, nested, group, absmax.numel(), 2)
+        native.Function("quantize_codebook")(flat, CODEBOOK, codes, absmax, count, 64, number, 2)
         dequantize_codebook_into(codes, [absmax], CODEBOOK, 64, out)
         two_rows = torch.cat([codes, codes, codes])
         scales = torch.ones(-(-2 * count // 64))
@@ -214,14 +215,14 @@ def test_no_kernel_writes_outside_its_buffers(path: str, count: int, dtype: torc
         assert_guard(raw)
 
 
-QUANTIZE = native.Function("entrenar_quantize_codebook", "bbbbnnii")
-DEQUANTIZE = native.Function("entrenar_dequantize_codebook", "bbbbbbbnnii")
-INT8 = native.Function("entrenar_dequantize_int8", "bbbbbbnnii")
-SYMMETRIC = native.Function("entrenar_quantize_symmetric", "bbbnniii")
-LINEAR = native.Function("entrenar_linear_codebook", "pbbbnii")
-LINEAR_BACKWARD = native.Function("entrenar_linear_codebook_backward", "pbbnii")
-PANEL = native.Function("entrenar_dequantize_codebook_panel", "bbbbbbbnnnnnnnii")
-NEST = native.Function("entrenar_nest_scales", "bbbbbni")
+QUANTIZE = native.Function("quantize_codebook")
+DEQUANTIZE = native.Function("dequantize_codebook")
+INT8 = native.Function("dequantize_int8")
+SYMMETRIC = native.Function("quantize_symmetric")
+LINEAR = native.Function("linear_codebook")
+LINEAR_BACKWARD = native.Function("linear_codebook_backward")
+PANEL = native.Function("dequantize_codebook_panel")
+NEST = native.Function("nest_scales")
 
 
 @needs_library

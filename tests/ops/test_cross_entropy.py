@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_refused(kernel_path: str) -> None:
             cross_entropy_rows(logits, labels, softcap)
 
 
-KERNEL = native.Function("entrenar_cross_entropy", "bbbnnfiii")
+KERNEL = native.Function("cross_entropy")
 
 
 @pytest.mark.parametrize("path", NATIVE)

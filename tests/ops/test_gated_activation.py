@@ -182,8 +182,8 @@ def test_what_does_not_fit_is_refused() -> None:
             gated_activation(torch.zeros(2), up, "silu")
 
 
-FORWARD = native.Function("entrenar_gated_activation", "bbbniii")
-BACKWARD = native.Function("entrenar_gated_activation_backward", "bbbbbniii")
+FORWARD = native.Function("gated_activation")
+BACKWARD = native.Function("gated_activation_backward")
 
 
 @pytest.mark.parametrize("path", NATIVE)

@@ -20,8 +20,8 @@ K_TYPES = ("q4_k", "q5_k", "q6_k")
 GUARD = 64  # bytes around a buffer that must stay as they were
 
 needs_native = pytest.mark.skipif(not NATIVE_PATHS, reason="the native library is not built")
-_quantize = native.Function("entrenar_quantize_gguf", "bbbnniii")
-_dequantize = native.Function("entrenar_dequantize_gguf", "bbnniii")
+_quantize = native.Function("quantize_gguf")
+_dequantize = native.Function("dequantize_gguf")
 
 
 def _ggml(type: str) -> gguf.GGMLQuantizationType:

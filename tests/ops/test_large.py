@@ -13,7 +13,7 @@ from entrenar.ops.quantize_codebook import quantize_codebook
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 pytestmark = pytest.mark.parametrize("path", NATIVE)
 CODEBOOK = torch.linspace(-1, 1, 16)
-PANEL = native.Function("entrenar_dequantize_codebook_panel", "bbbbbbbnnnnnnnii")
+PANEL = native.Function("dequantize_codebook_panel")
 MAP_NORESERVE = 0x4000  # Python names it from 3.13 on; ignored where another system gives it no meaning
 ROWS, COLUMNS = 2**22 + 1, 4096  # 2³⁴ elements and a row
 

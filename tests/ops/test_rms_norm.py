@@ -169,9 +169,9 @@ def test_a_weight_of_another_size_is_refused() -> None:
         rms_norm(torch.zeros(2, 8), torch.zeros(7), 1e-6)
 
 
-FORWARD = native.Function("entrenar_rms_norm", "bbbnnffiii")
-BACKWARD = native.Function("entrenar_rms_norm_backward", "bbbbbnnffiii")
-WEIGHT = native.Function("entrenar_rms_norm_backward_weight", "bbbnnfiii")
+FORWARD = native.Function("rms_norm")
+BACKWARD = native.Function("rms_norm_backward")
+WEIGHT = native.Function("rms_norm_backward_weight")
 
 
 @pytest.mark.parametrize("path", NATIVE)

@@ -166,7 +166,7 @@ def test_angles_of_two_dtypes_are_refused() -> None:
         rotary(torch.zeros(2, 3, 4, 8), torch.zeros(1, 3, 8), torch.zeros(1, 3, 8).half())
 
 
-ROTARY = native.Function("entrenar_rotary", "sbbbnnnnnnnnniiii")
+ROTARY = native.Function("rotary")
 
 
 @pytest.mark.parametrize("path", NATIVE)

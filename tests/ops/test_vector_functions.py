@@ -12,7 +12,7 @@ from tests.support.compare import spacing
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 pytestmark = pytest.mark.parametrize("path", NATIVE)
-CALL = native.Function("entrenar_function", "bbni")
+CALL = native.Function("function")
 
 
 def normal_cumulative(x: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from entrenar.core.errors import InputError
-from entrenar.layers.adapted_native import MemberView
-from entrenar.ops.multiply import Source
+from entrenar.native.abi import MemberView, SourceView
 
-# Fields of a Source that its kind (dense, 4 bits, 8 bits) does not look at.
+# Fields of a SourceView that its kind (dense, 4 bits, 8 bits) does not look at.
 _UNUSED = {0: {"block_size"}, 1: {"stride", "dtype"}, 4: {"stride", "dtype"}}
 _NO_SIZES = (-1, 2**62, 2**63 - 1)
 # How many members there are is not to be seen; a block may be larger than its weight.
@@ -29,7 +28,7 @@ def fields(view: ctypes.Structure, at: str = "") -> Iterator[Field]:
         elif isinstance(value, ctypes.Array):
             for index, one in enumerate(value):
                 yield from fields(one, f"{at}{name}[{index}].")
-        elif not (isinstance(view, Source) and name in _UNUSED[view.kind]):
+        elif not (isinstance(view, SourceView) and name in _UNUSED[view.kind]):
             yield f"{at}{name}", view, name, kind
 
 

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from entrenar import native
+from entrenar.native import abi
+from entrenar.native.abi import GroupView, MemberView
 from entrenar.ops.linear_weight import LinearWeight
-from entrenar.ops.multiply import Source, Weight, dense_weight
+from entrenar.ops.multiply import Weight, dense_weight
 
-_STRIP, _STEP = 16, 32  # csrc/matmul/matmul.h
+_STRIP, _STEP = abi.constants("kStrip", "kStep")
 
 
 @dataclass(frozen=True)
@@ -95,37 +97,15 @@ def backward_native(tokens: Tensor | None, used: list[Used], wants_x: bool) -> t
     return dx, gradients()
 
 
-class MemberView(ctypes.Structure):
-    """csrc/adapted/adapted.h's MemberView."""
-
-    _fields_ = (
-        ("weight", Source), ("a", Source), ("b", Source), ("bias", ctypes.c_void_p), ("bias_bytes", ctypes.c_int64),
-        ("y", ctypes.c_void_p), ("y_bytes", ctypes.c_int64), ("da", ctypes.c_void_p), ("da_bytes", ctypes.c_int64),
-        ("db", ctypes.c_void_p), ("db_bytes", ctypes.c_int64), ("rank", ctypes.c_int64), ("scale", ctypes.c_float),
-        ("unused", ctypes.c_int32),
-    )  # fmt: skip
-
-
-class _GroupView(ctypes.Structure):
-    """csrc/adapted/adapted.h's GroupView."""
-
-    _fields_ = (
-        ("x", ctypes.c_void_p), ("x_bytes", ctypes.c_int64), ("dx", ctypes.c_void_p), ("dx_bytes", ctypes.c_int64),
-        ("residual", ctypes.c_void_p), ("residual_bytes", ctypes.c_int64), ("u", ctypes.c_void_p),
-        ("u_bytes", ctypes.c_int64), ("tokens", ctypes.c_int64), ("inner", ctypes.c_int64), ("count", ctypes.c_int64),
-        ("members", ctypes.c_void_p),
-    )  # fmt: skip
-
-
-_forward = native.Function("entrenar_adapted", "pi")
-_backward = native.Function("entrenar_adapted_backward", "pi")
+_forward = native.Function("adapted")
+_backward = native.Function("adapted_backward")
 
 
 def _run(
     function: native.Function, tokens: Tensor | None, shape: tuple[int, int], dx: Tensor | None, views: "MemberViews",
     residual: Tensor | None = None,
 ) -> None:  # fmt: skip
-    group = _GroupView(
+    group = GroupView(
         *native.buffer(tokens), *native.buffer(dx), *native.buffer(residual), None, 0, *shape, len(views.array),
         ctypes.addressof(views.array),
     )  # fmt: skip

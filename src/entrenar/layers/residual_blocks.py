@@ -6,7 +6,7 @@ Letters: B rows, T tokens, C hidden size, I inner size, H heads, G key-value hea
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import is_not
@@ -28,7 +28,7 @@ from entrenar.layers.adapted_native import (
     hidden_bytes,
     with_factors,
 )
-from entrenar.layers.block_views import AttentionView, MlpView, NormView, set_buffers
+from entrenar.native.abi import AttentionBlockView, MlpBlockView, NormView
 from entrenar.ops.gated_activation import KINDS
 
 
@@ -122,7 +122,7 @@ def after_attention(h: Tensor, attended: Tensor, output: Member, block: MlpBlock
     return mlp_block(added.view(h.shape), block, Keep.NOTHING)
 
 
-_attention_inputs = native.Function("entrenar_attention_inputs", "pi")
+_attention_inputs = native.Function("attention_inputs")
 
 
 class _Layout(NamedTuple):
@@ -148,8 +148,8 @@ class _Mlp:
     """An MLP block as a pass over h takes it."""
 
     block: MlpBlock
-    forward: ClassVar = native.Function("entrenar_mlp_block", "pi")
-    backward: ClassVar = native.Function("entrenar_mlp_block_backward", "pi")
+    forward: ClassVar = native.Function("mlp_block")
+    backward: ClassVar = native.Function("mlp_block_backward")
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -172,11 +172,11 @@ class _Mlp:
         }
         return kept | hidden
 
-    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> MlpView:
+    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> MlpBlockView:
         """The block as C takes it, without buffers."""
         block, tokens = self.block, h.shape[0] * h.shape[1]
         inner, activation = block.gate.weight.shape[0], KINDS[block.activation]
-        return MlpView(tokens, h.shape[2], inner, _norm_view(block.norm), members=members, activation=activation)
+        return MlpBlockView(tokens, h.shape[2], inner, _norm_view(block.norm), members=members, activation=activation)
 
     def set_call(self, view: Any) -> None:
         """Nothing else differs from call to call."""
@@ -189,8 +189,8 @@ class _Attention:
     block: AttentionBlock
     rotation: Rotation | None
     starts: Tensor | None = None
-    forward: ClassVar = native.Function("entrenar_attention_block", "pi")
-    backward: ClassVar = native.Function("entrenar_attention_block_backward", "pi")
+    forward: ClassVar = native.Function("attention_block")
+    backward: ClassVar = native.Function("attention_block_backward")
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -213,19 +213,19 @@ class _Attention:
         }
         return kept | hidden | {"lse": tokens * (block.q.weight.shape[0] // block.width) * 4}
 
-    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> AttentionView:
+    def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> AttentionBlockView:
         """The block as C takes it, without buffers."""
         block = self.block
         heads, kv_heads = (member.weight.shape[0] // block.width for member in (block.q, block.k))
         norms = map(_norm_view, self.norms)
-        return AttentionView(*h.shape, heads, kv_heads, block.width, *norms, members=members, scale=block.scale)
+        return AttentionBlockView(*h.shape, heads, kv_heads, block.width, *norms, members=members, scale=block.scale)
 
     def set_call(self, view: Any) -> None:
         """Set what differs from call to call beside h."""
-        set_buffers(view, {"starts": self.starts})
+        _set_buffers(view, {"starts": self.starts})
         if self.rotation is not None:
             cos, sin = self.rotation
-            set_buffers(view, {"cos": cos, "sin": sin})
+            _set_buffers(view, {"cos": cos, "sin": sin})
             view.rotary_batches, view.rotated, view.rotary_dtype = len(cos), cos.shape[-1], native.DTYPES[cos.dtype]
 
 
@@ -265,12 +265,19 @@ def _norm_view(norm: Norm | None) -> NormView:
 def _fresh_view(one: _Pass, made: _Prepared, buffers: dict[str, Tensor], room: Tensor) -> Any:
     """A view for one call: another thread may make one over the same block."""
     view = type(made.view).from_buffer_copy(made.view)
-    set_buffers(view, buffers)
+    _set_buffers(view, buffers)
     at = room.data_ptr()
     for name, begin, size in made.kept.places:
         setattr(view, name, (at + begin, size))
     one.set_call(view)
     return view
+
+
+def _set_buffers(view: ctypes.Structure, tensors: Mapping[str, Tensor | None]) -> None:
+    """Let a view's buffers of these names be these tensors."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(view, name, tuple(native.buffer(tensor)))
 
 
 def _run(function: native.Function, view: ctypes.Structure) -> None:

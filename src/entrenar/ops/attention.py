@@ -14,32 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entrenar import native
+from entrenar.native import abi
+from entrenar.native.abi import AttentionView, HeadsView
 from entrenar.ops.library import call, define, differentiate
 
-_STEP, _WIDEST = 32, 1024  # a head's width must be whole steps of csrc/matmul, and not wider than its rows of zeros
+_STEP, _WIDEST = abi.constants(
+    "kStep", "kMaxPlainWidth"
+)  # a head's width must be whole steps of csrc/matmul, and not wider than its rows of zeros
 
 
-class _Heads(ctypes.Structure):
-    """csrc/attention/attention.h's HeadsView."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_void_p if name == "data" else ctypes.c_int64)
-        for name in ("data", "bytes", "batch", "token", "head")
-    )
-
-
-class _View(ctypes.Structure):
-    """csrc/attention/attention.h's AttentionView."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "tokens", "heads", "kv_heads", "width")),
-        ("starts", ctypes.c_void_p), ("starts_bytes", ctypes.c_int64), ("scale", ctypes.c_float),
-        ("unused", ctypes.c_int32), ("q", _Heads), ("k", _Heads), ("v", _Heads),
-    )  # fmt: skip
-
-
-_attention = native.Function("entrenar_attention", "pbbi")
-_attention_backward = native.Function("entrenar_attention_backward", "pbbbbbbi")
+_attention = native.Function("attention")
+_attention_backward = native.Function("attention_backward")
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None = None) -> Tensor:
@@ -110,16 +95,16 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None) -> tuple[T
     return q, k, v, None if starts is None else starts.to(torch.int32).contiguous()
 
 
-def _view(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -> _View:
-    return _View(
+def _view(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -> AttentionView:
+    return AttentionView(
         *q.shape[:3], k.shape[2], q.shape[3], *native.buffer(starts), scale, 0,
         *(_heads(tensor) for tensor in (q, k, v)),
     )  # fmt: skip
 
 
-def _heads(tensor: Tensor) -> _Heads:
+def _heads(tensor: Tensor) -> HeadsView:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return _Heads(tensor.data_ptr(), reach * tensor.element_size(), *tensor.stride()[:3])
+    return HeadsView(tensor.data_ptr(), reach * tensor.element_size(), *tensor.stride()[:3])
 
 
 def _lse_like(q: Tensor) -> Tensor:

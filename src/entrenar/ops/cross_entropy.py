@@ -17,7 +17,7 @@ from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define
 from entrenar.ops.precision import widen
 
-_kernel = native.Function("entrenar_cross_entropy", "bbbnnfiii")
+_kernel = native.Function("cross_entropy")
 
 
 def cross_entropy_rows(logits: Tensor, labels: Tensor, softcap: float = 0.0) -> Tensor:

@@ -16,7 +16,7 @@ from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import unpack_nibbles
 from entrenar.ops.scales import decode_scales, scale_buffers
 
-_dequantize = native.Function("entrenar_dequantize_codebook", "bbbbbbbnnii")
+_dequantize = native.Function("dequantize_codebook")
 
 
 def dequantize_codebook(

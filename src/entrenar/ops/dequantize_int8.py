@@ -8,7 +8,7 @@ from entrenar.ops.blocks import chunks
 from entrenar.ops.library import call, define
 from entrenar.ops.scales import decode_scales, scale_buffers
 
-_dequantize = native.Function("entrenar_dequantize_int8", "bbbbbbnnii")
+_dequantize = native.Function("dequantize_int8")
 
 
 def dequantize_int8(codes: Tensor, scales: list[Tensor], block_size: int, dtype: torch.dtype) -> Tensor:

@@ -12,17 +12,20 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
+from entrenar.native import abi
 from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
-KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # csrc/elementwise/kernels.h's Activation
+KINDS: dict[str, int] = dict(
+    zip(("silu", "gelu", "gelu_tanh"), abi.constants("kSilu", "kGelu", "kGeluTanh"), strict=True)
+)
 _GPU_KINDS = ("silu", "gelu_tanh")  # Triton's erf would cancel below zero
 _SCALE, _CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 _FLAT = 20.0  # beyond, factor is 0 or 1 to the last bit of float64: the cube of a huge x must not overflow
 
-_forward = native.Function("entrenar_gated_activation", "bbbniii")
-_backward = native.Function("entrenar_gated_activation_backward", "bbbbbniii")
+_forward = native.Function("gated_activation")
+_backward = native.Function("gated_activation_backward")
 
 
 def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:

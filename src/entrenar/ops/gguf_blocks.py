@@ -19,8 +19,8 @@ from entrenar.ops.gguf_decode_reference import DECODERS
 from entrenar.ops.gguf_k_reference import SUPER_BLOCK, quantize_q4_k, quantize_q5_k, quantize_q6_k
 from entrenar.ops.library import call, define
 
-_quantize = native.Function("entrenar_quantize_gguf", "bbbnniii")
-_dequantize = native.Function("entrenar_dequantize_gguf", "bbnniii")
+_quantize = native.Function("quantize_gguf")
+_dequantize = native.Function("dequantize_gguf")
 
 _K_QUANTIZERS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "q4_k": quantize_q4_k,

@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entrenar import native
+from entrenar.native import abi
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.library import define, differentiate
 from entrenar.ops.multiply import Term, Weight, codebook_weight, multiply
 from entrenar.ops.panels import panel_step, scratch_for
 
-FEW_TOKENS, PACKED_TOKENS = 16, 4  # csrc/linear/linear.h's kMaxTokens and kMaxPackedTokens
+FEW_TOKENS, PACKED_TOKENS = abi.constants("kMaxTokens", "kMaxPackedTokens")
 
-_forward_few = native.Function("entrenar_linear_codebook", "pbbbnii")
-_backward_few = native.Function("entrenar_linear_codebook_backward", "pbbnii")
-_panel = native.Function("entrenar_dequantize_codebook_panel", "bbbbbbbnnnnnnnii")
+_forward_few = native.Function("linear_codebook")
+_backward_few = native.Function("linear_codebook_backward")
+_panel = native.Function("dequantize_codebook_panel")
 
 
 def linear_codebook(

@@ -17,12 +17,12 @@ UPPER_BINS, LOWER_BINS = 1 << 15, 1 << 16
 _WORD = 0xFFFFFFFF
 Key = tuple[int, int]
 
-_histogram = native.Function("entrenar_merge_histogram", "bibinnb")
-_between = native.Function("entrenar_merge_between", "bibinnnbb")
-_keep_top = native.Function("entrenar_merge_keep_top", "bibinnbib")
-_keep_random = native.Function("entrenar_merge_keep_random", "nnnnnb")
-_non_finite = native.Function("entrenar_merge_non_finite", "binb")
-_keep_by_rank = native.Function("entrenar_merge_keep_by_rank", "bibinnbnnnb")
+_histogram = native.Function("merge_histogram")
+_between = native.Function("merge_between")
+_keep_top = native.Function("merge_keep_top")
+_keep_random = native.Function("merge_keep_random")
+_non_finite = native.Function("merge_non_finite")
+_keep_by_rank = native.Function("merge_keep_by_rank")
 
 
 def magnitude_bits(

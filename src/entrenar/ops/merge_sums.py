@@ -13,10 +13,10 @@ from torch import Tensor
 from entrenar import native
 from entrenar.ops.merge_operands import difference, dtype_code, is_native, rows, sum_dtype
 
-_weighted_sum = native.Function("entrenar_merge_weighted_sum", "bbnnbi")
-_task_sum = native.Function("entrenar_merge_task_sum", "bibbnnbibi")
-_gram = native.Function("entrenar_merge_gram", "bnbinb")
-_absolute_sums = native.Function("entrenar_merge_absolute_sums", "bibibnb")
+_weighted_sum = native.Function("merge_weighted_sum")
+_task_sum = native.Function("merge_task_sum")
+_gram = native.Function("merge_gram")
+_absolute_sums = native.Function("merge_absolute_sums")
 
 
 def weighted_sum(

@@ -14,39 +14,20 @@ import torch
 from torch import Tensor
 
 from entrenar import native
+from entrenar.native import abi
+from entrenar.native.abi import ScaleBuffers, SourceView, TermView
 from entrenar.ops.scales import scale_buffers
 
-_DENSE, _CODEBOOK4, _GGUF, _INT8 = 0, 1, 3, 4
-
-
-class Source(ctypes.Structure):
-    """csrc/matmul/source.h's SourceView."""
-
-    _fields_ = (
-        ("kind", ctypes.c_int32), ("dtype", ctypes.c_int32), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64),
-        ("stride", ctypes.c_int64), ("scale", ctypes.c_float), ("unused", ctypes.c_int32),
-        ("block_size", ctypes.c_int64), ("data", ctypes.c_void_p), ("data_bytes", ctypes.c_int64),
-        ("values", ctypes.c_void_p), ("values_bytes", ctypes.c_int64), ("group", ctypes.c_void_p),
-        ("group_bytes", ctypes.c_int64), ("offset", ctypes.c_void_p), ("offset_bytes", ctypes.c_int64),
-        ("map", ctypes.c_void_p), ("map_bytes", ctypes.c_int64), ("codebook", ctypes.c_void_p),
-        ("codebook_bytes", ctypes.c_int64),
-    )  # fmt: skip
-
-
-class _Term(ctypes.Structure):
-    """csrc/matmul/matmul.cpp's TermView."""
-
-    _fields_ = (
-        ("a", ctypes.c_void_p), ("a_bytes", ctypes.c_int64), ("a_stride", ctypes.c_int64), ("inner", ctypes.c_int64),
-        ("transposed", ctypes.c_int32), ("unused", ctypes.c_int32), ("source", Source),
-    )  # fmt: skip
+_DENSE, _CODEBOOK4, _GGUF, _INT8 = abi.constants(
+    "SourceKind::dense", "SourceKind::codebook4", "SourceKind::gguf", "SourceKind::int8"
+)
 
 
 @dataclass(frozen=True)
 class Weight:
     """A weight to multiply by: its C view, and the tensors that view points into, with their addresses."""
 
-    view: Source
+    view: SourceView
     held: tuple[Tensor | None, ...]
     addresses: Sequence[int] = ()
 
@@ -61,7 +42,7 @@ def dense_weight(matrix: Tensor, scale: float = 1.0) -> Weight:
     assert step == 1 or columns <= 1
     reach = ((rows - 1) * stride + columns) * matrix.itemsize if rows else 0
     dtype = native.DTYPES[matrix.dtype]
-    return Weight(Source(_DENSE, dtype, rows, columns, stride, scale, 0, 0, matrix.data_ptr(), reach), (matrix,))
+    return Weight(SourceView(_DENSE, dtype, rows, columns, stride, scale, 0, 0, matrix.data_ptr(), reach), (matrix,))
 
 
 def codebook_weight(
@@ -80,8 +61,11 @@ def _quantized(
     kind: int, codes: Tensor, scales: list[Tensor], codebook: Tensor | None, block_size: int, shape: tuple[int, int]
 ) -> Weight:
     held = (codes.contiguous(), *scale_buffers(scales), None if codebook is None else codebook.contiguous())
-    pairs = [pair for tensor in held for pair in native.buffer(tensor)]
-    view = Source(kind, 0, *shape, shape[1], 1.0, 0, block_size, *pairs)
+    parts, of_scales, of_codebook = (
+        [value for tensor in tensors for value in native.buffer(tensor)]
+        for tensors in (held[:1], held[1:-1], held[-1:])
+    )
+    view = SourceView(kind, 0, *shape, shape[1], 1.0, 0, block_size, *parts, ScaleBuffers(*of_scales), *of_codebook)
     return Weight(view, held, [tensor.data_ptr() for tensor in held if tensor is not None])
 
 
@@ -89,7 +73,9 @@ def gguf_weight(packed: Tensor, type: str, shape: tuple[int, int]) -> Weight:
     """Blocks of a GGUF type, as ops/gguf_blocks.py takes them."""
     held = packed.contiguous()
     kind = gguf.GGMLQuantizationType[type.upper()]
-    return Weight(Source(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,), [held.data_ptr()])
+    return Weight(
+        SourceView(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,), [held.data_ptr()]
+    )
 
 
 @dataclass(frozen=True)
@@ -104,12 +90,12 @@ class Term:
     transposed: bool
 
 
-_multiply = native.Function("entrenar_multiply", "pnbbnnfii")
+_multiply = native.Function("multiply")
 
 
 def multiply(terms: list[Term], out: Tensor, alpha: float = 1.0, bias: Tensor | None = None) -> Tensor:
     """out (M, N), contiguous float32 or bfloat16, = alpha · Σ A·op(B) + bias (N,) bfloat16; returned."""
-    array = (_Term * len(terms))()
+    array = (TermView * len(terms))()
     for view, term in zip(array, terms, strict=True):
         rows, inner = term.a.shape
         stride = term.a.stride(0) if rows > 1 else inner

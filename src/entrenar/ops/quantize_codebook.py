@@ -16,7 +16,7 @@ from entrenar.ops.nibbles import pack_nibbles
 # bitsandbytes' guard against division by zero; a partial block of zeros also stores it as its absmax.
 TINY = 1e-38
 
-_quantize = native.Function("entrenar_quantize_codebook", "bbbbnnii")
+_quantize = native.Function("quantize_codebook")
 
 
 def quantize_codebook(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from entrenar.ops.blocks import block_absmax, block_count, chunks
 from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import pack_nibbles
 
-_quantize = native.Function("entrenar_quantize_symmetric", "bbbnniii")
+_quantize = native.Function("quantize_symmetric")
 
 
 def quantize_symmetric(flat: Tensor, limit: int, block_size: int) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,9 @@ from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
-_forward = native.Function("entrenar_rms_norm", "bbbnnffiii")
-_backward = native.Function("entrenar_rms_norm_backward", "bbbbbnnffiii")
-_weight = native.Function("entrenar_rms_norm_backward_weight", "bbbnnfiii")
+_forward = native.Function("rms_norm")
+_backward = native.Function("rms_norm_backward")
+_weight = native.Function("rms_norm_backward_weight")
 
 
 _WIDEST_ON_GPU = 1 << 15  # a program holds a row in registers

@@ -16,7 +16,7 @@ from entrenar.ops.gpu_kernels import GpuKernel, numbers
 from entrenar.ops.library import call, define, differentiate
 from entrenar.ops.precision import widen
 
-_rotate = native.Function("entrenar_rotary", "sbbbnnnnnnnnniiii")
+_rotate = native.Function("rotary")
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

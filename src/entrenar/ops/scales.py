@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from entrenar import native
+from entrenar.native import abi
 from entrenar.ops.blocks import block_absmax, block_count
 from entrenar.ops.library import call, define
 
-GROUP = 256
+(GROUP,) = abi.constants("kScaleGroup")
 
-_nest = native.Function("entrenar_nest_scales", "bbbbbni")
-_decode = native.Function("entrenar_decode_scales", "bbbbbni")
+_nest = native.Function("nest_scales")
+_decode = native.Function("decode_scales")
 
 
 def nest_scales(scales: Tensor, offset: Tensor | None = None, dynamic_map: Tensor | None = None) -> list[Tensor]:

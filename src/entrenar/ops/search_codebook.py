@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entrenar import native
+from entrenar.native import abi
 from entrenar.ops.blocks import block_count, chunks
 from entrenar.ops.library import call, define
 from entrenar.ops.nibbles import pack_nibbles
 from entrenar.ops.quantize_codebook import empty_codes, takes_codebook
 
-# csrc/codebook4/search.h has the same numbers.
+# csrc/codebook4/search.h has the same shares and the same smallest magnitude; tests compare every path with this.
 SHARES = (0.84, 0.94, 1.04)
-_SUM_LANES = 8
+(_SUM_LANES,) = abi.constants("kSumLanes")
 _SMALLEST = 2.0**-100
 
-_search = native.Function("entrenar_search_codebook", "bbbbnnii")
+_search = native.Function("search_codebook")
 
 
 def search_codebook(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from entrenar.core.errors import InputError
 
 _WHOLE, _PIECE = 1 << 14, 1 << 10  # bytes: a tensor up to so large counts whole, of others three pieces
 _PACKAGES = ("torch", "transformers", "entrenar", "triton")
-_ROOMS = ("models", "ops", "quant")  # whose code decides what forwards compute
+_ROOMS = ("models", "layers", "native", "ops", "quant")  # whose code decides what forwards compute
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def _machine(device: torch.device) -> str:
 @cache
 def _code() -> str:
     """Versions, and a digest of our own code and library: a checkout's version says little."""
-    digest, root = hashlib.sha256(), Path(__file__).parents[1]
+    digest, root = hashlib.sha256(), Path(__file__).parents[2]
     for room in _ROOMS:
-        for path in sorted((root / room).glob("*.py")):
+        for path in sorted((root / room).rglob("*.py")):
             digest.update(path.read_bytes())
     library = native.file()
     if library is not None:
