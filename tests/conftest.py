@@ -1,6 +1,5 @@
 """Fixtures that all rooms share: a tiny tokenizer, a tiny Llama on disk, a little data, and the real SmolLM2."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 
@@ -13,16 +12,11 @@ from pathlib import Path
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".pytest_cache" / "home")
 
 import pytest
-import torch
 import yaml
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import decoders as decode
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from entrenar import native
-from entrenar.gguf.pre_tokenizers import PRE_TOKENIZERS
+from tests.support import tiny_llama
 from tests.support.gguf_files import make_gguf
 
 __all__ = ["make_gguf"]
@@ -43,63 +37,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 MakeConfig = Callable[..., Path]
 _ROOT = Path(__file__).parent
-_HEADERS = "system\nYou are a helpful AI assistant named SmolLM, user\nassistant\n"
-_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_SUBJECTS = ("the lamp", "the door", "a window", "the radio", "my clock", "the heater")
-_ACTIONS = (("switch on", "on"), ("switch off", "off"), ("check", "status"), ("reset", "reset"))
-
-
-def _exchanges() -> list[dict[str, str]]:
-    """24 requests and their answers, all different."""
-    return [
-        {"prompt": f"Please {verb} {thing}.", "completion": f'{{"do": "{command}", "what": "{thing.split()[1]}"}}'}
-        for thing in _SUBJECTS
-        for verb, command in _ACTIONS
-    ]
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 400 tokens at most, with SmolLM2's split, special tokens and chat template; read only."""
-    backend = Tokenizer(BPE())
-    backend.pre_tokenizer = PRE_TOKENIZERS["smollm"].make()
-    backend.decoder = decode.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=400, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    texts = [text for row in _exchanges() for text in row.values()] + [_HEADERS]
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token=_SPECIAL[0], bos_token=_SPECIAL[1], eos_token=_SPECIAL[2],
-        pad_token=_SPECIAL[2], clean_up_tokenization_spaces=False, model_max_length=512,
-    )  # fmt: skip
-    tokenizer.chat_template = (_ROOT / "templates" / "smollm2.jinja").read_text(encoding="utf-8")
-    return tokenizer
+    return tiny_llama.make_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A random two-layer Llama (float32, tied embeddings, grouped queries) as a Hugging Face directory; read only."""
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-        initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    directory = tmp_path_factory.mktemp("tiny-llama")
-    model.save_pretrained(directory)
-    tiny_tokenizer.save_pretrained(directory)
-    return directory
+    return tiny_llama.save_model(tmp_path_factory.mktemp("tiny-llama"), tiny_tokenizer)
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of 24 different prompt/completion rows; read only."""
-    path = tmp_path_factory.mktemp("tiny-data") / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in _exchanges()), encoding="utf-8")
-    return path
+    return tiny_llama.write_rows(tmp_path_factory.mktemp("tiny-data") / "train.jsonl")
 
 
 @pytest.fixture(params=[path for path in native.supported_paths() if path != "reference"], scope="module")

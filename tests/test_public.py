@@ -1,5 +1,6 @@
 """The public names: listed, found, and loaded only when used."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -28,3 +29,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, entrenar; assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_installed_version_is_the_packages() -> None:
+    """pyproject.toml reads it from there."""
+    assert importlib.metadata.version("entrenar") == entrenar.__version__

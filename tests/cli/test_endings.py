@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import save_file
 from torch import zeros
+
+import entrenar
+from entrenar import native
 
 _HOSTILE = "\x1b[2J\x1b]0;x\x07\r\u202e\u200b"
 
@@ -82,7 +86,8 @@ def test_an_output_that_takes_nothing_is_one_sentence() -> None:
 
 def test_help_and_version_have_their_usual_names() -> None:
     code = "import sys; from entrenar.cli.main import main; sys.argv[0] = 'entrenar'; main()"
-    assert python(code, "--version").stdout == "entrenar 0.1.0\n"
+    expected = f"entrenar {entrenar.__version__}, kernels: {native.path()}, torch {torch.__version__}\n"
+    assert python(code, "--version").stdout == expected
     assert python(code, "export", "-h").stdout == python(code, "export", "--help").stdout
     assert "Usage: entrenar" in python(code).stdout
     wrong = python(code, "export", "x", "--tpye", "f16")

@@ -20,14 +20,19 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        write_line(f"entrenar {__version__}")
+        import torch  # only here: `--help` shall not wait for it
+
+        from entrenar import native
+
+        write_line(f"entrenar {__version__}, kernels: {native.path()}, torch {torch.__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def entrenar(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show versions and kernels, and exit."),
     ] = False,
 ) -> None:
     """Fine-tune a language model with 4-bit QLoRA on one machine, fuse it and ship it."""
