@@ -13,14 +13,20 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from entrenar.core.errors import InputError
-from entrenar.files.bitsandbytes import BitsandbytesWeights, Layout, PackedWeight, four_bit_tensors, is_bitsandbytes
+from entrenar.files.bitsandbytes import (
+    BitsandbytesWeight,
+    BitsandbytesWeights,
+    Layout,
+    four_bit_tensors,
+    is_bitsandbytes,
+)
 from entrenar.files.safetensors import SafetensorsCheckpoint, write_checkpoint
 from entrenar.quant.tensor import quantize
 
 SHAPE = (37, 1001)  # an odd number of elements, more than two groups of 256 blocks of 64
 
 
-def stored_weight(directory: Path, kind: str) -> PackedWeight:
+def stored_weight(directory: Path, kind: str) -> BitsandbytesWeight:
     """A random weight on disk: `int8`, or a 4-bit format, perhaps nested."""
     values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     if kind == "int8":
@@ -36,13 +42,13 @@ def stored_weight(directory: Path, kind: str) -> PackedWeight:
 
 
 @pytest.fixture(scope="module", params=["nf4", "nf4 nested", "fp4", "fp4 nested", "int8"])
-def weight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PackedWeight:
+def weight(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BitsandbytesWeight:
     return stored_weight(tmp_path_factory.mktemp("packed"), request.param)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_a_range_is_that_part_of_the_whole(weight: PackedWeight, data: st.DataObject) -> None:
+def test_a_range_is_that_part_of_the_whole(weight: BitsandbytesWeight, data: st.DataObject) -> None:
     whole = weight.read().dequantize().view(-1)
     start = data.draw(st.integers(0, len(whole)))
     count = data.draw(st.integers(0, len(whole) - start))
@@ -84,9 +90,9 @@ def read_all(tensors: dict[str, torch.Tensor], directory: Path) -> torch.Tensor:
     checkpoint = SafetensorsCheckpoint(directory)
     assert is_bitsandbytes(checkpoint.names())
     weights = BitsandbytesWeights(checkpoint)
-    (name,) = weights.packed()
-    weights.packed_bytes(name)
-    whole = weights.quantized(name).dequantize()
+    (name,) = weights.formats()
+    weights.bytes_of(name)
+    whole = weights.weight(name).read().dequantize()
     assert torch.equal(weights.weight(name).read_range(1, 70), whole.view(-1)[1:71])
     return whole
 

@@ -148,9 +148,9 @@ def test_codes_are_bytes_whatever_they_are_stored_as(
         beside = {f"x.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
         save_file({"x.weight": packed} | beside, tmp_path / "model.safetensors")
         weights = BitsandbytesWeights(SafetensorsCheckpoint(tmp_path))
-        assert weights.packed() == {"x.weight": (format, (136, 1024))}
-        held = weights.quantized("x.weight")
-        assert held.memory_bytes == weights.packed_bytes("x.weight") < 0.8 * weight.numel()
+        assert weights.formats() == {"x.weight": (format, (136, 1024))}
+        held = weights.weight("x.weight").read()
+        assert held.memory_bytes == weights.bytes_of("x.weight") < 0.8 * weight.numel()
         torch.testing.assert_close(held.dequantize().view(-1), expected, atol=1e-6, rtol=1e-6)
         for start, count in ((0, 7), (5, 70_001), (65_536, 65_536), (139_263, 1)):
             piece = weights.weight("x.weight").read_range(start, count)

@@ -54,8 +54,8 @@ class StreamedModel:
         self.meta = build_on_meta(source, torch.float32)
         self._stored = match_tensors(self.meta, source)
         self._buffers = saved_buffers(self.meta)
-        self._adapter, self._base, self._packed = adapter, base, source.packed
-        self._packed_names = source.packed.packed() if source.packed else {}
+        self._adapter, self._base, self._prequantized = adapter, base, source.prequantized
+        self._prequantized_names = source.prequantized.formats() if source.prequantized else {}
         head = self.meta.get_output_embeddings()
         assert head is not None
         self._experts = expert_weights(self.meta, set(source.weights.names()))
@@ -73,8 +73,8 @@ class StreamedModel:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor."""
-        if name in self._packed_names:
-            return self._packed_names[name][1]
+        if name in self._prequantized_names:
+            return self._prequantized_names[name][1]
         shape = self._stored[name].shape
         return (self.vocabulary, *shape[1:]) if name in self._pair else shape
 
@@ -110,7 +110,9 @@ class StreamedModel:
         adapter, layer = self._adapter, self._layer(name)
         if adapter and name in adapter.tensors.saved:
             return Fused(adapter.tensors.saved[name].float(), None)
-        packed = self._packed.quantized(name) if self._packed and name in self._packed_names else None
+        packed = (
+            self._prequantized.weight(name).read() if self._prequantized and name in self._prequantized_names else None
+        )
         weight = self._stored[name].read() if packed is None else packed.dequantize()
         if name in self._pair:
             weight = self._with_new_rows(name, weight)
@@ -194,7 +196,7 @@ class StreamedModel:
     def _check_base(self, base: Mapping[str, Tensor]) -> None:
         """InputError where the base's own weights, which peft writes beside an adapted head, are not the model's."""
         for name, tensor in base.items():
-            if name not in self._stored or name in self._packed_names:
+            if name not in self._stored or name in self._prequantized_names:
                 continue  # a tied head's, which is the embedding; what is quantized has been rounded
             own = self._stored[name].read()
             if not _agree(own, tensor[: len(own)]):  # rows of new tokens come after the base's

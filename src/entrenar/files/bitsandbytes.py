@@ -8,6 +8,7 @@ An int8 weight is `W` I8 (out, in) with `SCB` F32 (out,) beside it: W = q · SCB
 
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
-class PackedWeight:
+class BitsandbytesWeight:
     """A quantized weight in its file, read whole or from any element on.
 
     Attributes:
@@ -90,7 +91,7 @@ def _read(stored: StoredTensor, start: int, end: int) -> Tensor:
 
 
 class BitsandbytesWeights:
-    """The tensors of a checkpoint without bitsandbytes' own beside the weights; see `opening.source.Weights`.
+    """The tensors of a checkpoint without bitsandbytes' own beside the weights; see `files.prequantized`.
 
     Raises:
         InputError: two states for one weight, or a state or scales without a weight.
@@ -126,7 +127,7 @@ class BitsandbytesWeights:
         """Every weight's name."""
         return self._names
 
-    def packed(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def formats(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → number format and shape of every quantized weight.
 
         Raises:
@@ -136,18 +137,14 @@ class BitsandbytesWeights:
         found = {name: (str(state.quant_type), state.shape) for name, state in states.items()}
         return found | {name: ("int8", self.checkpoint.tensors[name].shape) for name in self._int8}
 
-    def packed_bytes(self, name: str) -> int:
-        """Bytes of a quantized weight as `quantized` holds it; InputError as `weight`."""
+    def bytes_of(self, name: str) -> int:
+        """Bytes of a quantized weight that is read; InputError as `weight`."""
         weight = self.weight(name)
         if weight.nested_scales is None:
             return weight.codes.size + _SCALE_BYTES * weight.scales.numel
         return weight.codes.size + weight.scales.size + _SCALE_BYTES * (weight.nested_scales.numel + 1)  # the offset
 
-    def quantized(self, name: str) -> QuantizedTensor:
-        """A quantized weight, its bytes as they are; InputError as `weight`."""
-        return self.weight(name).read()
-
-    def weight(self, name: str) -> PackedWeight:
+    def weight(self, name: str) -> BitsandbytesWeight:
         """A quantized weight in its file.
 
         Raises:
@@ -159,15 +156,15 @@ class BitsandbytesWeights:
     def _state(self, name: str) -> QuantState:
         return read_state(self.checkpoint, name, self._states[name])
 
-    def _four_bit(self, name: str) -> PackedWeight:
+    def _four_bit(self, name: str) -> BitsandbytesWeight:
         state = self._state(name)
         parts = four_bit_parts(self.checkpoint, name, state)
-        return PackedWeight(
+        return BitsandbytesWeight(
             state.quant_type, state.shape, state.torch_dtype, state.blocksize,
             parts.codes, parts.scales, parts.nested_scales, state.nested_offset or 0.0,
         )  # fmt: skip
 
-    def _eight_bit(self, name: str) -> PackedWeight:
+    def _eight_bit(self, name: str) -> BitsandbytesWeight:
         where = f"{self.checkpoint.tensors[name].file.path}: {name}"
         owner = name.removesuffix("weight")
         codes, largest = self.checkpoint.stored(name), self.checkpoint.stored(f"{owner}SCB")
@@ -178,7 +175,14 @@ class BitsandbytesWeights:
         order = f"{owner}weight_format"
         if order in self.checkpoint.tensors and any(self.checkpoint.stored(order).first_bytes(8)):
             raise InputError(f"{where} is LLM.int8 in the order of a GPU (weight_format is not 0): save it row by row")
-        return PackedWeight("int8", codes.shape, torch.float16, codes.shape[1], codes, largest)
+        return BitsandbytesWeight("int8", codes.shape, torch.float16, codes.shape[1], codes, largest)
+
+
+def claims(name: str, names: list[str]) -> bool:
+    """Whether bitsandbytes' own tensors lie beside a weight; `names` sorted."""
+    scales, state = f"{name.removesuffix('weight')}SCB", f"{name}{STATE}"
+    at, state_at = bisect_left(names, scales), bisect_left(names, state)
+    return names[at : at + 1] == [scales] or any(one.startswith(state) for one in names[state_at : state_at + 1])
 
 
 def is_bitsandbytes(names: Iterable[str]) -> bool:

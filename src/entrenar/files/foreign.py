@@ -1,8 +1,8 @@
 """Weights that other tools quantized, recognised by their tensors; none of them is read.
 
 What a file holds is told by its names and types, because its config may say nothing (AutoGPTQ, ModelOpt, MLX and early
-fp8 files): codes are integers or 8 bits wide and have scales of their own beside them. bitsandbytes' files are read
-(files/bitsandbytes.py); a weight that is merely stored as fp8, without a scale, is a plain number.
+fp8 files): codes are integers or 8 bits wide and have scales of their own beside them. What is read is told in
+prequantized.py; a weight that is merely stored as fp8, without a scale, is a plain number.
 """
 
 from bisect import bisect_left
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from entrenar.core.errors import InputError
-from entrenar.files.bitsandbytes_state import STATE
+from entrenar.files.prequantized import PREQUANTIZED
 from entrenar.files.safetensors import TensorInfo
 
 # No name of safetensors' floats of 16 bits and more begins with these; C64 and BOOL hold no codes either.
@@ -82,7 +82,7 @@ def refuse_foreign(directory: Path, config: Mapping[str, Any], tensors: Mapping[
             where the config says that plain numbers are quantized.
     """
     said, names = _said(config), sorted(tensors)
-    found = next((each for each in _found(tensors, names) if not _is_bitsandbytes(each[1], names)), None)
+    found = next((each for each in _found(tensors, names) if not _is_read(each[1], names)), None)
     if found is not None:
         tool, name = found
         raise InputError(
@@ -97,7 +97,7 @@ def refuse_foreign(directory: Path, config: Mapping[str, Any], tensors: Mapping[
 
 
 def _said(config: Mapping[str, Any]) -> str | None:
-    """What the config calls the quantization; None if it says nothing, or that it is bitsandbytes'."""
+    """What the config calls the quantization; None if it says nothing, or a kind that is read."""
     for inside in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config", "quantization"):
             stated = inside.get(key) if isinstance(inside, Mapping) else None
@@ -108,7 +108,7 @@ def _said(config: Mapping[str, Any]) -> str | None:
 
 def _method(stated: Mapping[str, Any]) -> str | None:
     if method := stated.get("quant_method") or stated.get("quant_algo"):
-        return None if method == "bitsandbytes" else str(method)[:40]
+        return None if any(method in kind.methods for kind in PREQUANTIZED) else str(method)[:40]
     if "bits" in stated and "group_size" in stated:
         return "mlx"
     if any(str(key).startswith(("load_in_", "bnb_")) for key in stated):
@@ -164,10 +164,9 @@ def _awq_or_gptq(tool: str, leaves: Mapping[str, TensorInfo]) -> str:
     return "gptq" if leaves["qweight"].shape[-1:] == leaves["scales"].shape[-1:] else "awq"
 
 
-def _is_bitsandbytes(name: str, names: list[str]) -> bool:
-    """Whether bitsandbytes' own tensors lie beside a weight."""
-    beside = f"{name.removesuffix('weight')}SCB"
-    return beside in _beginning_with(beside, names) or bool(_beginning_with(f"{name}{STATE}", names))
+def _is_read(name: str, names: list[str]) -> bool:
+    """Whether a tensor is a weight of a kind of checkpoint that is read."""
+    return any(kind.claims(name, names) for kind in PREQUANTIZED)
 
 
 def _beginning_with(start: str, names: list[str]) -> list[str]:

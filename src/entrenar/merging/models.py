@@ -17,9 +17,9 @@ from torch import Tensor
 
 from entrenar.core.documents import read_json, reason
 from entrenar.core.errors import InputError, listing
-from entrenar.files.bitsandbytes import BitsandbytesWeights, PackedWeight, is_bitsandbytes
 from entrenar.files.foreign import refuse_foreign
 from entrenar.files.peft import PeftAdapter, read_adapter
+from entrenar.files.prequantized import PrequantizedWeight, PrequantizedWeights, open_prequantized
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.lora.matching import check_complete, is_all_linear
@@ -63,7 +63,7 @@ class StoredSource:
 class PackedSource:
     """A weight that bitsandbytes quantized, dequantized as it is read."""
 
-    weight: PackedWeight
+    weight: PrequantizedWeight
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,8 +202,8 @@ def _open_directory(label: str, path: str) -> InputModel:
     config.pop("quantization_config", None)
     left_out = tuple(name for name in checkpoint.names() if name.endswith(_NOT_WEIGHTS))
     stored = {name: checkpoint.stored(name) for name in checkpoint.names() if name not in left_out}
-    packed = BitsandbytesWeights(checkpoint) if is_bitsandbytes(stored) else None
-    tensors = _tensors(stored) if packed is None else _packed_tensors(packed, stored)
+    weights = open_prequantized(checkpoint)
+    tensors = _tensors(stored) if weights is None else _dequantized_tensors(weights, stored)
     return InputModel(label, directory, config, tensors, _fingerprint(stored), left_out)
 
 
@@ -243,12 +243,12 @@ def _tensors(stored: dict[str, StoredTensor]) -> dict[str, InputTensor]:
     }
 
 
-def _packed_tensors(weights: BitsandbytesWeights, stored: dict[str, StoredTensor]) -> dict[str, InputTensor]:
-    packed = weights.packed()
-    plain = _tensors({name: stored[name] for name in weights.names() if name in stored and name not in packed})
+def _dequantized_tensors(weights: PrequantizedWeights, stored: dict[str, StoredTensor]) -> dict[str, InputTensor]:
+    formats = weights.formats()
+    plain = _tensors({name: stored[name] for name in weights.names() if name in stored and name not in formats})
     return plain | {
-        name: InputTensor(weight.shape, weight.dtype, PackedSource(weight), weights.packed_bytes(name))
-        for name in packed
+        name: InputTensor(weight.shape, weight.dtype, PackedSource(weight), weights.bytes_of(name))
+        for name in formats
         for weight in (weights.weight(name),)
     }
 

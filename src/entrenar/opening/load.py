@@ -111,9 +111,9 @@ def load_source(
     with closing(stream(list(tensors.values()), map(sink, tensors))) as filled:
         for name, held in zip(tensors, filled, strict=True):
             place(name, held.finish())
-    if source.packed is not None:
+    if source.prequantized is not None:
         for name in packed:
-            place(name, source.packed.quantized(name))
+            place(name, source.prequantized.weight(name).read())
     _tie(model)
     _compute_buffers(model, device)
     head = model.get_output_embeddings()
@@ -130,7 +130,7 @@ def _packed_names(source: ModelSource, quantize: str) -> list[str]:
     Raises:
         InputError: they are in another format than `quantize`: they are not quantized twice.
     """
-    packed = source.packed.packed() if source.packed else {}
+    packed = source.prequantized.formats() if source.prequantized else {}
     others = sorted({format for format, _ in packed.values()} - {quantize})
     if others and quantize != UNQUANTIZED:
         raise InputError(

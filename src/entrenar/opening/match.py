@@ -23,14 +23,14 @@ def match_tensors(model: PreTrainedModel, source: ModelSource) -> dict[str, Stor
     """The source's tensor for each parameter and saved buffer, in the order of the files; a tied one may have none.
 
     Under transformers' names, but those of a mixture's blocks as the files have them (models/experts.py). Of a weight
-    that the source holds quantized (`ModelSource.packed`) it is the tensor of its codes.
+    that the source holds quantized (`ModelSource.prequantized`) it is the tensor of its codes.
 
     Raises:
         InputError: a parameter or saved buffer without a tensor or the reverse, a shape or dtype that does not fit, or
             a tied tensor with values of its own.
     """
     _check_names(model, source)
-    names, packed = set(source.weights.names()), source.packed.packed() if source.packed else {}
+    names, packed = set(source.weights.names()), source.prequantized.formats() if source.prequantized else {}
     found: dict[str, StoredTensor] = {}
     buffers = saved_buffers(model)
     for name, shape in _wanted(model, names).items():

@@ -26,7 +26,7 @@ def weights_of(source: ModelSource) -> Callable[[str], Tensor]:
     def read(layer: str) -> Tensor:
         if f"{layer}.weight" not in names:
             raise InputError(f"{source.path} has no {layer}.weight: give the model that the adapted one was made of")
-        if source.packed and f"{layer}.weight" in source.packed.packed():
+        if source.prequantized and f"{layer}.weight" in source.prequantized.formats():
             raise InputError(f"{source.path} holds {layer}.weight quantized alone: give the model it was made of")
         return source.weights.stored(f"{layer}.weight").read()
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
-from entrenar.files.bitsandbytes import BitsandbytesWeights, is_bitsandbytes
 from entrenar.files.peft import whole_rows
+from entrenar.files.prequantized import PrequantizedWeights, open_prequantized
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.gguf.config import check_layers, config_from_metadata
 from entrenar.gguf.families import BIASES, Family, family_of, has_bias, has_stem
@@ -50,6 +50,7 @@ class ModelSource:
     make_tokenizer: Callable[[], PreTrainedTokenizerBase]
     weights: Weights
     generation: GenerationConfig | None = None
+    prequantized: PrequantizedWeights | None = None  # the same weights, for a checkpoint that comes quantized
     blocks: "GGUFWeights | None" = None  # the same weights as the file holds them, for a GGUF
     provenance: Mapping[str, str] = field(default_factory=dict)
 
@@ -58,11 +59,6 @@ class ModelSource:
         """The model's tokenizer, its chat template included."""
         with _reading(self.path):
             return self.make_tokenizer()
-
-    @property
-    def packed(self) -> BitsandbytesWeights | None:
-        """The same weights as bitsandbytes quantized them; None for any other checkpoint."""
-        return self.weights if isinstance(self.weights, BitsandbytesWeights) else None
 
 
 def open_source(path: str, *, with_tokenizer: bool = True) -> ModelSource:
@@ -114,12 +110,10 @@ def _open_directory(path: str) -> ModelSource:
     make_tokenizer = partial(read_tokenizer, directory)
     made = _provenance(checkpoint.metadata)
     checkpoint = with_prefix(checkpoint, config)
-    if not is_bitsandbytes(checkpoint.names()):
-        return ModelSource(directory, config, make_tokenizer, checkpoint, generation, provenance=made)
-    if hasattr(config, "quantization_config"):  # what transformers would load them with
+    weights = open_prequantized(checkpoint)
+    if weights is not None and hasattr(config, "quantization_config"):  # what transformers would load them with
         delattr(config, "quantization_config")
-    weights = BitsandbytesWeights(checkpoint)
-    return ModelSource(directory, config, make_tokenizer, weights, generation, provenance=made)
+    return ModelSource(directory, config, make_tokenizer, weights or checkpoint, generation, weights, provenance=made)
 
 
 def _provenance(metadata: Mapping[str, object]) -> dict[str, str]:

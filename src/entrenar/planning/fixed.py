@@ -45,21 +45,21 @@ def refuse_too_large(
     source: ModelSource, base: BaseSettings, memory: MemorySettings, dtype: torch.dtype, device: torch.device
 ) -> None:
     """InputError if the base's weights alone exceed what may be held; nothing is loaded."""
-    base_bytes = _base_bytes(build_on_meta(source, dtype), source, base, dtype)
+    needed = base_bytes(build_on_meta(source, dtype), source, base, dtype)
     budget = memory_budget(memory, device)
-    if budget is not None and base_bytes > budget:
+    if budget is not None and needed > budget:
         raise InputError(
-            f"the weights of {base.path} alone take {base_bytes:,} bytes as {base.quantize}, and "
+            f"the weights of {base.path} alone take {needed:,} bytes as {base.quantize}, and "
             f"training.memory or this machine allows {budget:,} bytes: choose a smaller model or a smaller "
             "model.quantize, or allow more (a size is written as 6GB)"
         )
 
 
-def _base_bytes(model: PreTrainedModel, source: ModelSource, base: BaseSettings, dtype: torch.dtype) -> int:
+def base_bytes(model: PreTrainedModel, source: ModelSource, base: BaseSettings, dtype: torch.dtype) -> int:
     """Bytes of every base parameter once loaded: packed where quantized or kept, in the compute dtype elsewhere."""
     head, total = model.get_output_embeddings(), 0
     kept = kept_types(model, source, dtype) if base.quantize == KEEP else {}
-    packed = source.packed.packed() if source.packed else {}
+    packed = source.prequantized.formats() if source.prequantized else {}
     mixtures = expert_modules(model)
     for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -68,8 +68,8 @@ def _base_bytes(model: PreTrainedModel, source: ModelSource, base: BaseSettings,
             quantized = linear or owner in mixtures
             if full_name in kept and source.blocks:
                 total += source.blocks.packed(full_name).size
-            elif full_name in packed and source.packed:
-                total += source.packed.packed_bytes(full_name)
+            elif full_name in packed and source.prequantized:
+                total += source.prequantized.bytes_of(full_name)
             elif quantized and base.quantize not in (UNQUANTIZED, KEEP):
                 total += packed_bytes(parameter.numel(), base.quantize, base.block_size, base.double_quant)
             elif module is not head or not is_tied(model):

@@ -41,7 +41,7 @@ def export_safetensors(
     if base is not None and base not in BASES:
         raise InputError(f"there is no base {base!r}: choose {' or '.join(BASES)}")
     source, held = open_source(model), _held(adapter, quantize)
-    if source.packed:
+    if source.prequantized:
         if base == "original":
             raise InputError(f"{model} holds quantized weights alone, no original ones: leave base out")
         base, held = "dequantized", None

@@ -85,11 +85,11 @@ def extract_adapter(
 
 def _read(model: PreTrainedModel, source: ModelSource) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
     """Tensor → its shape, and how it is read as float32; one that is quantized is dequantized."""
-    packed = source.packed.packed() if source.packed else {}
+    packed = source.prequantized.formats() if source.prequantized else {}
 
     def dequantized(name: str) -> Tensor:
-        assert source.packed is not None
-        return source.packed.quantized(name).dequantize()
+        assert source.prequantized is not None
+        return source.prequantized.weight(name).read().dequantize()
 
     return {
         name: (packed[name][1], partial(dequantized, name))

@@ -35,7 +35,7 @@ def _tensors(source: ModelSource) -> list[tuple[str, StoredTensor]]:
     """Every tensor as its bytes stand in the file."""
     if source.blocks is not None:
         return [(name, source.blocks.packed(name)) for name in sorted(source.blocks.names())]
-    packed = source.packed
+    packed = source.prequantized
     if packed is not None:
         return [(name, packed.checkpoint.stored(name)) for name in sorted(packed.checkpoint.names())]
     return [(name, source.weights.stored(name)) for name in sorted(source.weights.names())]
