@@ -9,7 +9,7 @@ from torch import Tensor
 from entrenar.core.errors import InputError
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.gguf_blocks import dequantize_gguf, quantize_gguf
-from entrenar.ops.multiply import Term, Weight, codebook_weight, dense_weight, gguf_weight, multiply
+from entrenar.ops.multiply import Term, WeightView, codebook_weight, dense_weight, gguf_weight, multiply
 from tests.support.guards import assert_guard, guarded
 from tests.support.products import assert_close, exact
 
@@ -21,7 +21,7 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape).bfloat16()
 
 
-def four_bit(rows: int, columns: int) -> tuple[Weight, Tensor]:
+def four_bit(rows: int, columns: int) -> tuple[WeightView, Tensor]:
     """A weight in 4 bits, and what it decodes to."""
     count = rows * columns
     packed = torch.randint(0, 256, (-(-count // 2),), dtype=torch.uint8)

@@ -5,7 +5,7 @@ Letters: B tokens, O out_features, I in_features, r rank.
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor
 from entrenar import native
 from entrenar.native import abi
 from entrenar.native.abi import GroupView, MemberView
+from entrenar.native.cached import Cached, place
 from entrenar.ops.linear_weight import LinearWeight
-from entrenar.ops.multiply import Weight, dense_weight
+from entrenar.ops.multiply import WeightView, dense_weight
 
 _STRIP, _STEP = abi.constants("kStrip", "kStep")
 
@@ -29,16 +30,13 @@ class Member:
     a: Tensor | None = None
     b: Tensor | None = None
     scale: float = 1.0
+    _view: Cached["NativeMember"] = field(default_factory=Cached, init=False, repr=False, compare=False)
 
     def native(self) -> "NativeMember":
-        """The layer as csrc/adapted takes it: made once for a packed weight, and again where a tensor has moved or was
-        converted."""
-        made: NativeMember | None = self.__dict__.get("_native")
-        if made is None or not made.is_current():
-            made = _native_of(self)
-            if made.is_current():  # else it points into copies, made for this call
-                self.__dict__["_native"] = made
-        return made
+        """The layer as csrc/adapted takes it."""
+        weight = self.weight.source()
+        key = (id(weight), place(self.bias), place(self.a), place(self.b))
+        return self._view.get(key, lambda: _native_of(self, weight), keeps=NativeMember.is_direct)
 
 
 @dataclass(frozen=True)
@@ -156,40 +154,32 @@ def add_gradients(views: ctypes.Array[MemberView], members: Sequence[Member]) ->
 
 
 class NativeMember(NamedTuple):
-    """A member's view, without places for results, and what it was made of: the weight's source, and the member's own
-    tensors with how they lay; `held` are these as the view has them, the same memory or copies.
-    """
+    """A member's view, without places for results, and what it points into; `direct`: none of that is a copy."""
 
     view: MemberView
-    weight: Weight
-    own: tuple[Tensor, ...]
-    lay: list[tuple[object, ...]]
-    held: tuple[Tensor, ...]
+    weight: WeightView
+    tensors: tuple[Tensor, ...]
+    direct: bool
 
-    def is_current(self) -> bool:
-        """Whether the view points at what the member's tensors are now."""
-        return self.weight.is_current() and _places(self.own) == self.lay
+    def is_direct(self) -> bool:
+        """Whether the view may serve again."""
+        return self.direct
 
 
-def _native_of(member: Member) -> NativeMember:
-    weight = member.weight.source()
-    view, held = MemberView(weight=weight.view), []
+def _native_of(member: Member, weight: WeightView) -> NativeMember:
+    view, tensors = MemberView(weight=weight.view), list[Tensor]()
     if member.bias is not None:
         bias = member.bias.detach().to(torch.bfloat16).contiguous()
         view.bias, view.bias_bytes = native.buffer(bias)
-        held.append(bias)
+        tensors.append(bias)
     if member.a is not None and member.b is not None:
         a, b = _usable(member.a), _usable(member.b)
         view.a, view.b = dense_weight(a).view, dense_weight(b).view
         view.rank, view.scale = len(a), member.scale
-        held += [a, b]
-    own = tuple(tensor for tensor in (member.bias, member.a, member.b) if tensor is not None)
-    return NativeMember(view, weight, own, _places(held), tuple(held))
-
-
-def _places(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-    """Where tensors lie and how: one may be given a view of its own memory as another dtype."""
-    return [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+        tensors += [a, b]
+    given = [tensor for tensor in (member.bias, member.a, member.b) if tensor is not None]
+    direct = weight.lasting and list(map(place, given)) == list(map(place, tensors))
+    return NativeMember(view, weight, tuple(tensors), direct)
 
 
 def _usable(factor: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entrenar.layers.adapted_linear import Member
 from entrenar.layers.quantized_linear import linear_weight
+from entrenar.native.cached import Cached
 from entrenar.ops.linear_weight import DenseWeight, LinearWeight
 from entrenar.quant.tensor import QuantizedTensor
 
@@ -31,7 +31,7 @@ class ExpertStack(nn.Module):
             self.register_parameter(f"weight_{name}".rstrip("_"), nn.Parameter(stacked, requires_grad=False))
         if self._first is not None:
             self._first = replace(self._first, parts=dict.fromkeys(self._first.parts, torch.empty(0)))
-        self._held: tuple[tuple[int, ...], list[LinearWeight]] | None = None
+        self._weights = Cached[list[LinearWeight]]()
 
     @property
     def is_quantized(self) -> bool:
@@ -51,20 +51,13 @@ class ExpertStack(nn.Module):
         )
 
     def linear_weights(self) -> list[LinearWeight]:
-        """Of every expert, as the linear operations take them; made once for as long as the parts stay where they
-        are."""
-        where = tuple(part.data_ptr() for part in self.parameters())
-        if self._held is None or self._held[0] != where:
-            every = range(self.count)
-            if self.is_quantized:
-                self._held = where, [linear_weight(self.quantized(expert)) for expert in every]
-            else:
-                self._held = where, [DenseWeight(each) for each in self.get_parameter("weight").unbind(0)]
-        return self._held[1]
+        """Of every expert, as the linear operations take them."""
+        return self._weights.get([part.data_ptr() for part in self.parameters()], self._make_weights)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes: all but addresses."""
-        return self.__dict__ | {"_held": None}
+    def _make_weights(self) -> list[LinearWeight]:
+        if self.is_quantized:
+            return [linear_weight(self.quantized(expert)) for expert in range(self.count)]
+        return [DenseWeight(weight) for weight in self.get_parameter("weight").unbind(0)]
 
 
 class ExpertProjection(nn.Module):

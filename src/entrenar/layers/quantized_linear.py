@@ -6,7 +6,7 @@ plus, while it runs, one weight in the compute dtype (QLoRA, Dettmers et al. 202
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError
 from entrenar.layers.adapted_linear import Member, adapted_linears
 from entrenar.layers.weight_stand_in import held_weight
+from entrenar.native.cached import Cached, ids
 from entrenar.ops.linear_weight import DenseWeight, LinearWeight
 from entrenar.quant.registry import held_format
 from entrenar.quant.tensor import QuantizedTensor
@@ -43,8 +44,8 @@ class QuantizedLinear(nn.Module):
             held = part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=False)
             self.register_parameter(f"weight_{name}", held)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._held: tuple[list[int], LinearWeight] | None = None
-        self._member: Member | None = None
+        self._weight = Cached[LinearWeight]()
+        self._member = Cached[Member]()
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
@@ -65,20 +66,12 @@ class QuantizedLinear(nn.Module):
     def member(self) -> Member:
         """The layer as layers/adapted_linear.py takes it."""
         weight, bias = self.linear_weight(), self.bias
-        if self._member is None or self._member.weight is not weight or self._member.bias is not bias:
-            self._member = Member(weight, bias)  # it keeps its native view
-        return self._member
+        return self._member.get(ids(weight, bias), lambda: Member(weight, bias))
 
     def linear_weight(self) -> LinearWeight:
-        """The weight as the linear operations take it; made once for as long as its parts stay where they are."""
-        where = [part.data_ptr() for name, part in self._parameters.items() if part is not None and name != "bias"]
-        if self._held is None or self._held[0] != where:
-            self._held = where, linear_weight(self.quantized_weight)
-        return self._held[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes: all but addresses."""
-        return self.__dict__ | {"_held": None, "_member": None}
+        """The weight as the linear operations take it."""
+        places = [part.data_ptr() for name, part in self._parameters.items() if part is not None and name != "bias"]
+        return self._weight.get(places, lambda: linear_weight(self.quantized_weight))
 
     def fused_weight(self) -> Tensor:
         """The dequantized weight, (d_out, d_in) float32."""
@@ -155,9 +148,5 @@ def linear_weight(weight: QuantizedTensor) -> LinearWeight:
 
 
 def _member(weight: QuantizedTensor) -> Member:
-    """The layer without a bias, kept with the tensor for as long as its parts stay where they are."""
-    where = [part.data_ptr() for part in weight.parts.values()]
-    held: tuple[list[int], Member] | None = weight.__dict__.get("_member")
-    if held is None or held[0] != where:
-        held = weight.__dict__["_member"] = where, Member(linear_weight(weight))
-    return held[1]
+    """The layer without a bias."""
+    return Member(linear_weight(weight))

@@ -7,8 +7,7 @@ Letters: B rows, T tokens, C hidden size, I inner size, H heads, G key-value hea
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from operator import is_not
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from entrenar.layers.adapted_native import (
 )
 from entrenar.layers.recompute import Recompute
 from entrenar.native.abi import AttentionBlockView, MlpBlockView, NormView
+from entrenar.native.cached import Cached
 from entrenar.ops.gated_activation import KINDS
 
 
@@ -50,6 +50,7 @@ class MlpBlock:
     up: Member
     down: Member
     activation: str
+    _prepared: "Cached[_Prepared]" = field(default_factory=Cached, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class AttentionBlock:
     scale: float
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    _prepared: "Cached[_Prepared]" = field(default_factory=Cached, init=False, repr=False, compare=False)
 
 
 _ALIGNMENT = 64  # bytes, of a buffer among those that share one tensor
@@ -123,21 +125,22 @@ _attention_inputs = native.Function("attention_inputs")
 
 
 class _Layout(NamedTuple):
-    """Where in one tensor the buffers lie that a pass keeps: name, first byte and bytes of each; bytes of all."""
+    """Where in one tensor the buffers lie that a pass saves: name, first byte and bytes of each; bytes of all."""
 
     places: list[tuple[str, int, int]]
     size: int
 
 
 class _Prepared(NamedTuple):
-    """A pass's view but for the buffers of one call, what it was made for, and what it points into."""
+    """A pass's view but for the buffers of one call, what it points into, and where what is saved will lie."""
 
-    shape: torch.Size
-    recompute: Recompute
     natives: list[NativeMember]
-    norms: list[tuple[int, torch.dtype]]
     view: ctypes.Structure
-    kept: _Layout
+    saved: _Layout
+
+    def is_direct(self) -> bool:
+        """Whether the view may serve again."""
+        return all(member.direct for member in self.natives)
 
 
 @dataclass(frozen=True)
@@ -156,18 +159,20 @@ class _Mlp:
     def norms(self) -> tuple[Norm | None, ...]:
         return (self.block.norm,)
 
-    def kept(self, h: Tensor, recompute: Recompute) -> dict[str, int]:
+    def saved(self, h: Tensor, recompute: Recompute) -> dict[str, int]:
         """What the backward reads beside h: bytes by the names of the view's buffers."""
         if recompute is Recompute.ALL:
             return {}
         block, tokens = self.block, h.shape[0] * h.shape[1]
         wide = tokens * block.gate.weight.shape[0] * h.itemsize
-        kept = {"gate": wide, "up": wide} | ({"x": h.nbytes, "product": wide} if recompute is Recompute.NOTHING else {})
+        saved = {"gate": wide, "up": wide} | (
+            {"x": h.nbytes, "product": wide} if recompute is Recompute.NOTHING else {}
+        )
         hidden = {
             "u": hidden_bytes((block.gate, block.up), tokens),
             "down_u": hidden_bytes((block.down,), tokens),
         }
-        return kept | hidden
+        return saved | hidden
 
     def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> MlpBlockView:
         """The block as C takes it, without buffers."""
@@ -197,20 +202,20 @@ class _Attention:
     def norms(self) -> tuple[Norm | None, ...]:
         return self.block.norm, self.block.q_norm, self.block.k_norm
 
-    def kept(self, h: Tensor, recompute: Recompute) -> dict[str, int]:
+    def saved(self, h: Tensor, recompute: Recompute) -> dict[str, int]:
         """What the backward reads beside h: bytes by the names of the view's buffers."""
         if recompute is Recompute.ALL:
             return {}
         block, tokens = self.block, h.shape[0] * h.shape[1]
         queries, keys = (tokens * member.weight.shape[0] * h.itemsize for member in (block.q, block.k))
-        kept = {"q": queries, "k": keys, "v": keys, "o": queries} | (
+        saved = {"q": queries, "k": keys, "v": keys, "o": queries} | (
             {"x": h.nbytes} if recompute is Recompute.NOTHING else {}
         )
         hidden = {
             "u": hidden_bytes((block.q, block.k, block.v), tokens),
             "output_u": hidden_bytes((block.output,), tokens),
         }
-        return kept | hidden | {"lse": tokens * (block.q.weight.shape[0] // block.width) * 4}
+        return saved | hidden | {"lse": tokens * (block.q.weight.shape[0] // block.width) * 4}
 
     def view(self, h: Tensor, members: ctypes.Array[MemberView]) -> AttentionBlockView:
         """The block as C takes it, without buffers."""
@@ -235,14 +240,12 @@ def _prepared(one: _Pass, h: Tensor, members: Sequence[Member], recompute: Recom
     """What the block's last call was prepared with, if it still is right."""
     natives = [member.native() for member in members]
     norms = [(norm.weight.data_ptr(), norm.weight.dtype) for norm in one.norms if norm is not None]
-    made: _Prepared | None = one.block.__dict__.get("_prepared")
-    same = made is not None and made.shape == h.shape and made.recompute is recompute and made.norms == norms
-    if made is None or not same or any(map(is_not, made.natives, natives)):
-        view = one.view(h, (MemberView * len(natives))(*(each.view for each in natives)))
-        made = _Prepared(h.shape, recompute, natives, norms, view, _layout(one.kept(h, recompute)))
-        if all(each.is_current() for each in natives):  # else they hold copies, made for this call
-            one.block.__dict__["_prepared"] = made
-    return made
+
+    def make() -> _Prepared:
+        view = one.view(h, (MemberView * len(natives))(*(member.view for member in natives)))
+        return _Prepared(natives, view, _layout(one.saved(h, recompute)))
+
+    return one.block._prepared.get((h.shape, recompute, norms, *map(id, natives)), make, keeps=_Prepared.is_direct)
 
 
 def _layout(sizes: dict[str, int]) -> _Layout:
@@ -266,7 +269,7 @@ def _fresh_view(one: _Pass, made: _Prepared, buffers: dict[str, Tensor], room: T
     view = type(made.view).from_buffer_copy(made.view)
     _set_buffers(view, buffers)
     at = room.data_ptr()
-    for name, begin, size in made.kept.places:
+    for name, begin, size in made.saved.places:
         setattr(view, name, (at + begin, size))
     one.set_call(view)
     return view
@@ -299,7 +302,7 @@ def _members(passes: Sequence[_Pass]) -> list[Member]:
 def _forward(one: _Pass, h: Tensor, recompute: Recompute) -> tuple[Tensor, Tensor]:
     """The result, and room that holds all that is kept."""
     made = _prepared(one, h, one.members, recompute)
-    out, room = torch.empty_like(h), h.new_empty(made.kept.size // h.itemsize)
+    out, room = torch.empty_like(h), h.new_empty(made.saved.size // h.itemsize)
     _run(one.forward, _fresh_view(one, made, {"h": h, "out": out}, room))
     return out, room
 

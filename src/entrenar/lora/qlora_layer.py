@@ -1,6 +1,6 @@
 """QLoRALayer: a low-rank adapter over a frozen quantized weight (QLoRA, Dettmers et al. 2023, equation 5)."""
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from entrenar.lora.low_rank import (
     memory_stats,
     outside,
 )
+from entrenar.native.cached import Cached, ids
 from entrenar.quant.tensor import QuantizedTensor, quantize, requantize
 
 
@@ -51,7 +52,7 @@ class QLoRALayer(AdapterLayer):
         if isinstance(base_weight, Tensor):
             base_weight = quantize(base_weight, format=format, block_size=block_size, double_quant=double_quant)
         self.base = QuantizedLinear(base_weight, bias)
-        self._member: Member | None = None
+        self._member = Cached[Member]()
 
     @classmethod
     def from_lora(cls, layer: LoRALayer, format: str = "nf4", double_quant: bool = False) -> "QLoRALayer":
@@ -99,15 +100,8 @@ class QLoRALayer(AdapterLayer):
         """The layer, dropout aside, as layers/adapted_linear.py takes it."""
         base, own = self.base, self._parameters
         weight, bias, a, b = base.linear_weight(), base._parameters.get("bias"), own["lora_a"], own["lora_b"]
-        kept = self._member  # it keeps its native view: the same one for as long as it can be
-        same = kept is not None and kept.weight is weight and kept.bias is bias and kept.a is a and kept.b is b
-        if kept is None or not same or kept.scale != self.scale:
-            kept = self._member = Member(weight, bias, a, b, self.scale)
-        return kept
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes: all but addresses."""
-        return self.__dict__ | {"_member": None}
+        scale = self.scale
+        return self._member.get((*ids(weight, bias, a, b), scale), lambda: Member(weight, bias, a, b, scale))
 
     @property
     def runs_alone(self) -> bool:

@@ -18,7 +18,7 @@ from entrenar import native
 from entrenar.native import abi
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.library import define, differentiate
-from entrenar.ops.multiply import Term, Weight, codebook_weight, multiply
+from entrenar.ops.multiply import Term, WeightView, codebook_weight, multiply
 from entrenar.ops.panels import panel_step, scratch_for
 
 FEW_TOKENS, PACKED_TOKENS = abi.constants("kMaxTokens", "kMaxPackedTokens")
@@ -75,7 +75,7 @@ def _native(
     return y.view(*x.shape[:-1], out_features)
 
 
-def codebook_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def codebook_product(x: Tensor, weight: WeightView, bias: Tensor | None) -> Tensor:
     """X (B, I) · Wᵀ + bias (B, O), natively, where `accepts` allows it."""
     tokens, bias = x.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(len(tokens), weight.view.rows)
@@ -90,7 +90,7 @@ def codebook_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _forward_panels(tokens: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
+def _forward_panels(tokens: Tensor, weight: WeightView, bias: Tensor | None, y: Tensor) -> None:
     """Y (B, O), a panel of rows of W at a time."""
     rows, columns = weight.view.rows, weight.view.columns
     step = panel_step(rows, columns * y.element_size())
@@ -118,7 +118,7 @@ def _backward_native(
     return dx.view(*grad.shape[:-1], in_features)
 
 
-def codebook_transposed_product(grad: Tensor, weight: Weight) -> Tensor:
+def codebook_transposed_product(grad: Tensor, weight: WeightView) -> Tensor:
     """Grad (B, O) · W (B, I), natively, where `accepts` allows it."""
     tokens = grad.contiguous()
     dx = grad.new_empty(len(tokens), weight.view.columns)
@@ -132,7 +132,7 @@ def codebook_transposed_product(grad: Tensor, weight: Weight) -> Tensor:
     return dx
 
 
-def _backward_panels(tokens: Tensor, weight: Weight, dx: Tensor) -> None:
+def _backward_panels(tokens: Tensor, weight: WeightView, dx: Tensor) -> None:
     """Dx (B, I), a panel of columns of W at a time."""
     rows, columns = weight.view.rows, weight.view.columns
     step = panel_step(columns, rows * dx.element_size())
@@ -142,12 +142,12 @@ def _backward_panels(tokens: Tensor, weight: Weight, dx: Tensor) -> None:
         torch.mm(tokens, panel, out=dx[:, start:stop])
 
 
-def _decoded(weight: Weight, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+def _decoded(weight: WeightView, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
     """A panel of the weight, in this thread's scratch: valid until the next one."""
     height, width, of = rows.stop - rows.start, columns.stop - columns.start, weight.view
     out = scratch_for(height * width, dtype).view(height, width)
     _panel(
-        *weight.held, out, of.rows * of.columns, of.columns, rows.start, height, columns.start, width,
+        *weight.tensors, out, of.rows * of.columns, of.columns, rows.start, height, columns.start, width,
         of.block_size, native.DTYPES[dtype], native.threads(),
     )  # fmt: skip
     return out

@@ -5,8 +5,7 @@
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from entrenar import native
+from entrenar.native.cached import Cached
 from entrenar.ops.blocks import block_count
 from entrenar.ops.dequantize_codebook import dequantize_codebook
 from entrenar.ops.dequantize_int8 import dequantize_int8
@@ -22,7 +22,7 @@ from entrenar.ops.linear_codebook import accepts, codebook_product, codebook_tra
 from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of, decode_rows, gguf_panels
 from entrenar.ops.multiply import (
     Term,
-    Weight,
+    WeightView,
     codebook_weight,
     dense_weight,
     gguf_weight,
@@ -57,7 +57,7 @@ class LinearWeight(Protocol):
         """X (..., I) → x·Wᵀ + bias (..., O) out of operations that autograd, torch.compile and tracers know."""
         ...
 
-    def source(self) -> Weight:
+    def source(self) -> WeightView:
         """The weight as the native product reads it."""
         ...
 
@@ -89,7 +89,7 @@ class DenseWeight:
         """The same as `product`, for tracers."""
         return self.product(x, bias)
 
-    def source(self) -> Weight:
+    def source(self) -> WeightView:
         """The matrix itself; a float16 one as float32."""
         matrix = self.matrix.detach()
         usable = matrix.dtype in (torch.float32, torch.bfloat16) and matrix.stride(1) == 1
@@ -105,6 +105,7 @@ class CodebookWeight:
     codebook: Tensor
     block_size: int
     shape: tuple[int, int]
+    _view: Cached[WeightView] = field(default_factory=Cached, init=False, repr=False, compare=False)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X·Wᵀ + bias."""
@@ -131,10 +132,12 @@ class CodebookWeight:
         held = (self.packed, self.scales, self.codebook, self.block_size)
         return linear_codebook(x, *held, self.shape[0], bias)
 
-    def source(self) -> Weight:
+    def source(self) -> WeightView:
         """The packed weight."""
-        return _kept(
-            self, lambda: codebook_weight(self.packed, self.scales, self.codebook, self.block_size, self.shape)
+        tensors = (self.packed, *self.scales, self.codebook)
+        return self._view.get(
+            [tensor.data_ptr() for tensor in tensors],
+            lambda: codebook_weight(self.packed, self.scales, self.codebook, self.block_size, self.shape),
         )
 
     def _is_native(self, x: Tensor, bias: Tensor | None = None) -> bool:
@@ -150,6 +153,7 @@ class Int8Weight:
     scales: list[Tensor]
     block_size: int
     shape: tuple[int, int]
+    _view: Cached[WeightView] = field(default_factory=Cached, init=False, repr=False, compare=False)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X·Wᵀ + bias."""
@@ -167,9 +171,12 @@ class Int8Weight:
         """The same as `product`, for tracers."""
         return F.linear(x, self.decoded(x.dtype), bias)
 
-    def source(self) -> Weight:
+    def source(self) -> WeightView:
         """The codes themselves."""
-        return _kept(self, lambda: int8_weight(self.codes, self.scales, self.block_size, self.shape))
+        return self._view.get(
+            [tensor.data_ptr() for tensor in (self.codes, *self.scales)],
+            lambda: int8_weight(self.codes, self.scales, self.block_size, self.shape),
+        )
 
     def _panels(self) -> RowPanels:
         columns, scales = self.shape[1], decode_scales(self.scales)
@@ -190,6 +197,7 @@ class GGUFWeight:
 
     packed: Tensor
     type: str
+    _view: Cached[WeightView] = field(default_factory=Cached, init=False, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -216,19 +224,11 @@ class GGUFWeight:
         """The same as `product`, for tracers."""
         return F.linear(x, self.decoded(x.dtype), bias)
 
-    def source(self) -> Weight:
+    def source(self) -> WeightView:
         """The blocks themselves; 16- and 32-bit floats as a matrix."""
         if self.type in FLOAT_TYPES:
             return DenseWeight(self.packed.view(FLOAT_TYPES[self.type])).source()
-        return _kept(self, lambda: gguf_weight(self.packed, self.type, self.shape))
-
-
-def _kept(weight: LinearWeight, make: Callable[[], Weight]) -> Weight:
-    """A weight's native view, made once, and again if the tensors have moved."""
-    made: Weight | None = weight.__dict__.get("_source")
-    if made is None or not made.is_current():
-        made = weight.__dict__["_source"] = make()
-    return made
+        return self._view.get(self.packed.data_ptr(), lambda: gguf_weight(self.packed, self.type, self.shape))
 
 
 def _native_product(weight: LinearWeight, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,7 +6,6 @@ Letters: M rows of A and C, N columns of C, K the inner dimension of a term.
 """
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gguf
@@ -24,58 +23,60 @@ _DENSE, _CODEBOOK4, _GGUF, _INT8 = abi.constants(
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A weight to multiply by: its C view, and the tensors that view points into, with their addresses."""
+class WeightView:
+    """A weight to multiply by: its C view, and the tensors that view points into.
+
+    `lasting`: who owns the weight keeps this view from call to call. A matrix' view is made for every call: it may
+    point into a converted copy, which nobody should hold on to.
+    """
 
     view: SourceView
-    held: tuple[Tensor | None, ...]
-    addresses: Sequence[int] = ()
-
-    def is_current(self) -> bool:
-        """Whether the tensors still lie where they lay (FSDP moves them between uses)."""
-        return self.addresses == [tensor.data_ptr() for tensor in self.held if tensor is not None]
+    tensors: tuple[Tensor | None, ...]
+    lasting: bool = True
 
 
-def dense_weight(matrix: Tensor, scale: float = 1.0) -> Weight:
+def dense_weight(matrix: Tensor, scale: float = 1.0) -> WeightView:
     """A float32 or bfloat16 matrix with contiguous rows, times `scale`, rounded to bfloat16."""
     (rows, columns), (stride, step) = matrix.shape, matrix.stride()
     assert step == 1 or columns <= 1
     reach = ((rows - 1) * stride + columns) * matrix.itemsize if rows else 0
     dtype = native.DTYPES[matrix.dtype]
-    return Weight(SourceView(_DENSE, dtype, rows, columns, stride, scale, 0, 0, matrix.data_ptr(), reach), (matrix,))
+    return WeightView(
+        SourceView(_DENSE, dtype, rows, columns, stride, scale, 0, 0, matrix.data_ptr(), reach),
+        (matrix,),
+        lasting=False,
+    )
 
 
 def codebook_weight(
     packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, shape: tuple[int, int]
-) -> Weight:
+) -> WeightView:
     """A 4-bit weight as ops/dequantize_codebook.py takes it."""
     return _quantized(_CODEBOOK4, packed, scales, codebook, block_size, shape)
 
 
-def int8_weight(codes: Tensor, scales: list[Tensor], block_size: int, shape: tuple[int, int]) -> Weight:
+def int8_weight(codes: Tensor, scales: list[Tensor], block_size: int, shape: tuple[int, int]) -> WeightView:
     """A weight of one byte an element as ops/dequantize_int8.py takes it."""
     return _quantized(_INT8, codes, scales, None, block_size, shape)
 
 
 def _quantized(
     kind: int, codes: Tensor, scales: list[Tensor], codebook: Tensor | None, block_size: int, shape: tuple[int, int]
-) -> Weight:
+) -> WeightView:
     held = (codes.contiguous(), *scale_buffers(scales), None if codebook is None else codebook.contiguous())
     parts, of_scales, of_codebook = (
         [value for tensor in tensors for value in native.buffer(tensor)]
         for tensors in (held[:1], held[1:-1], held[-1:])
     )
     view = SourceView(kind, 0, *shape, shape[1], 1.0, 0, block_size, *parts, ScaleBuffers(*of_scales), *of_codebook)
-    return Weight(view, held, [tensor.data_ptr() for tensor in held if tensor is not None])
+    return WeightView(view, held)
 
 
-def gguf_weight(packed: Tensor, type: str, shape: tuple[int, int]) -> Weight:
+def gguf_weight(packed: Tensor, type: str, shape: tuple[int, int]) -> WeightView:
     """Blocks of a GGUF type, as ops/gguf_blocks.py takes them."""
     held = packed.contiguous()
     kind = gguf.GGMLQuantizationType[type.upper()]
-    return Weight(
-        SourceView(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,), [held.data_ptr()]
-    )
+    return WeightView(SourceView(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,))
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Term:
     """
 
     a: Tensor
-    weight: Weight
+    weight: WeightView
     transposed: bool
 
 

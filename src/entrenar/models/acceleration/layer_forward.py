@@ -7,7 +7,6 @@ way.
 
 from dataclasses import dataclass, field
 from functools import partial
-from operator import is_not
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from entrenar.core.attachment import Attachment
 from entrenar.layers import composed_blocks, residual_blocks
-from entrenar.layers.adapted_native import Member
 from entrenar.layers.quantized_linear import can_join, member_of
 from entrenar.layers.recompute import Recompute
 from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Norm, decoder_layer, serves
@@ -24,6 +22,7 @@ from entrenar.models.acceleration.agreement import Forward
 from entrenar.models.acceleration.module_forwards import norm_of
 from entrenar.models.acceleration.proxy import ProjectedAttention
 from entrenar.models.acceleration.swapped import FastForward
+from entrenar.native.cached import Cached, ids
 from entrenar.ops.attention import native_width
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -49,8 +48,7 @@ class LayerForward(FastForward):
     scale: float
     rotates: bool
     attend: Forward
-    # The blocks of the members and norms met last, which come first.
-    _blocks: tuple[list[Member | Norm | None], AttentionBlock, MlpBlock] | None = field(default=None, init=False)
+    _blocks: Cached[tuple[AttentionBlock, MlpBlock]] = field(default_factory=Cached, init=False)  # of what was met last
 
     def __call__(self, module: nn.Module, /, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(B, T, C) → (B, T, C), or what the class's own gives."""
@@ -106,12 +104,13 @@ class LayerForward(FastForward):
 
     def _blocks_of(self, linears: list[nn.Module], norms: Norms) -> tuple[AttentionBlock, MlpBlock]:
         members = list(map(member_of, linears))
-        parts, last = [*members, *norms], self._blocks
-        if last is None or any(map(is_not, last[0], parts)):
+
+        def make() -> tuple[AttentionBlock, MlpBlock]:
             q, k, v, output, gate, up, down = members
             first = AttentionBlock(norms[0], q, k, v, output, self.width, self.scale, *norms[2:])
-            last = self._blocks = parts, first, MlpBlock(norms[1], gate, up, down, self.activation)
-        return last[1], last[2]
+            return first, MlpBlock(norms[1], gate, up, down, self.activation)
+
+        return self._blocks.get(ids(*members, *norms), make)
 
     def _is_native(self, h: Tensor) -> bool:
         return serves(h) and native_width(self.width)
