@@ -70,12 +70,12 @@ def _then(outlook: "MergeOutlook") -> str:
 
 
 def _inputs(tensor: "PlannedTensor") -> str:
-    each = {name: values for name, values in tensor.options.items() if isinstance(values, tuple)}
+    per_model = {name: values for name, values in tensor.options.items() if isinstance(values, tuple)}
     models = [
-        f"{label}({', '.join(f'{name} {values[index]}' for name, values in each.items())})" if each else label
+        f"{label}({', '.join(f'{name} {values[index]}' for name, values in per_model.items())})" if per_model else label
         for index, label in enumerate(tensor.labels)
     ]
-    shared = [f"{name} {value}" for name, value in tensor.options.items() if name not in each]
+    shared = [f"{name} {value}" for name, value in tensor.options.items() if name not in per_model]
     return "; ".join([" + ".join(models), *shared])
 
 
