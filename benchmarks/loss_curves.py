@@ -22,10 +22,12 @@ import entrenar
 from entrenar.core.config import load_config
 from entrenar.data.batches import Batch, batch_rows, collate
 from entrenar.lora.attach import attach_lora, trained_parameters
+from entrenar.objectives.supervised import SUPERVISED
 from entrenar.opening.source import open_source
 from entrenar.optim.schedule import learning_rate_factor
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.train import pad_id, prepare_data
+from entrenar.training.learner import Learner
 from entrenar.training.step import update
 
 STEPS, LAST = 50, 10
@@ -39,7 +41,8 @@ def ours(checkpoint: Path, adapter: Path) -> Step:
     entrenar.load_adapter(model, adapter)
     optimizer = torch.optim.AdamW(trained_parameters(model), lr=1.0, weight_decay=0.0)
     model.train()
-    return lambda batch, lr: update(model, optimizer, [batch], lr, 1.0).loss
+    learner = Learner(model, optimizer, SUPERVISED)
+    return lambda batch, lr: update(learner, [batch], lr, 1.0).loss
 
 
 def theirs(base: Any, adapter: Path, autocast: bool) -> Step:

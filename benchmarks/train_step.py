@@ -29,18 +29,24 @@ SHAPE = f"{BATCH}x{TOKENS}"
 
 
 def ours(
-    model_path: Path, lengths: Lengths | None, quantize: str = "nf4", keep: str = "all", micro_batch: int = BATCH
+    model_path: Path,
+    lengths: Lengths | None,
+    quantize: str = "nf4",
+    recompute: str = "nothing",
+    micro_batch: int = BATCH,
 ) -> Work:
-    """Our step over the standard batch, or over rows of these lengths, packed; `keep`: what every layer keeps."""
+    """Our step over the standard batch, or over rows of these lengths, packed, `recompute` at every layer."""
     import torch
 
     import entrenar
     from entrenar.data.batches import micro_batches
     from entrenar.data.encode import Example
-    from entrenar.layers.residual_blocks import Keep
+    from entrenar.layers.recompute import Recompute
     from entrenar.lora.attach import attach_lora
-    from entrenar.models.acceleration.activations import decoder_layers, set_keep
+    from entrenar.models.acceleration.activations import decoder_layers, set_recompute
+    from entrenar.objectives.supervised import SUPERVISED
     from entrenar.optim.adamw import make_adamw
+    from entrenar.training.learner import Learner
     from entrenar.training.step import update
 
     torch.set_num_threads(THREADS)
@@ -56,8 +62,9 @@ def ours(
 
     batches = micro_batches([example(n) for n in lengths or (TOKENS,) * BATCH], micro_batch, pad_id=0, pack_to=TOKENS)
     model.train()
-    set_keep(model, [Keep(keep)] * len(decoder_layers(model)))
-    return lambda: update(model, optimizer, batches, 1e-4, 1.0)
+    set_recompute(model, [Recompute(recompute)] * len(decoder_layers(model)))
+    learner = Learner(model, optimizer, SUPERVISED)
+    return lambda: update(learner, batches, 1e-4, 1.0)
 
 
 def theirs(directory: Path, checkpointing: bool, lengths: Lengths | None) -> Work:
@@ -167,7 +174,7 @@ def take_turns(directory: Path, rounds: int) -> Turns:
     with ExitStack() as stack:
         processes = [stack.enter_context(PeerProcess(work)) for work in (ours, ours, theirs, theirs)]
         memory = [stack.enter_context(each.peak_memory()) for each in processes]
-        settings = ((None, "nf4", "all"), (None, "nf4", "nothing"), (False, None), (True, None))
+        settings = ((None, "nf4", "nothing"), (None, "nf4", "all"), (False, None), (True, None))
         works = [each.prepare(directory, *choice) for each, choice in zip(processes, settings, strict=True)]
         works.append(bare_products(directory))
         for work in works:
@@ -188,7 +195,7 @@ def least_memory(directory: Path) -> tuple[int, int]:
         PeerProcess(ours) as mine, PeerProcess(theirs) as peer,
         mine.peak_memory() as our_memory, peer.peak_memory() as peer_memory,
     ):  # fmt: skip
-        for step in (mine.prepare(directory, None, "nf4", "nothing", 1), peer.prepare(directory, True, None)):
+        for step in (mine.prepare(directory, None, "nf4", "all", 1), peer.prepare(directory, True, None)):
             step()
             step()
     return our_memory.peak, peer_memory.peak

@@ -10,7 +10,7 @@ from transformers import Gemma3ForCausalLM
 
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
-from entrenar.models.acceleration.confirmed import own_way
+from entrenar.models.acceleration.swapped import own_way
 from entrenar.models.forward import target_loss
 from entrenar.opening.load import load
 from entrenar.recipes.export import export

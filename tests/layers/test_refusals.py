@@ -12,9 +12,9 @@ from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.layers.adapted_linear import adapted_linears
 from entrenar.layers.adapted_native import Member
+from entrenar.layers.recompute import Recompute
 from entrenar.layers.residual_blocks import (
     AttentionBlock,
-    Keep,
     MlpBlock,
     after_attention,
     attention_block,
@@ -113,8 +113,8 @@ def test_attention(refused: Calls) -> None:
     assert refused["attention_backward"] > 70
 
 
-@pytest.mark.parametrize("keep", [Keep.ALL, Keep.NOTHING])
-def test_mlp_block(refused: Calls, keep: Keep) -> None:
+@pytest.mark.parametrize("keep", [Recompute.NOTHING, Recompute.ALL])
+def test_mlp_block(refused: Calls, keep: Recompute) -> None:
     block = MlpBlock(norm(32), nested(64, 32), member(64, 32), member(32, 64, bias=True), "silu")
     h = torch.randn(2, 3, 32).bfloat16().requires_grad_()
     out = mlp_block(h, block, keep)
@@ -138,8 +138,8 @@ def test_a_residual(refused: Calls) -> None:
     assert refused["adapted"] > 40
 
 
-@pytest.mark.parametrize("keep", [Keep.ALL, Keep.NOTHING])
-def test_attention_block(refused: Calls, keep: Keep) -> None:
+@pytest.mark.parametrize("keep", [Recompute.NOTHING, Recompute.ALL])
+def test_attention_block(refused: Calls, keep: Recompute) -> None:
     members = (member(128, 32), nested(64, 32), member(64, 32, bias=True), member(32, 128, rank=0))
     block = AttentionBlock(norm(32), *members, 32, 0.2, norm(32), norm(32))
     h = torch.randn(2, 5, 32).bfloat16().requires_grad_()

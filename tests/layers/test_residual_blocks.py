@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from entrenar.layers.adapted_native import Member
+from entrenar.layers.recompute import Recompute
 from entrenar.layers.residual_blocks import (
     AttentionBlock,
-    Keep,
     MlpBlock,
     after_attention,
     attention_block,
@@ -25,12 +25,14 @@ from tests.support.blocks import Exact, assert_close, factors, member, norm
 pytestmark = pytest.mark.usefixtures("native_path")
 
 
-@pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize("keep", Recompute)
 @pytest.mark.parametrize(
     ("tokens", "hidden", "inner", "rank"), [((2, 40), 64, 96, 4), ((1, 7), 33, 130, 0), ((3, 1), 64, 64, 20)]
 )
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_mlp_block(keep: Keep, tokens: tuple[int, int], hidden: int, inner: int, rank: int, activation: str) -> None:
+def test_mlp_block(
+    keep: Recompute, tokens: tuple[int, int], hidden: int, inner: int, rank: int, activation: str
+) -> None:
     block = MlpBlock(
         norm(hidden, offset=float(activation != "silu")), member(inner, hidden, rank),
         member(inner, hidden, rank, bias=True), member(hidden, inner, rank), activation,
@@ -46,11 +48,11 @@ def test_mlp_block(keep: Keep, tokens: tuple[int, int], hidden: int, inner: int,
     assert_close(found, torch.autograd.grad(expected, [wide, *exact.leaves], grad.double()))
 
 
-@pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize("keep", Recompute)
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("rotated", [0, 16, 32])
 @pytest.mark.parametrize("documents", [False, True])
-def test_attention_block(keep: Keep, norms: bool, rotated: int, documents: bool) -> None:
+def test_attention_block(keep: Recompute, norms: bool, rotated: int, documents: bool) -> None:
     batch, tokens, hidden, heads, kv_heads, width = 2, 45, 64, 4, 2, 32
     block = AttentionBlock(
         norm(hidden), member(heads * width, hidden, bias=True), member(kv_heads * width, hidden),
@@ -116,20 +118,20 @@ def test_what_is_kept() -> None:
     factors_made = (10 * 2 * 16 + 32) * 2 + (
         10 * 16 + 32
     ) * 2  # ranks of 4 take whole strips of 16, and end in a step of 32
-    widths = {Keep.NOTHING: [64], Keep.DEAR: [64, 96, 96], Keep.ALL: [64, 64, 96, 96, 96]}
+    widths = {Recompute.ALL: [64], Recompute.CHEAP: [64, 96, 96], Recompute.NOTHING: [64, 64, 96, 96, 96]}
     for choice, expected in widths.items():
         kept.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             mlp_block(h, block, choice)
         found = sum(tensor.nbytes for tensor in kept if tensor.data_ptr() not in held)
-        assert found == 10 * 2 * sum(expected) + (0 if choice is Keep.NOTHING else factors_made)
+        assert found == 10 * 2 * sum(expected) + (0 if choice is Recompute.ALL else factors_made)
 
 
 def test_the_same_gradients_to_the_bit_whatever_is_kept() -> None:
     block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
     h = torch.randn(2, 30, 64).bfloat16().requires_grad_()
     results = []
-    for keep in Keep:
+    for keep in Recompute:
         out = mlp_block(h, block, keep)
         leaves = [h, *factors((block.gate, block.up, block.down))]
         results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
@@ -137,8 +139,8 @@ def test_the_same_gradients_to_the_bit_whatever_is_kept() -> None:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("keep", Keep)
-def test_a_backward_leaves_what_is_kept_as_it_was(keep: Keep) -> None:
+@pytest.mark.parametrize("keep", Recompute)
+def test_a_backward_leaves_what_is_kept_as_it_was(keep: Recompute) -> None:
     """Gradients are made in the places of what is not needed any more."""
     mlp = MlpBlock(norm(32), member(64, 32), member(64, 32), member(32, 64), "silu")
     heads = (member(128, 32), member(64, 32), member(64, 32), member(32, 128))
@@ -157,29 +159,34 @@ def test_what_is_prepared_once_follows_every_change() -> None:
     b, weight = block.up.b, block.norm.weight
     assert b is not None
 
-    def run(tokens: int, keep: Keep, used: MlpBlock) -> list[Tensor]:
+    def run(tokens: int, keep: Recompute, used: MlpBlock) -> list[Tensor]:
         h = torch.linspace(-2, 2, tokens * 64).view(1, tokens, 64).bfloat16().requires_grad_()
         out = mlp_block(h, used, keep)
         return [out, *torch.autograd.grad(out, [h, *factors((used.gate, used.up, used.down))], torch.ones_like(out))]
 
-    first = run(10, Keep.ALL, block)
+    first = run(10, Recompute.NOTHING, block)
     for change in (
         lambda: None, lambda: setattr(b, "data", torch.full_like(b, 0.3)),
         lambda: setattr(weight, "data", weight.data * 2),
     ):  # fmt: skip
         change()
-        for tokens, keep in ((10, Keep.ALL), (7, Keep.ALL), (10, Keep.NOTHING), (10, Keep.DEAR)):
+        for tokens, keep in (
+            (10, Recompute.NOTHING),
+            (7, Recompute.NOTHING),
+            (10, Recompute.ALL),
+            (10, Recompute.CHEAP),
+        ):
             fresh = replace(block, **{name: replace(getattr(block, name)) for name in ("gate", "up", "down")})
             pairs = zip(run(tokens, keep, block), run(tokens, keep, fresh), strict=True)
             assert all(torch.equal(one, other) for one, other in pairs)
-    assert not torch.equal(first[0], run(10, Keep.ALL, block)[0])
+    assert not torch.equal(first[0], run(10, Recompute.NOTHING, block)[0])
 
 
 def test_a_converted_copy_of_a_weight_does_not_outlive_the_call() -> None:
     weights = [torch.randn(rows, columns).half() for rows, columns in ((613, 96), (613, 96), (96, 613))]
     gate, up, down = (Member(DenseWeight(weight)) for weight in weights)
     block = MlpBlock(norm(96), gate, up, down, "silu")
-    mlp_block(torch.randn(1, 9, 96).bfloat16().requires_grad_(), block, Keep.DEAR).sum().backward()
+    mlp_block(torch.randn(1, 9, 96).bfloat16().requires_grad_(), block, Recompute.CHEAP).sum().backward()
     gc.collect()
     copies = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and sorted(t.shape) == [96, 613]]
     assert [t.dtype for t in copies if t.dtype != torch.float16] == []
@@ -187,7 +194,7 @@ def test_a_converted_copy_of_a_weight_does_not_outlive_the_call() -> None:
 
 def test_a_factor_changed_before_the_backward_is_an_error() -> None:
     block = MlpBlock(norm(64), member(96, 64), member(96, 64), member(64, 96), "silu")
-    out = mlp_block(torch.randn(1, 10, 64).bfloat16().requires_grad_(), block, Keep.DEAR)
+    out = mlp_block(torch.randn(1, 10, 64).bfloat16().requires_grad_(), block, Recompute.CHEAP)
     assert block.down.a is not None
     with torch.no_grad():
         block.down.a.mul_(2)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from entrenar.data.batches import Batch
 from entrenar.lora.attach import attach_lora
@@ -15,7 +15,8 @@ from entrenar.opening.load import load
 from entrenar.recipes.check import check, histogram
 from entrenar.recipes.train import train
 from entrenar.training import step
-from entrenar.training.step import accumulate
+from entrenar.training.learner import Learner
+from entrenar.training.step import Means, accumulate
 
 MakeConfig = Callable[..., Path]
 
@@ -26,7 +27,7 @@ def test_sizes_are_those_of_the_loaded_model(
     make_config: MakeConfig, tiny_model_dir: Path, quantize: str, double_quant: bool
 ) -> None:
     report = check(make_config(**{"model.quantize": quantize, "model.double_quant": double_quant}))
-    held = report.memory.held
+    held = report.memory.fixed
     model, _ = load(str(tiny_model_dir), quantize, double_quant=double_quant, dtype="float32")
     storages = {t.data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
     assert held.base == sum(storages.values())
@@ -54,10 +55,10 @@ def test_padding_is_counted_as_training_will_make_it(
     shapes: list[tuple[int, ...]] = []
 
     def noted(
-        model: PreTrainedModel, batches: Sequence[Batch], parameters: Sequence[nn.Parameter], loss_scale: float
-    ) -> float:
+        learner: Learner, batches: Sequence[Batch], parameters: Sequence[nn.Parameter], loss_scale: float
+    ) -> Means:
         shapes.extend(tuple(batch.ids.shape) for batch in batches)
-        return accumulate(model, batches, parameters, loss_scale)
+        return accumulate(learner, batches, parameters, loss_scale)
 
     config = make_config(**{"data.packing": packing, "data.max_length": 120})
     use = check(config).use

@@ -244,18 +244,18 @@ def test_a_run_is_stopped_in_an_evaluation(make_config: MakeConfig, monkeypatch:
     """The recipe's part of training/test_loop.py: the same command goes on, and ends as the straight run."""
     import signal
 
-    from entrenar.training import loop
+    from entrenar.objectives import supervised
 
     changes = {**SHORT, "data.packing": False, "training.micro_batch": 1}
     straight = train(make_config("straight", **changes))
-    whole = loop.target_loss
+    whole = supervised.target_loss
 
     def interrupted(model: torch.nn.Module, *rest: torch.Tensor) -> torch.Tensor:
         if not model.training:
             signal.raise_signal(signal.SIGINT)
         return whole(model, *rest)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(loop, "target_loss", interrupted)
+    monkeypatch.setattr(supervised, "target_loss", interrupted)
     with pytest.raises(StoppedError, match="after step 2 of 2"):
         train(make_config(**changes))
     monkeypatch.undo()

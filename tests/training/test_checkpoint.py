@@ -25,6 +25,7 @@ from entrenar.training.checkpoint import (
 )
 from entrenar.training.state import State
 from entrenar.training.step import update
+from tests.support.learning import learner
 
 
 def optimizer_of(model: PreTrainedModel) -> torch.optim.AdamW:
@@ -36,14 +37,14 @@ def test_loading_puts_adapter_optimizer_and_counters_back(
     tiny_qlora: PreTrainedModel, tiny_prepared: PreparedData, tmp_path: Path
 ) -> None:
     optimizer, batches = optimizer_of(tiny_qlora), micro_batches(tiny_prepared.train.examples[:4], 4, 0)
-    update(tiny_qlora, optimizer, batches, 1e-2, 1.0)
+    update(learner(tiny_qlora, optimizer), batches, 1e-2, 1.0)
     state = State("data", step=1, batch=2, tokens=7, best_loss=0.5)
     save_checkpoint(tmp_path, "step-1", tiny_qlora, optimizer, state)
-    update(tiny_qlora, optimizer, batches, 1e-2, 1.0)
+    update(learner(tiny_qlora, optimizer), batches, 1e-2, 1.0)
     expected = [layer.lora_a.detach().clone() for _, layer in adapted_layers(tiny_qlora)]
     fresh = optimizer_of(tiny_qlora)
     assert load_checkpoint(tmp_path / "step-1", tiny_qlora, fresh, "data") == state
-    update(tiny_qlora, fresh, batches, 1e-2, 1.0)
+    update(learner(tiny_qlora, fresh), batches, 1e-2, 1.0)
     got = [layer.lora_a.detach() for _, layer in adapted_layers(tiny_qlora)]
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 

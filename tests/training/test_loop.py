@@ -19,14 +19,17 @@ from entrenar.data.dataset import PreparedData
 from entrenar.evaluation.perplexity import perplexity
 from entrenar.lora.attach import adapted_layers, attach_lora, trained_parameters
 from entrenar.models.forward import target_loss
+from entrenar.objectives import supervised
 from entrenar.opening.load import load
 from entrenar.optim.adamw import make_adamw
 from entrenar.optim.schedule import learning_rate_factor
 from entrenar.training import loop
 from entrenar.training.checkpoint import latest_checkpoint, load_checkpoint
+from entrenar.training.learner import Learner
 from entrenar.training.loop import Trainer, improves
 from entrenar.training.state import Plan, State, StepReport
 from entrenar.training.step import StepResult
+from tests.support.learning import learner
 
 PLAN = Plan(
     total_steps=12, batch_size=6, micro_batch=3, pack_to=128, seed=0, lr=2e-2, schedule="cosine", warmup_steps=2,
@@ -40,7 +43,7 @@ def run(
     factors = [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
     optimizer = make_adamw(factors, plan.lr, (0.9, 0.999), 1e-8, 0.0)
     reports: list[StepReport] = []
-    trainer = Trainer(model, optimizer, data, plan, State(data.fingerprint), directory, 0, reports.append)
+    trainer = Trainer(learner(model, optimizer), data, plan, State(data.fingerprint), directory, 0, reports.append)
     return trainer.run(), reports
 
 
@@ -101,7 +104,9 @@ def trainer_of(
     directory: Path,
     plan: Plan,
 ) -> Trainer:
-    return Trainer(model, optimizer_of(model), data, plan, State(data.fingerprint), directory, 0, lambda _: None)
+    return Trainer(
+        learner(model, optimizer_of(model)), data, plan, State(data.fingerprint), directory, 0, lambda _: None
+    )
 
 
 def with_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
@@ -145,7 +150,7 @@ def test_an_update_that_is_not_finite_ends_the_run_unsaved(
 ) -> None:
     """B is zero at the first step, so A's gradient and moments are: 0/0 without an eps."""
     trainer = trainer_of(tiny_qlora, tiny_prepared, tmp_path, dataclasses.replace(PLAN, checkpoint_every=1))
-    for group in trainer._optimizer.param_groups:
+    for group in trainer._learner.optimizer.param_groups:
         group["eps"] = 1e-50
     with pytest.raises(EntrenarError, match=r"update 1 .*not finite: lower optimizer\.lr or raise optimizer\.eps"):
         trainer.run()
@@ -174,7 +179,7 @@ def test_a_stop_ends_an_evaluation_and_the_run_goes_on_within_it_bit_for_bit(
             signal.raise_signal(signal.SIGTERM)
         return target_loss(model, *tensors)
 
-    monkeypatch.setattr(loop, "target_loss", watched)
+    monkeypatch.setattr(supervised, "target_loss", watched)
     with pytest.raises(StoppedError, match=f"stopped by SIGTERM after step {step} of 12; a checkpoint was written"):
         broken.run()
     assert passes == [step]
@@ -185,7 +190,7 @@ def test_a_stop_ends_an_evaluation_and_the_run_goes_on_within_it_bit_for_bit(
     state = load_checkpoint(path, resumed, optimizer, tiny_prepared.fingerprint)
     assert state.pending is not None
     directory = tmp_path / "broken"
-    again = Trainer(resumed, optimizer, tiny_prepared, PLAN, state, directory, 0, lambda _: None).run()
+    again = Trainer(learner(resumed, optimizer), tiny_prepared, PLAN, state, directory, 0, lambda _: None).run()
     assert all(torch.equal(a, b) for a, b in zip(*map(tensors_of, (straight, resumed)), strict=True))
     logs = [numbers(tmp_path / name / "metrics.jsonl") for name in ("straight", "broken")]
     assert logs[0] == logs[1]
@@ -208,8 +213,8 @@ def test_a_skipped_batch_is_logged_once_however_often_it_is_met(
     plan = dataclasses.replace(PLAN, total_steps=4, eval_every=0, checkpoint_every=2)
     made = loop.update
 
-    def sometimes(model: PreTrainedModel, *rest: Any) -> StepResult:
-        return StepResult(math.nan, 1.0) if trainer.state.batch == 2 else made(model, *rest)
+    def sometimes(learner: Learner, *rest: Any) -> StepResult:
+        return StepResult(math.nan, 1.0) if trainer.state.batch == 2 else made(learner, *rest)
 
     monkeypatch.setattr(loop, "update", sometimes)
     trainer = trainer_of(tiny_qlora, tiny_prepared, tmp_path, plan)
@@ -219,8 +224,10 @@ def test_a_skipped_batch_is_logged_once_however_often_it_is_met(
     path = latest_checkpoint(tmp_path / "checkpoints")
     assert path is not None
     assert path.name == "step-2"
-    state = load_checkpoint(path, tiny_qlora, trainer._optimizer, tiny_prepared.fingerprint)
-    trainer = Trainer(tiny_qlora, trainer._optimizer, tiny_prepared, plan, state, tmp_path, 0, lambda _: None)
+    state = load_checkpoint(path, tiny_qlora, trainer._learner.optimizer, tiny_prepared.fingerprint)
+    trainer = Trainer(
+        learner(tiny_qlora, trainer._learner.optimizer), tiny_prepared, plan, state, tmp_path, 0, lambda _: None
+    )
     trainer.run()
     again = (tmp_path / "metrics.jsonl").read_bytes()
     assert [row.get("skipped") for row in map(json.loads, log.splitlines())] == [

@@ -17,7 +17,8 @@ from entrenar.optim.adamw import make_adamw
 from entrenar.training import loop
 from entrenar.training.loss_scale import FIRST, MOST, STEADY, first_scale, lower, note_success
 from entrenar.training.state import Plan, State
-from entrenar.training.step import StepResult, accumulate, update
+from entrenar.training.step import StepResult, update
+from tests.support.learning import accumulated, learner
 
 PLAN = Plan(
     total_steps=4, batch_size=6, micro_batch=3, pack_to=0, seed=0, lr=1e-2, schedule="constant", warmup_steps=0,
@@ -37,7 +38,7 @@ def adapted(directory: Path, dtype: str) -> PreTrainedModel:
 
 def gradients(model: PreTrainedModel, batches: list[Batch], factor: float) -> dict[str, Tensor]:
     """Of the mean loss, computed at `factor` times it."""
-    accumulate(model, batches, (), factor)
+    accumulated(model, batches, (), factor)
     return {name: p.grad / factor for name, p in trained_parameters(model) if p.grad is not None}
 
 
@@ -63,7 +64,7 @@ def test_the_scale_changes_no_update_of_float32(tiny_model_dir: Path, tiny_prepa
     for scale in (1.0, FIRST):
         model = adapted(tiny_model_dir, "float32")
         parameters = [parameter for _, parameter in trained_parameters(model)]
-        update(model, make_adamw(parameters, 1e-2, (0.9, 0.999), 1e-8, 0.0), batches, 1e-2, 1.0, scale)
+        update(learner(model, make_adamw(parameters, 1e-2, (0.9, 0.999), 1e-8, 0.0)), batches, 1e-2, 1.0, scale)
         found.append(parameters)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -76,7 +77,9 @@ def test_a_run_in_float16_learns_as_in_float32(
         model = adapted(tiny_model_dir, dtype)
         optimizer = make_adamw([p for _, p in trained_parameters(model)], 1e-2, (0.9, 0.999), 1e-8, 0.0)
         state = State("", loss_scale=first_scale(model.dtype))
-        trainer = loop.Trainer(model, optimizer, tiny_prepared, PLAN, state, tmp_path / dtype, 0, lambda _: None)
+        trainer = loop.Trainer(
+            learner(model, optimizer), tiny_prepared, PLAN, state, tmp_path / dtype, 0, lambda _: None
+        )
         trainer.run()
         losses[dtype] = [row["loss"] for row in read_metrics(tmp_path / dtype / "metrics.jsonl")]
     assert losses["float16"] == pytest.approx(losses["float32"], rel=5e-3)
@@ -89,7 +92,7 @@ def test_an_overflow_takes_the_same_batch_again_and_a_bad_batch_leaves_the_scale
     seen: list[tuple[tuple[int, ...], float]] = []
     plan, order = PLAN, {}
 
-    def stub(_m: object, _o: object, batches: list[Batch], _lr: float, _n: float, scale: float) -> StepResult:
+    def stub(_: object, batches: list[Batch], _lr: float, _n: float, scale: float) -> StepResult:
         lines = tuple(sorted(line for batch in batches for line in batch.lines))
         seen.append((lines, scale))
         number = order.setdefault(lines, len(order))
@@ -98,7 +101,7 @@ def test_an_overflow_takes_the_same_batch_again_and_a_bad_batch_leaves_the_scale
     monkeypatch.setattr(loop, "update", stub)
     optimizer = make_adamw([p for _, p in trained_parameters(tiny_qlora)], 1e-2, (0.9, 0.999), 1e-8, 0.0)
     state = State("", loss_scale=FIRST)
-    loop.Trainer(tiny_qlora, optimizer, tiny_prepared, plan, state, tmp_path, 0, lambda _: None).run()
+    loop.Trainer(learner(tiny_qlora, optimizer), tiny_prepared, plan, state, tmp_path, 0, lambda _: None).run()
     assert [scale for lines, scale in seen if order[lines] == 0] == [2**16, 2**15, 2**14]
     assert min(scale for lines, scale in seen if order[lines] == 2) == 1
     assert (state.loss_scale, state.step) == (2**14, 4)

@@ -15,8 +15,8 @@ from entrenar.data.batches import Batch, micro_batches
 from entrenar.data.encode import Example
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
-from entrenar.training.step import accumulate
 from tests.support.families import FAMILIES, make_family
+from tests.support.learning import accumulated
 
 _CAPACITY = 40
 
@@ -88,7 +88,7 @@ def test_packed_loss_and_gradients_are_those_of_separate_documents(
     batches = micro_batches(examples, micro_batch, 0, _CAPACITY)
     assert sum(len(batch.ids) for batch in batches) < len(examples)
     for model in models:
-        assert accumulate(model, batches) == pytest.approx(expected_loss, rel=1e-6)
+        assert accumulated(model, batches) == pytest.approx(expected_loss, rel=1e-6)
         torch.testing.assert_close(gradients(model), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -97,7 +97,7 @@ def test_they_would_differ_if_documents_saw_each_other(models: tuple[PreTrainedM
     batches = micro_batches(documents([9, 12, 7, 10], seed=0), 2, 0, _CAPACITY)
     mixed = [replace(batch, positions=_running(batch)) for batch in batches]
     for model in models:
-        assert abs(accumulate(model, mixed) - accumulate(model, batches)) > 1e-3
+        assert abs(accumulated(model, mixed) - accumulated(model, batches)) > 1e-3
 
 
 def _running(batch: Batch) -> Tensor:

@@ -12,7 +12,8 @@ from entrenar.data.batches import collate, micro_batches
 from entrenar.data.dataset import PreparedData
 from entrenar.lora.attach import adapted_layers
 from entrenar.optim.adamw import make_adamw
-from entrenar.training.step import accumulate, update
+from entrenar.training.step import update
+from tests.support.learning import accumulated, learner
 
 
 def factors(model: PreTrainedModel) -> list[torch.nn.Parameter]:
@@ -32,10 +33,10 @@ def test_eight_rows_in_pieces_give_the_gradient_of_eight_at_once(
 ) -> None:
     wake_up(tiny_qlora)
     rows = tiny_prepared.train.examples[:8]
-    whole = accumulate(tiny_qlora, micro_batches(rows, 8, 0))
+    whole = accumulated(tiny_qlora, micro_batches(rows, 8, 0))
     expected = [factor.grad.clone() for factor in factors(tiny_qlora) if factor.grad is not None]
     tiny_qlora.zero_grad()
-    pieces = accumulate(tiny_qlora, micro_batches(rows, micro_batch, 0))
+    pieces = accumulated(tiny_qlora, micro_batches(rows, micro_batch, 0))
     got = [factor.grad for factor in factors(tiny_qlora) if factor.grad is not None]
     assert pieces == pytest.approx(whole, abs=1e-6)
     assert len(got) == len(expected) == len(factors(tiny_qlora))
@@ -51,7 +52,7 @@ def test_where_gradients_lie_changes_no_bit_of_them(tiny_qlora: PreTrainedModel,
     for parameters in ((), [*used, unused]):
         tiny_qlora.zero_grad()
         for _ in range(2):
-            accumulate(tiny_qlora, batches, parameters)
+            accumulated(tiny_qlora, batches, parameters)
         found.append([factor.grad for factor in used])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert unused.grad is None
@@ -69,7 +70,7 @@ def test_loss_is_the_mean_over_all_target_tokens_not_a_mean_of_means(
         labels = batch.ids[:, 1:].masked_fill(~batch.targets[:, 1:], -100)
         losses.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"))
     every = torch.cat(losses)
-    assert accumulate(tiny_qlora, batches) == pytest.approx(every.sum().item() / int((every != 0).sum()), rel=1e-5)
+    assert accumulated(tiny_qlora, batches) == pytest.approx(every.sum().item() / int((every != 0).sum()), rel=1e-5)
 
 
 def test_update_takes_pytorchs_step_on_the_clipped_gradient(
@@ -78,9 +79,9 @@ def test_update_takes_pytorchs_step_on_the_clipped_gradient(
     twin = copy.deepcopy(tiny_qlora)
     batches = micro_batches(tiny_prepared.train.examples[:4], 4, 0)
     optimizer = make_adamw(factors(tiny_qlora), 1.0, (0.9, 0.999), 1e-8, 0.0)
-    result = update(tiny_qlora, optimizer, batches, lr=1e-2, max_grad_norm=0.1)
+    result = update(learner(tiny_qlora, optimizer), batches, lr=1e-2, max_grad_norm=0.1)
     reference = torch.optim.AdamW(factors(twin), lr=1e-2, weight_decay=0.0)
-    accumulate(twin, batches)
+    accumulated(twin, batches)
     norm = torch.nn.utils.clip_grad_norm_(factors(twin), 0.1)
     reference.step()
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-6)
@@ -92,7 +93,7 @@ def test_a_non_finite_gradient_changes_nothing(tiny_qlora: PreTrainedModel, tiny
     layer.lora_b.data.fill_(1e38)
     before = [factor.clone() for factor in factors(tiny_qlora)]
     optimizer = make_adamw(factors(tiny_qlora), 1.0, (0.9, 0.999), 1e-8, 0.0)
-    result = update(tiny_qlora, optimizer, micro_batches(tiny_prepared.train.examples[:2], 2, 0), 1.0, 1.0)
+    result = update(learner(tiny_qlora, optimizer), micro_batches(tiny_prepared.train.examples[:2], 2, 0), 1.0, 1.0)
     assert not result.is_finite
     assert all(torch.equal(a, b) for a, b in zip(before, factors(tiny_qlora), strict=True))
     assert not any(value.any() for state in optimizer.state.values() for value in state.values())
@@ -106,5 +107,5 @@ def test_500_steps_leave_nothing_behind(tiny_qlora: PreTrainedModel, tiny_prepar
     for step in range(750):
         if step == 250:
             before = anonymous_bytes()
-        update(tiny_qlora, optimizer, batches, 1e-4, 1.0)
+        update(learner(tiny_qlora, optimizer), batches, 1e-4, 1.0)
     assert anonymous_bytes() - before < 2 << 20

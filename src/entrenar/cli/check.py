@@ -36,9 +36,9 @@ def _print_sizes(console: "Console", report: "CheckReport") -> None:
     plan = report.memory
     console.print("memory", style="bold")
     sizes = {
-        "libraries": plan.held.libraries, "base": plan.held.base, "adapter": plan.held.adapter,
-        "gradients": plan.held.gradients, "optimizer": plan.held.optimizer, "activations": plan.activations,
-        "working": plan.working, "in all": plan.total,
+        "libraries": plan.fixed.libraries, "base": plan.fixed.base, "adapter": plan.fixed.adapter,
+        "gradients": plan.fixed.gradients, "optimizer": plan.fixed.optimizer, "activations": plan.saved,
+        "working": plan.transient, "in all": plan.total,
     }  # fmt: skip
     for name, size in sizes.items():
         console.print(f"  {name:<12}{size:>16,} bytes  ({human_bytes(size)})")

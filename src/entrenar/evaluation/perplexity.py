@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 
 from entrenar.data.batches import micro_batches
 from entrenar.data.dataset import Dataset
-from entrenar.models.forward import target_logits, target_loss
+from entrenar.models.forward import target_logits
 from entrenar.models.head import refuse_foreign
+from entrenar.objectives.objective import mean_loss
+from entrenar.objectives.supervised import SUPERVISED
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,7 @@ def perplexity(model: PreTrainedModel, dataset: Dataset, micro_batch: int, pad_i
     """Mean loss of `model` over the target tokens of `dataset`; InputError for a token that the model lacks."""
     for example in dataset.examples:
         refuse_foreign(example.ids, model, f"the row at line {example.line}")
-    batches = micro_batches(dataset.examples, micro_batch, pad_id)
-    tokens = sum(batch.target_count for batch in batches)
-    total = sum(target_loss(model, batch.ids, batch.positions, batch.targets).item() for batch in batches)
-    return Perplexity(total / tokens, tokens)
+    return Perplexity(*mean_loss(SUPERVISED, model, micro_batches(dataset.examples, micro_batch, pad_id)))
 
 
 @torch.no_grad()

@@ -1,15 +1,24 @@
-"""Tensors that are cheaper to make again than to keep.
+"""What is computed again in a backward rather than saved.
 
-A norm's result, or a gated activation's, is a pass over memory away from tensors that are kept anyway. It carries a
-recipe, and a layer that would keep it for its backward keeps the recipe's inputs instead (those same tensors).
+A norm's result, or a gated activation's, is one pass over memory away from tensors that are saved anyway. It carries a
+recipe, and a layer that would save it for its backward saves the recipe's inputs instead (those same tensors).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import Tensor
 
-_ATTRIBUTE = "_entrenar_recipe"
+from entrenar.core.attachment import Attachment
+
+
+class Recompute(Enum):
+    """What a decoder layer computes again in its backward, in place of saving it beside its input."""
+
+    NOTHING = "nothing"
+    CHEAP = "cheap"  # norms and activations; the results of products are saved
+    ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -20,12 +29,15 @@ class Recipe:
     inputs: tuple[Tensor, ...]
 
 
+_RECIPE = Attachment[Recipe]("recipe")
+
+
 def with_recipe(tensor: Tensor, make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """The tensor itself, marked."""
-    setattr(tensor, _ATTRIBUTE, Recipe(make, inputs))
+    _RECIPE.hang(tensor, Recipe(make, inputs))
     return tensor
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
     """The tensor's recipe, if it has one."""
-    return getattr(tensor, _ATTRIBUTE, None)
+    return _RECIPE.of(tensor)

@@ -8,7 +8,6 @@ Letters: B rows, T tokens, C hidden size, I inner size, H heads, G key-value hea
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from operator import is_not
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,16 +27,9 @@ from entrenar.layers.adapted_native import (
     hidden_bytes,
     with_factors,
 )
+from entrenar.layers.recompute import Recompute
 from entrenar.native.abi import AttentionBlockView, MlpBlockView, NormView
 from entrenar.ops.gated_activation import KINDS
-
-
-class Keep(Enum):
-    """What a block keeps for its backward beside h: all it computed, what is dear to compute again, or nothing."""
-
-    ALL = "all"
-    DEAR = "dear"
-    NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
@@ -85,23 +77,28 @@ def serves(h: Tensor) -> bool:
     return fits and native.is_eager(h) and native.available()
 
 
-def mlp_block(h: Tensor, block: MlpBlock, keep: Keep) -> Tensor:
+def mlp_block(h: Tensor, block: MlpBlock, recompute: Recompute) -> Tensor:
     """H (B, T, C) → (B, T, C)."""
-    return _apply(h, (_Mlp(block),), keep)
+    return _apply(h, (_Mlp(block),), recompute)
 
 
 def attention_block(
-    h: Tensor, block: AttentionBlock, rotation: Rotation | None, starts: Tensor | None, keep: Keep
+    h: Tensor, block: AttentionBlock, rotation: Rotation | None, starts: Tensor | None, recompute: Recompute
 ) -> Tensor:
     """H (B, T, C) → (B, T, C); causal, `starts` (B, T) int32 as in ops/attention.py."""
-    return _apply(h, (_Attention(block, rotation, starts),), keep)
+    return _apply(h, (_Attention(block, rotation, starts),), recompute)
 
 
 def decoder_layer(
-    h: Tensor, attention: AttentionBlock, mlp: MlpBlock, rotation: Rotation | None, starts: Tensor | None, keep: Keep
+    h: Tensor,
+    attention: AttentionBlock,
+    mlp: MlpBlock,
+    rotation: Rotation | None,
+    starts: Tensor | None,
+    recompute: Recompute,
 ) -> Tensor:
     """Both, one after the other, as one node of autograd's graph."""
-    return _apply(h, (_Attention(attention, rotation, starts), _Mlp(mlp)), keep)
+    return _apply(h, (_Attention(attention, rotation, starts), _Mlp(mlp)), recompute)
 
 
 def before_attention(
@@ -110,7 +107,7 @@ def before_attention(
     """H (B, T, C) → h, and what attention takes: q (B, T, H·D), k and v (B, T, G·D); no gradient is recorded."""
     h, one = h.contiguous(), _Attention(block, rotation)
     q, k, v = (h.new_empty(*h.shape[:2], member.weight.shape[0]) for member in (block.q, block.k, block.v))
-    made = _prepared(one, h, one.members, Keep.NOTHING)
+    made = _prepared(one, h, one.members, Recompute.ALL)
     _run(_attention_inputs, _fresh_view(one, made, {"h": h, "q": q, "k": k, "v": v}, h.new_empty(0)))
     return h, q, k, v
 
@@ -119,7 +116,7 @@ def after_attention(h: Tensor, attended: Tensor, output: Member, block: MlpBlock
     """H (B, T, C) + output(attended), attended (B, T, H·D), and the MLP's block of that; no gradient is recorded."""
     tokens = attended.reshape(-1, attended.shape[-1]).contiguous()
     added = forward_native(tokens, [output], residual=h.reshape(-1, h.shape[-1]))[0]
-    return mlp_block(added.view(h.shape), block, Keep.NOTHING)
+    return mlp_block(added.view(h.shape), block, Recompute.ALL)
 
 
 _attention_inputs = native.Function("attention_inputs")
@@ -136,7 +133,7 @@ class _Prepared(NamedTuple):
     """A pass's view but for the buffers of one call, what it was made for, and what it points into."""
 
     shape: torch.Size
-    keep: Keep
+    recompute: Recompute
     natives: list[NativeMember]
     norms: list[tuple[int, torch.dtype]]
     view: ctypes.Structure
@@ -159,13 +156,13 @@ class _Mlp:
     def norms(self) -> tuple[Norm | None, ...]:
         return (self.block.norm,)
 
-    def kept(self, h: Tensor, keep: Keep) -> dict[str, int]:
+    def kept(self, h: Tensor, recompute: Recompute) -> dict[str, int]:
         """What the backward reads beside h: bytes by the names of the view's buffers."""
-        if keep is Keep.NOTHING:
+        if recompute is Recompute.ALL:
             return {}
         block, tokens = self.block, h.shape[0] * h.shape[1]
         wide = tokens * block.gate.weight.shape[0] * h.itemsize
-        kept = {"gate": wide, "up": wide} | ({"x": h.nbytes, "product": wide} if keep is Keep.ALL else {})
+        kept = {"gate": wide, "up": wide} | ({"x": h.nbytes, "product": wide} if recompute is Recompute.NOTHING else {})
         hidden = {
             "u": hidden_bytes((block.gate, block.up), tokens),
             "down_u": hidden_bytes((block.down,), tokens),
@@ -200,13 +197,15 @@ class _Attention:
     def norms(self) -> tuple[Norm | None, ...]:
         return self.block.norm, self.block.q_norm, self.block.k_norm
 
-    def kept(self, h: Tensor, keep: Keep) -> dict[str, int]:
+    def kept(self, h: Tensor, recompute: Recompute) -> dict[str, int]:
         """What the backward reads beside h: bytes by the names of the view's buffers."""
-        if keep is Keep.NOTHING:
+        if recompute is Recompute.ALL:
             return {}
         block, tokens = self.block, h.shape[0] * h.shape[1]
         queries, keys = (tokens * member.weight.shape[0] * h.itemsize for member in (block.q, block.k))
-        kept = {"q": queries, "k": keys, "v": keys, "o": queries} | ({"x": h.nbytes} if keep is Keep.ALL else {})
+        kept = {"q": queries, "k": keys, "v": keys, "o": queries} | (
+            {"x": h.nbytes} if recompute is Recompute.NOTHING else {}
+        )
         hidden = {
             "u": hidden_bytes((block.q, block.k, block.v), tokens),
             "output_u": hidden_bytes((block.output,), tokens),
@@ -232,15 +231,15 @@ class _Attention:
 _Pass = _Mlp | _Attention
 
 
-def _prepared(one: _Pass, h: Tensor, members: Sequence[Member], keep: Keep) -> _Prepared:
+def _prepared(one: _Pass, h: Tensor, members: Sequence[Member], recompute: Recompute) -> _Prepared:
     """What the block's last call was prepared with, if it still is right."""
     natives = [member.native() for member in members]
     norms = [(norm.weight.data_ptr(), norm.weight.dtype) for norm in one.norms if norm is not None]
     made: _Prepared | None = one.block.__dict__.get("_prepared")
-    same = made is not None and made.shape == h.shape and made.keep is keep and made.norms == norms
+    same = made is not None and made.shape == h.shape and made.recompute is recompute and made.norms == norms
     if made is None or not same or any(map(is_not, made.natives, natives)):
         view = one.view(h, (MemberView * len(natives))(*(each.view for each in natives)))
-        made = _Prepared(h.shape, keep, natives, norms, view, _layout(one.kept(h, keep)))
+        made = _Prepared(h.shape, recompute, natives, norms, view, _layout(one.kept(h, recompute)))
         if all(each.is_current() for each in natives):  # else they hold copies, made for this call
             one.block.__dict__["_prepared"] = made
     return made
@@ -284,12 +283,12 @@ def _run(function: native.Function, view: ctypes.Structure) -> None:
     function(ctypes.addressof(view), native.threads())
 
 
-def _apply(h: Tensor, passes: Sequence[_Pass], keep: Keep) -> Tensor:
+def _apply(h: Tensor, passes: Sequence[_Pass], recompute: Recompute) -> Tensor:
     h = h.contiguous()
     if torch.is_grad_enabled():
-        return _Blocks.apply(h, passes, keep, *factors_of(_members(passes)))
+        return _Blocks.apply(h, passes, recompute, *factors_of(_members(passes)))
     for one in passes:
-        h = _forward(one, h, keep)[0]
+        h = _forward(one, h, recompute)[0]
     return h
 
 
@@ -297,19 +296,19 @@ def _members(passes: Sequence[_Pass]) -> list[Member]:
     return [member for one in passes for member in one.members]
 
 
-def _forward(one: _Pass, h: Tensor, keep: Keep) -> tuple[Tensor, Tensor]:
+def _forward(one: _Pass, h: Tensor, recompute: Recompute) -> tuple[Tensor, Tensor]:
     """The result, and room that holds all that is kept."""
-    made = _prepared(one, h, one.members, keep)
+    made = _prepared(one, h, one.members, recompute)
     out, room = torch.empty_like(h), h.new_empty(made.kept.size // h.itemsize)
     _run(one.forward, _fresh_view(one, made, {"h": h, "out": out}, room))
     return out, room
 
 
 def _backward(
-    one: _Pass, h: Tensor, members: Sequence[Member], keep: Keep, room: Tensor, grad: Tensor
+    one: _Pass, h: Tensor, members: Sequence[Member], recompute: Recompute, room: Tensor, grad: Tensor
 ) -> tuple[Tensor, Factors]:
     """The gradients of h and of the factors."""
-    made, dh = _prepared(one, h, members, keep), torch.empty_like(h)
+    made, dh = _prepared(one, h, members, recompute), torch.empty_like(h)
     view = _fresh_view(one, made, {"h": h, "out": grad, "dh": dh}, room)
     factors = add_gradients(view.members, members)
     _run(one.backward, view)
@@ -321,11 +320,11 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, h: Tensor, passes: Sequence[_Pass], keep: Keep, *factors: Tensor
+        ctx: Any, h: Tensor, passes: Sequence[_Pass], recompute: Recompute, *factors: Tensor
     ) -> Tensor:
-        ctx.passes, ctx.keep, saved = passes, keep, []
+        ctx.passes, ctx.recompute, saved = passes, recompute, []
         for one in passes:
-            out, room = _forward(one, h, keep)
+            out, room = _forward(one, h, recompute)
             saved += [h, room]
             h = out
         ctx.save_for_backward(*factors, *saved)
@@ -343,6 +342,6 @@ class _Blocks(torch.autograd.Function):
             room, h = saved.pop(), saved.pop()
             own = members[-len(one.members) :]
             del members[-len(one.members) :]
-            grad, factors = _backward(one, h, own, ctx.keep, room, grad)
+            grad, factors = _backward(one, h, own, ctx.recompute, room, grad)
             gradients = factors + gradients
         return grad, None, None, *(gradient for pair in gradients for gradient in pair if gradient is not None)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entrenar.core.attachment import Attachment
 from entrenar.core.errors import InputError, listing
 from entrenar.layers.quantized_embedding import QuantizedEmbedding
 from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.matching import saved_whole, unused
 
-_MARK = "_entrenar_saved"
+_SAVED_WHOLE = Attachment[bool]("saved_whole")
 
 
 def trainable_copies(
@@ -73,7 +74,7 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_saved(module: nn.Module) -> bool:
     """Whether a module is such a copy."""
-    return getattr(module, _MARK, False)
+    return _SAVED_WHOLE.of(module) or False
 
 
 def _trainable(name: str, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -88,7 +89,7 @@ def _trainable(name: str, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     made = copy.deepcopy(module, memo)
     if dtype != torch.float32:
         made.forward = MethodType(partial(_forward_in_float32, dtype=dtype), made)
-    setattr(made, _MARK, True)
+    _SAVED_WHOLE.hang(made, True)
     return made
 
 

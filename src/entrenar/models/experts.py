@@ -18,8 +18,8 @@ from entrenar.core.errors import InputError
 from entrenar.layers.adapted_linear import adapted_linears
 from entrenar.layers.quantized_experts import ExpertProjection, ExpertStack
 from entrenar.layers.quantized_linear import in_compute_dtype
-from entrenar.models.acceleration.agreement import agree, sample, told_apart
-from entrenar.models.acceleration.projected import Stand
+from entrenar.models.acceleration.agreement import agree, only_match, sample
+from entrenar.models.acceleration.proxy import ModuleProxy
 from entrenar.models.acceleration.recognised import activation_kind
 from entrenar.ops.gated_activation import gated_activation
 from entrenar.quant.tensor import QuantizedTensor
@@ -191,7 +191,7 @@ def _agree_planted(made: Experts, original: nn.Module) -> bool:
         ours = Experts(stacks[0], stacks[1], stacks[2], made.act_fn)
         found.append(ours(x, index, share))
     floor = 1e-9 * float(expected.abs().max(dim=-1).values.min())
-    return told_apart(expected, found, floor) == 0
+    return only_match(expected, found, floor) == 0
 
 
 @torch.no_grad()
@@ -211,5 +211,5 @@ def _agree_on_the_first(made: Experts, original: nn.Module) -> bool:
 def _their_forward(original: nn.Module, made: Experts, both: Tensor, down: Tensor) -> Callable[..., Tensor]:
     """The class's own forward over other weights; its parameters are on no device yet."""
     forward = inspect.unwrap(type(original).forward)
-    stand = Stand(original, num_experts=len(down), act_fn=made.act_fn, gate_up_proj=both, down_proj=down)
+    stand = ModuleProxy(original, num_experts=len(down), act_fn=made.act_fn, gate_up_proj=both, down_proj=down)
     return partial(forward, cast(Any, stand))

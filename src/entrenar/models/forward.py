@@ -2,16 +2,20 @@
 
 import inspect
 import logging
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from entrenar.core.errors import InputError
-from entrenar.layers.linear_cross_entropy import chunk_rows, linear_cross_entropy, summed_cross_entropy
+from entrenar.layers.linear_cross_entropy import (
+    Segments,
+    chunk_rows,
+    chunked_loss,
+    linear_cross_entropy,
+    summed_cross_entropy,
+)
 from entrenar.models.head import head_input, output_head, own_logits, vocabulary_size
 
 _LOG = logging.getLogger(__name__)
@@ -46,20 +50,35 @@ def target_loss(model: PreTrainedModel, ids: Tensor, positions: Tensor, targets:
     The logits (N, V) never exist at once: see linear_cross_entropy.py. A model that does to its logits what head.py
     cannot read runs its own code on them, a chunk at a time; one whose head is not a layer it calls makes them all.
     """
+    return _target_loss(model, ids, positions, targets, None)
+
+
+def sequence_losses(model: PreTrainedModel, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    """The same, summed within each sequence: (S,) float64, of the documents row by row (the order of `Batch.lines`)."""
+    sequence = (positions == 0).flatten().cumsum(0) - 1
+    of_targets = sequence[targets.flatten()]
+    return _target_loss(model, ids, positions, targets, Segments(of_targets, int(sequence[-1]) + 1))
+
+
+def _target_loss(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, targets: Tensor, segments: Segments | None
+) -> Tensor:
     # Where the batch lies: a GPU would have to be waited for to know how many there are.
     wanted = targets.flatten().nonzero().flatten()
-    ids, positions, wanted = (each.to(model.device) for each in (ids, positions, wanted))
+    ids, positions, wanted = (tensor.to(model.device) for tensor in (ids, positions, wanted))
+    segments = segments.to(model.device) if segments else None
     before_head = head_input(model, **_inputs(model, ids, positions))
     if before_head is None or before_head.hidden.shape[:2] != ids.shape:
         _say_once(f"{type(model).__name__} has no head that can be run alone: the loss takes two passes and all logits")
         logits, labels = target_logits(model, ids, positions, targets)
-        return summed_cross_entropy(logits, labels)
+        return summed_cross_entropy(logits, labels, segments)
     # What predicts a token stands one before it, in the same row. By index: the gradient of a mask is summed slowly.
     hidden, labels = before_head.hidden.flatten(0, 1).index_select(0, wanted - 1), ids.flatten()[wanted]
     if before_head.rule is None:
         _say_once(f"{type(model).__name__} neither scales nor softcaps its logits but changes them: a slower loss")
-        return _own_loss(model, hidden, labels)
-    return linear_cross_entropy(hidden, output_head(model), labels, vocabulary_size(model), before_head.rule)
+        return _own_loss(model, hidden, labels, segments)
+    head, vocabulary = output_head(model), vocabulary_size(model)
+    return linear_cross_entropy(hidden, head, labels, vocabulary, before_head.rule, segments)
 
 
 def takes_positions(model: PreTrainedModel) -> bool:
@@ -72,15 +91,10 @@ def _inputs(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> dict[str,
     return inputs | ({"position_ids": positions} if takes_positions(model) else {})
 
 
-def _own_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> Tensor:
+def _own_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, segments: Segments | None) -> Tensor:
     """The loss through the model's own forward; a chunk's logits are made once more in the backward pass."""
-
-    def loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        return summed_cross_entropy(own_logits(model, hidden), labels)
-
     rows = chunk_rows(len(hidden), vocabulary_size(model), hidden.dtype)
-    chunks = zip(hidden.split(rows), labels.split(rows), strict=True)
-    return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return chunked_loss(partial(own_logits, model), hidden, labels, rows, segments)
 
 
 @cache

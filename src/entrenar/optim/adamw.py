@@ -1,6 +1,6 @@
 """AdamW (Loshchilov and Hutter 2019): PyTorch's fused implementation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ def make_adamw(
         for parameter in group["params"]:
             optimizer.state[parameter] = _fresh_state(parameter)
     return optimizer
+
+
+def adamw_state_bytes(parameters: Sequence[nn.Parameter]) -> int:
+    """Two moments like each parameter, and a float32 step counter."""
+    return sum(2 * parameter.numel() * parameter.element_size() + 4 for parameter in parameters)
 
 
 def _fresh_state(parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -1,9 +1,17 @@
 """Learning-rate schedules as pure functions of the step: warm-up, then constant, linear or cosine decay to zero."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 ScheduleName = Literal["constant", "linear", "cosine"]
+
+# Share of the decay that is done, 0 to 1 → factor on the peak rate.
+SCHEDULES: dict[ScheduleName, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: ScheduleName) -> float:
@@ -14,9 +22,4 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, schedul
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return SCHEDULES[schedule]((step - warmup_steps) / max(total_steps - warmup_steps, 1))

@@ -16,11 +16,12 @@ from entrenar.data.encode import Example
 from entrenar.data.packing import computed_tokens, layout
 from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.planning.memory_plan import MemoryPlan
-from entrenar.planning.run_memory import load_adapted, open_for, plan_memory
+from entrenar.planning.run_plan import plan_memory
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.doubts import doubts
 from entrenar.recipes.run_directory import open_run_directory
-from entrenar.recipes.train import make_plan, prepare_data, refuse_foreign_tokens, with_date
+from entrenar.recipes.run_model import load_adapted, source_of
+from entrenar.recipes.train import OBJECTIVE, OPTIMIZER, make_plan, prepare_data, refuse_foreign_tokens, with_date
 from entrenar.training.state import Plan
 
 Piece = tuple[str, bool]
@@ -66,15 +67,16 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
         InputError: everything that `train` would refuse before its first step.
     """
     directory = open_run_directory(load_config(RunConfig, Path(config_path), overrides))
-    source = open_for(directory.config)
+    source = source_of(directory.config)
     data = prepare_data(directory.config, source.tokenizer, getattr(source.generation, "eos_token_id", None))
     config = with_date(directory, data).config
     model, libraries = load_adapted(config, source)
     refuse_foreign_tokens(data, model, config)
     plan = make_plan(config, data)
-    memory = plan_memory(config.training, model, data, plan, libraries=libraries)
+    memory = plan_memory(config.training, model, data, plan, OBJECTIVE, OPTIMIZER, libraries=libraries)
     trained = [parameter for _, parameter in trained_parameters(model)]
-    lengths = [len(example) for example in data.train.examples]
+    sequences = [sequence for row in data.train.examples for sequence in OBJECTIVE.sequences(row)]
+    lengths = [len(sequence) for sequence in sequences]
     return CheckReport(
         config=config,
         data=data,
@@ -84,9 +86,9 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
         memory=memory,
         lengths=lengths,
         use=_token_use(replace(plan, micro_batch=memory.micro_batch), lengths),
-        samples=[_pieces(example, source.tokenizer) for example in data.train.examples[:samples]],
+        samples=[_pieces(sequence, source.tokenizer) for sequence in sequences[:samples]],
         resumes_from=str(directory.checkpoint) if directory.checkpoint else None,
-        doubts=doubts(config, plan, data, memory.held.adapter),
+        doubts=doubts(config, plan, data, memory.fixed.adapter),
     )
 
 

@@ -19,27 +19,32 @@ from entrenar.data.dataset import PreparedData, prepare
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.lora.embedding import EmbeddingLoRALayer
-from entrenar.models.acceleration.activations import set_keep
+from entrenar.models.acceleration.activations import set_recompute
 from entrenar.models.head import vocabulary_size
 from entrenar.models.isolation import isolates_documents
+from entrenar.objectives.registry import OBJECTIVES
 from entrenar.opening.compute import resolve_device, resolve_dtype
 from entrenar.opening.source import ModelSource
-from entrenar.optim.adamw import make_adamw
 from entrenar.optim.groups import lora_plus_groups
+from entrenar.optim.optimizers import OPTIMIZERS, OptimizerOptions
 from entrenar.planning.device_memory import peak_memory
 from entrenar.planning.memory_plan import MemoryPlan
-from entrenar.planning.run_memory import load_adapted, open_for, plan_memory
+from entrenar.planning.run_plan import plan_memory
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.doubts import afterthoughts, doubts
 from entrenar.recipes.identity import base_identity
 from entrenar.recipes.run_directory import RunDirectory, locked, open_run_directory, sweep
+from entrenar.recipes.run_model import load_adapted, source_of
 from entrenar.recipes.train_result import TrainResult, finite, result_of_finished, write_result
 from entrenar.training.checkpoint import BEST, drop_older, load_checkpoint
+from entrenar.training.learner import Learner
 from entrenar.training.loop import OnStep, Trainer
 from entrenar.training.loss_scale import first_scale
 from entrenar.training.state import Plan, State
 
 Say = Callable[[str], None]
+# The only ones so far; a config that chooses would choose here.
+OBJECTIVE, OPTIMIZER = OBJECTIVES["supervised"], OPTIMIZERS["adamw"]
 
 
 def _ignore(_: object) -> None:
@@ -94,7 +99,7 @@ class _Ran:
 
 def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> _Ran:
     asked = directory.config
-    source = open_for(asked)
+    source = source_of(asked)
     data = prepare_data(asked, source.tokenizer, getattr(source.generation, "eos_token_id", None))
     directory = with_date(directory, data)
     say(describe(data, asked.data.train))
@@ -124,16 +129,27 @@ def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> 
         say(f"resuming from step {state.step}")
     resumed = state.step
     state.sessions += 1
-    memory = plan_memory(config.training, model, data, plan, libraries=libraries, chosen=state.micro_batch)
+    memory = plan_memory(
+        config.training, model, data, plan, OBJECTIVE, OPTIMIZER, libraries=libraries, chosen=state.micro_batch
+    )
     say(memory.sentence())
-    for sentence in doubts(config, plan, data, memory.held.adapter):
+    for sentence in doubts(config, plan, data, memory.fixed.adapter):
         say(sentence)
-    set_keep(model, memory.keep)
+    set_recompute(model, memory.recompute)
     state.micro_batch = memory.micro_batch
     plan = replace(plan, micro_batch=memory.micro_batch)
     directory.start()
     _write_rejected(directory, data)
-    Trainer(model, optimizer, data, plan, state, directory.path, pad_id(source), on_step, started).run()
+    Trainer(
+        Learner(model, optimizer, OBJECTIVE, OPTIMIZER),
+        data,
+        plan,
+        state,
+        directory.path,
+        pad_id(source),
+        on_step,
+        started,
+    ).run()
     return _Ran(model, source.tokenizer if config.lora.new_tokens else None, state, resumed, memory)
 
 
@@ -155,7 +171,7 @@ def _result(directory: RunDirectory, ran: _Ran, peak: int) -> TrainResult:
 
 
 def make_optimizer(config: RunConfig, model: PreTrainedModel) -> torch.optim.Optimizer:
-    """AdamW over all that is trained, in LoRA+'s groups."""
+    """The optimiser over all that is trained, in LoRA+'s groups."""
     options = config.optimizer
     embedding = {
         f"{name}.{factor}"
@@ -166,7 +182,16 @@ def make_optimizer(config: RunConfig, model: PreTrainedModel) -> torch.optim.Opt
     groups = lora_plus_groups(
         trained_parameters(model), options.lora_plus_ratio, embedding, options.lora_plus_embedding_lr / options.lr
     )
-    return make_adamw(groups, options.lr, (options.beta1, options.beta2), options.eps, options.weight_decay)
+    return OPTIMIZER.make(
+        groups,
+        OptimizerOptions(
+            lr=options.lr,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+        ),
+    )
 
 
 def with_date(directory: RunDirectory, data: PreparedData) -> RunDirectory:

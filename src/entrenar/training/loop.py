@@ -2,22 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from entrenar.core.errors import EntrenarError, StoppedError
 from entrenar.core.run_log import MetricsLog
-from entrenar.data.batches import Batch, batch_rows, micro_batches
+from entrenar.data.batches import Batch, batch_rows
 from entrenar.data.dataset import Dataset, PreparedData
-from entrenar.models.forward import target_loss
+from entrenar.data.encode import Example
 from entrenar.optim.schedule import learning_rate_factor
 from entrenar.planning.device_memory import used_bytes
 from entrenar.training import loss_scale
 from entrenar.training.checkpoint import BEST, STEP, drop_older, drop_unneeded_best, load_factors, save_checkpoint
+from entrenar.training.learner import Learner
 from entrenar.training.signals import StopRequest
 from entrenar.training.state import Plan, State, StepReport, Update
 from entrenar.training.step import StepResult, update
@@ -34,8 +34,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        optimizer: torch.optim.Optimizer,
+        learner: Learner,
         data: PreparedData,
         plan: Plan,
         state: State,
@@ -44,10 +43,12 @@ class Trainer:
         on_step: OnStep,
         started: float | None = None,
     ) -> None:
-        self._model, self._optimizer, self._data = model, optimizer, data
+        self._learner, self._model, self._data = learner, learner.model, data
         self._plan, self.state, self._pad_id, self._on_step = plan, state, pad_id, on_step
         self._checkpoints = directory / "checkpoints"
-        self._log = MetricsLog(directory / "metrics.jsonl", after_step=state.step, after_batch=state.batch)
+        self._log = None  # process 0 alone writes files
+        if learner.world.rank == 0:
+            self._log = MetricsLog(directory / "metrics.jsonl", after_step=state.step, after_batch=state.batch)
         self._looped, self._first_step, self._first_tokens = time.monotonic(), state.step, state.tokens
         self._started, self._seconds_before = started or self._looped, state.seconds
         self._stop = StopRequest()
@@ -71,7 +72,8 @@ class Trainer:
                     if self._stop.received and self.state.step < self._plan.total_steps:
                         self._leave()
         finally:
-            self._log.close()
+            if self._log:
+                self._log.close()
             self._model.eval()
         self._note_seconds()
         if self._plan.patience:
@@ -81,8 +83,7 @@ class Trainer:
     def _step(self) -> None:
         state, plan = self.state, self._plan
         rows = batch_rows(len(self._data.train), plan.batch_size, plan.seed, state.batch)
-        examples = [self._data.train.examples[row] for row in rows]
-        batches = micro_batches(examples, plan.micro_batch, self._pad_id, plan.pack_to)
+        batches = self._batches([self._data.train.examples[row] for row in rows])
         lr = plan.lr * learning_rate_factor(state.step, plan.total_steps, plan.warmup_steps, plan.schedule)
         result = self._update(batches, lr)
         state.batch += 1
@@ -94,9 +95,18 @@ class Trainer:
         loss_scale.note_success(state)
         state.skipped_in_a_row = 0
         state.step += 1
-        state.tokens += sum(batch.token_count for batch in batches)
+        (tokens,) = self._learner.world.total(sum(batch.token_count for batch in batches))
+        state.tokens += int(tokens)
         state.train_loss = result.loss
-        self._finish_step(Update(loss=result.loss, grad_norm=result.grad_norm, lr=lr))
+        self._finish_step(Update(loss=result.loss, grad_norm=result.grad_norm, lr=lr, figures=dict(result.figures)))
+
+    def _batches(self, rows: Sequence[Example]) -> list[Batch]:
+        """This process' share of rows, in micro-batches; none where there are fewer rows than processes."""
+        world, plan = self._learner.world, self._plan
+        share = rows[world.rank :: world.size]
+        if not share:
+            return []
+        return self._learner.objective.batches(share, plan.micro_batch, self._pad_id, plan.pack_to)
 
     def _update(self, batches: list[Batch], lr: float) -> StepResult:
         """One update; in float16 a batch that overflows is taken again at half the scale."""
@@ -104,7 +114,7 @@ class Trainer:
         while True:
             # Dropout, too, is a pure function of the run's seed and the batch's number.
             torch.manual_seed(plan.seed * 1_000_003 + state.batch)
-            result = update(self._model, self._optimizer, batches, lr, plan.max_grad_norm, state.loss_scale)
+            result = update(self._learner, batches, lr, plan.max_grad_norm, state.loss_scale)
             if result.is_finite:
                 return result
             if not math.isfinite(result.loss) or not loss_scale.lower(state):
@@ -118,8 +128,8 @@ class Trainer:
         state.pending = None
         report = self._report(made, evaluated)
         row: dict[str, Any] = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm, "tokens": state.tokens}
-        row |= {"tokens_per_s": report.tokens_per_s, "memory_bytes": report.memory_bytes}
-        self._log.write({"step": state.step, **row, **({} if evaluated is None else {"eval_loss": _json(evaluated)})})
+        row |= {"tokens_per_s": report.tokens_per_s, "memory_bytes": report.memory_bytes, **made.figures}
+        self._write({"step": state.step, **row, **({} if evaluated is None else {"eval_loss": _json(evaluated)})})
         self._on_step(report)
         if self._is_due(plan.checkpoint_every) and state.step < plan.total_steps:
             self._save(STEP)
@@ -134,26 +144,28 @@ class Trainer:
         state, dataset = self.state, self._data.validation
         if dataset is None:
             return None
-        state.eval_loss = self._mean_loss(dataset)
-        if improves(state.eval_loss, state.best_loss):
-            state.best_loss, state.best_step, state.evaluations_since_best = state.eval_loss, state.step, 0
-            self._save(BEST)
-        else:
-            state.evaluations_since_best += 1
+        with self._learner.kind.evaluating(self._learner.optimizer):
+            state.eval_loss = self._mean_loss(dataset)
+            if improves(state.eval_loss, state.best_loss):
+                state.best_loss, state.best_step, state.evaluations_since_best = state.eval_loss, state.step, 0
+                self._save(BEST)
+            else:
+                state.evaluations_since_best += 1
         return state.eval_loss
 
     @torch.no_grad()
     def _mean_loss(self, dataset: Dataset) -> float:
-        """In nats per target token. A stop is obeyed between any two micro-batches."""
+        """Of the objective. A stop is obeyed between any two micro-batches."""
         self._model.eval()
-        batches = micro_batches(dataset.examples, self._plan.micro_batch, self._pad_id, self._plan.pack_to)
+        objective, batches = self._learner.objective, self._batches(dataset.examples)
         total = 0.0
         for batch in batches:
             if self._stop.received:
                 self._leave()
-            total += target_loss(self._model, batch.ids, batch.positions, batch.targets).item()
+            total += objective.loss(self._model, batch).total.item()
         self._model.train()
-        return total / sum(batch.target_count for batch in batches)
+        total, count = self._learner.world.total(total, sum(map(objective.count, batches)))
+        return total / count
 
     def _report(self, made: Update, evaluated: float | None) -> StepReport:
         state, plan = self.state, self._plan
@@ -168,14 +180,19 @@ class Trainer:
             seconds_left=seconds / steps * (plan.total_steps - state.step),
             memory_bytes=used_bytes(self._model.device),
             eval_loss=evaluated,
+            figures=made.figures,
         )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._log:
+            self._log.write(row)
 
     def _skip(self, result: StepResult, lines: list[int]) -> None:
         state = self.state
         state.skipped_in_a_row += 1
         where = f"lines {', '.join(map(str, lines))} of the training file"
         values = {"skipped": where, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
-        self._log.write({"step": state.step, "batch": state.batch, **values})
+        self._write({"step": state.step, "batch": state.batch, **values})
         if state.skipped_in_a_row >= MAX_SKIPPED:
             raise EntrenarError(
                 f"{MAX_SKIPPED} batches in a row gave a non-finite loss or gradient (the last: {where}): lower "
@@ -198,11 +215,15 @@ class Trainer:
 
     def _save(self, prefix: str) -> None:
         self._note_seconds()
-        name = f"{prefix}-{self.state.step}"
-        save_checkpoint(self._checkpoints, name, self._model, self._optimizer, self.state)
-        self._drop_older()
+        if self._log:
+            name = f"{prefix}-{self.state.step}"
+            save_checkpoint(self._checkpoints, name, self._model, self._learner.optimizer, self.state)
+            self._drop_older()
+        self._learner.world.barrier()
 
     def _drop_older(self) -> None:
+        if not self._log:
+            return
         drop_older(self._checkpoints, STEP, self._plan.keep_checkpoints)
         drop_unneeded_best(self._checkpoints, self.state.best_step)
 

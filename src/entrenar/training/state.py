@@ -1,6 +1,7 @@
 """Where a run stands, and what it was asked to do."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from entrenar.optim.schedule import ScheduleName
 
@@ -31,11 +32,13 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one update was made with: mean loss in nats per target token, gradient norm before clipping, and rate."""
+    """What one update was made with: mean loss (nats per target token in supervised training), gradient norm before
+    clipping, rate, and the objective's own figures."""
 
     loss: float
     grad_norm: float
     lr: float
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -80,3 +83,4 @@ class StepReport:
     seconds_left: float
     memory_bytes: int
     eval_loss: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)

@@ -9,18 +9,20 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from entrenar.layers import composed_blocks
-from entrenar.layers.residual_blocks import Keep
-from entrenar.models.acceleration import activations, fast_layers
-from entrenar.models.acceleration.activations import kept_per_token, ladder, set_keep
+from entrenar.layers.recompute import Recompute
+from entrenar.models.acceleration import activations, fast_layers, layer_forward
+from entrenar.models.acceleration.activations import ladder, set_recompute
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from tests.support.families import make_family
 from tests.support.fast_models import ALIKE, IDS, POSITIONS, adapted, gradients, train_norms
+from tests.support.learning import saved_bytes
 
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composed_blocks, "_is_on_gpu", lambda _: True)
     monkeypatch.setattr(fast_layers, "serves", lambda _: False)
+    monkeypatch.setattr(layer_forward, "serves", lambda _: False)
     monkeypatch.setattr(activations, "recompute_inside", lambda _: False)
 
 
@@ -61,15 +63,15 @@ def test_heads_of_any_width() -> None:
 def test_what_is_kept_changes_memory_not_numbers() -> None:
     fast, _, _ = pair("llama")
     fast.train()
-    assert ladder(fast) == (Keep.ALL, Keep.NOTHING)
+    assert ladder(fast) == (Recompute.NOTHING, Recompute.ALL)
     results = []
-    for choices in ([Keep.ALL] * 2, [Keep.NOTHING, Keep.ALL], [Keep.NOTHING] * 2):
-        set_keep(fast, choices)
+    for choices in ([Recompute.NOTHING] * 2, [Recompute.ALL, Recompute.NOTHING], [Recompute.ALL] * 2):
+        set_recompute(fast, choices)
         results.append(gradients(fast))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
     width = fast.config.get_text_config().hidden_size * torch.float32.itemsize
-    most, least = kept_per_token(fast, Keep.ALL), kept_per_token(fast, Keep.NOTHING)
+    most, least = saved_bytes(fast, Recompute.NOTHING), saved_bytes(fast, Recompute.ALL)
     assert 2 * width < least < most / 3  # what each of two layers begins with, and what the rest of the model keeps
 
 
@@ -102,7 +104,7 @@ def test_autocast() -> None:
 def test_checkpointing_with_a_cache_is_the_classs_own() -> None:
     fast, plain, _ = pair("llama")
     fast.train()
-    set_keep(fast, [Keep.NOTHING] * 2)
+    set_recompute(fast, [Recompute.ALL] * 2)
     found, expected = [], []
     for model, results in ((fast, found), (plain, expected)):
         logits = model(input_ids=IDS).logits

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from entrenar.models.acceleration import attention, confirmed, fast_forwards, verdicts
-from entrenar.models.acceleration.confirmed import make_fast, own_way
+from entrenar.models.acceleration import attention, confirmed, fast_forwards, module_forwards, verdicts
+from entrenar.models.acceleration.confirmed import make_fast
+from entrenar.models.acceleration.in_float32 import in_float32
+from entrenar.models.acceleration.swapped import own_way, swapped
 from tests.support.families import make_family
 
 IDS = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -43,8 +45,8 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def wrong_norms(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """Let every norm's forward be off by a factor, and nothing notice it module by module."""
-    own = fast_forwards._norm
-    monkeypatch.setattr(fast_forwards, "_norm", lambda *args, **options: own(*args, **options) * factor)
+    own = module_forwards._norm
+    monkeypatch.setattr(module_forwards, "_norm", lambda *args, **options: own(*args, **options) * factor)
     monkeypatch.setattr(fast_forwards, "agree", lambda *_: True)
 
 
@@ -53,7 +55,7 @@ def wrong_norms(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
 def test_right_forwards_stay(family: str, dtype: torch.dtype, runs: list[str], kept: Path) -> None:
     model = frozen(family, dtype)
     make_fast(model)
-    assert confirmed._replaced(model)
+    assert swapped(model)
     assert len(runs) == 1
     assert len(list(kept.iterdir())) == 1
 
@@ -77,7 +79,7 @@ def test_wrong_ones_all_go(
             "the faster forwards of GemmaForCausalLM give other logits than its class's own: everything goes the "
             "class's own way, which is slower"
         ]
-        assert not confirmed._replaced(model)
+        assert not swapped(model)
         assert model.config._attn_implementation == "sdpa"
         assert torch.equal(logits(model), logits(plain))
 
@@ -85,15 +87,15 @@ def test_wrong_ones_all_go(
 def test_wrong_kernels_of_bfloat16_alone_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is right in float32 is not thereby right in the run's dtype."""
     model = frozen("llama", torch.bfloat16)
-    own = fast_forwards._norm
+    own = module_forwards._norm
 
     def off(x: Tensor, *args: Any, **options: Any) -> Tensor:
         return own(x, *args, **options) * (1.2 if x.dtype == torch.bfloat16 else 1.0)
 
-    monkeypatch.setattr(fast_forwards, "_norm", off)
+    monkeypatch.setattr(module_forwards, "_norm", off)
     monkeypatch.setattr(fast_forwards, "agree", lambda *_: True)
     make_fast(model)
-    assert not confirmed._replaced(model)
+    assert not swapped(model)
 
 
 def test_the_second_time_costs_nothing(runs: list[str]) -> None:
@@ -148,10 +150,10 @@ def test_its_own_way_and_back() -> None:
     plain = frozen("llama", torch.bfloat16)
     fast = copy.deepcopy(plain)
     make_fast(fast)
-    before, replaced = logits(fast), set(confirmed._replaced(fast))
+    before, replaced = logits(fast), set(swapped(fast))
     with own_way(fast):
         assert torch.equal(logits(fast), logits(plain))
-    assert set(confirmed._replaced(fast)) == replaced
+    assert set(swapped(fast)) == replaced
     assert fast.config._attn_implementation == attention.NAME
     assert torch.equal(logits(fast), before)
 
@@ -159,7 +161,7 @@ def test_its_own_way_and_back() -> None:
 def test_float32_for_a_while() -> None:
     model = frozen("gemma3_text", torch.bfloat16)
     wide = copy.deepcopy(model).float()
-    with torch.no_grad(), confirmed._in_float32(model):
+    with torch.no_grad(), in_float32(model):
         found = model(input_ids=IDS, use_cache=False).logits
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, logits(wide), rtol=1e-2, atol=1e-3)  # but for the embedding's factor

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from entrenar.layers import residual_blocks
-from entrenar.layers.residual_blocks import Keep
-from entrenar.models.acceleration import attention, fast_layers
-from entrenar.models.acceleration.activations import set_keep
+from entrenar.layers.recompute import Recompute
+from entrenar.models.acceleration import attention, layer_forward
+from entrenar.models.acceleration.activations import set_recompute
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from tests.support.families import make_family
 from tests.support.fast_models import ALIKE, IDS, POSITIONS, adapted, gradients, train_norms
@@ -61,13 +61,13 @@ def test_heads_of_a_width_the_kernels_do_not_take(width: int, layers: int) -> No
 def test_what_is_kept_changes_memory_not_numbers() -> None:
     fast, _, _ = pair("llama")
     results = []
-    for choices in ([Keep.ALL] * 2, [Keep.DEAR] * 2, [Keep.NOTHING, Keep.ALL]):
-        set_keep(fast, choices)
+    for choices in ([Recompute.NOTHING] * 2, [Recompute.CHEAP] * 2, [Recompute.ALL, Recompute.NOTHING]):
+        set_recompute(fast, choices)
         results.append(gradients(fast))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
     with pytest.raises(ValueError):
-        set_keep(fast, [Keep.ALL])
+        set_recompute(fast, [Recompute.NOTHING])
 
 
 def test_calls_that_ask_for_more_go_the_classs_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_calls_that_ask_for_more_go_the_classs_own_way(monkeypatch: pytest.Monke
     def refuse(*_: object) -> Tensor:
         raise AssertionError("the block was used")
 
-    monkeypatch.setattr(fast_layers, "decoder_layer", refuse)
+    monkeypatch.setattr(layer_forward, "decoder_layer", refuse)
     with pytest.raises(AssertionError):
         fast(input_ids=IDS, use_cache=False)
     assert fast.generate(input_ids=IDS, max_new_tokens=3, do_sample=False).shape == (2, 23)  # pyright: ignore[reportCallIssue]

@@ -18,9 +18,9 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from entrenar.models.acceleration.agreement import told_apart
-from entrenar.models.acceleration.class_source import reads, takes_one_tensor
+from entrenar.models.acceleration.agreement import only_match
 from entrenar.models.acceleration.recognised import activation_kind, gated_mlp_kind, norm_kind
+from entrenar.models.acceleration.watched import outcome_over, takes_one_tensor
 from entrenar.ops.gated_activation import gated_activation
 from entrenar.ops.rms_norm import rms_norm
 
@@ -141,7 +141,7 @@ def test_other_norms_stay(kind: Any, weight: str) -> None:
     assert norm_kind(with_weight(kind(WIDTH, eps=1e-5, **options), WEIGHTS[weight])) is None
 
 
-def test_activations_are_told_apart_far_out_too() -> None:
+def test_activations_are_distinguished_far_out_too() -> None:
     found = {name: activation_kind(ACT2FN[name]) for name in ACT2FN if name != "xielu"}
     gelus, tanhs = {"gelu", "gelu_python"}, {
         "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh",
@@ -208,20 +208,72 @@ def test_other_activations_stay(act: str) -> None:
     assert gated_mlp_kind(LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=8, hidden_act=act))) is None
 
 
-def test_hypotheses_that_cannot_be_told_apart_are_none() -> None:
+def test_hypotheses_that_cannot_be_distinguished_are_none() -> None:
     a = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
-    assert told_apart(a.float(), [a, a + 1]) == 0
-    assert told_apart(a.float(), [a + 1, a]) == 1
-    assert told_apart(a, [a, a * (1 + 1e-6)]) is None  # both would do
-    assert told_apart(a, [a, a * (1 + 1e-4)]) is None  # one would do, the other is too near
-    assert told_apart(a * 1.01, [a, a + 1]) is None
-    assert told_apart(a.expand(2, 3), [a]) is None
-    assert told_apart(a * torch.nan, [a]) is None
+    assert only_match(a.float(), [a, a + 1]) == 0
+    assert only_match(a.float(), [a + 1, a]) == 1
+    assert only_match(a, [a, a * (1 + 1e-6)]) is None  # both would do
+    assert only_match(a, [a, a * (1 + 1e-4)]) is None  # one would do, the other is too near
+    assert only_match(a * 1.01, [a, a + 1]) is None
+    assert only_match(a.expand(2, 3), [a]) is None
+    assert only_match(a * torch.nan, [a]) is None
 
 
-def test_what_a_class_reads() -> None:
-    assert reads(GemmaRMSNorm) == {"weight", "eps"}
-    assert reads(LlamaMLP) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    assert reads(Counting) is None
+class ByName(LlamaRMSNorm):
+    """Asks for the same by other means: a method, and the same function under another name."""
+
+    def apply_weight(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+    def of_another_name(self, hidden_states: Tensor) -> Tensor:
+        return self.apply_weight(
+            hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, True) + self.variance_epsilon)
+        )
+
+    forward = of_another_name
+
+
+class Handed(LlamaRMSNorm):
+    """Hands itself on, to a function that asks for the same."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return LlamaRMSNorm.forward(self, hidden_states)
+
+
+class ByValue(LlamaRMSNorm):
+    """Does the same for all but numbers that were never tried."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return LlamaRMSNorm.forward(self, hidden_states) * (2 if hidden_states.abs().max() > 1e9 else 1)
+
+
+class Asking(LlamaRMSNorm):
+    """Asks whether it has something, and would do otherwise."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return LlamaRMSNorm.forward(self, hidden_states) * (1 if hasattr(self, "_buffers") else 2)
+
+
+def test_a_norm_of_other_names_is_recognised_and_one_of_the_same_names_is_not() -> None:
+    assert norm_kind(with_weight(ByName(WIDTH, eps=1e-6), WEIGHTS["usual"])) == (1e-6, 0.0)
+    alike = type("LlamaRMSNorm", (LlamaRMSNorm,), {"forward": Half.forward, "__module__": LlamaRMSNorm.__module__})
+    assert norm_kind(with_weight(alike(WIDTH, eps=1e-6), WEIGHTS["usual"])) is None
+
+
+@pytest.mark.parametrize("kind", [Handed, ByValue, Asking])
+def test_what_a_forward_does_with_its_module_is_watched(kind: Any) -> None:
+    norm = with_weight(kind(WIDTH, eps=1e-6), WEIGHTS["usual"])
+    assert norm_kind(norm) == ((1e-6, 0.0) if kind is Handed else None)
+
+
+def test_what_is_asked_beside_the_parts() -> None:
+    x, norm = torch.ones(1, WIDTH), with_weight(GemmaRMSNorm(WIDTH), WEIGHTS["usual"])
+    assert outcome_over(norm, {"weight": norm.weight}, x, constants=True) is not None
+    assert outcome_over(norm, {"weight": norm.weight}, x) is None  # its eps
+    assert outcome_over(norm, {"weight": norm.weight, "eps": 1e-6}, x) is not None
+    assert outcome_over(norm, {"weight": norm.weight, "eps": 1e-6, "more": 3}, x) is None  # left aside
+    counting = with_weight(Counting(WIDTH), WEIGHTS["usual"])
+    assert outcome_over(counting, {"weight": counting.weight}, x, constants=True) is None
+    assert not hasattr(counting, "calls")
     assert takes_one_tensor(LlamaMLP)
     assert not takes_one_tensor(Optional)

@@ -1,7 +1,7 @@
-"""Whether a replacement agrees with what it replaces: hypotheses told apart, a recorded trial run, a comparison.
+"""Whether a replacement agrees with what it replaces: one hypothesis among several, a recorded trial run, a comparison.
 
-What a module computes is told in float32 or float64, element by element (`told_apart`): the roundings of bfloat16 are
-wide enough to hide the difference between two hypotheses. `agree` only confirms, in the run's dtype, what was told so.
+What a module computes is decided in float32 or float64, element by element (`only_match`): the roundings of bfloat16
+are wide enough to hide the difference between two hypotheses. `agree` only confirms that, in the run's dtype.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,21 +20,21 @@ _ROUNDINGS = 1e-5  # of each element: some of float32, in which many classes com
 _APART = 30  # times that, two hypotheses must differ somewhere
 
 
-def told_apart(expected: Tensor, hypotheses: Sequence[Tensor], floor: float = 1e-30) -> int | None:
+def only_match(expected: Tensor, hypotheses: Sequence[Tensor], floor: float = 1e-30) -> int | None:
     """Which of the hypotheses an outcome is, every element of it; None if it is none, or if two are too close to tell.
 
     Args:
         expected: what the class's own forward gave, float32 or float64. hypotheses: the same shape, float64.
         floor: what an element may differ by in any case.
     """
-    if any(each.shape != expected.shape for each in hypotheses):
+    if any(hypothesis.shape != expected.shape for hypothesis in hypotheses):
         return None
     outcome = expected.double()
     bound = _ROUNDINGS * outcome.abs() + floor
-    agreeing = [index for index, each in enumerate(hypotheses) if ((each - outcome).abs() <= bound).all()]
+    agreeing = [index for index, one in enumerate(hypotheses) if ((one - outcome).abs() <= bound).all()]
     pairs = ((a, b) for index, a in enumerate(hypotheses) for b in hypotheses[:index])
-    apart = all(((a - b).abs() > _APART * bound).any() for a, b in pairs)
-    return agreeing[0] if apart and len(agreeing) == 1 else None
+    distinct = all(((a - b).abs() > _APART * bound).any() for a, b in pairs)
+    return agreeing[0] if distinct and len(agreeing) == 1 else None
 
 
 @torch.no_grad()
@@ -55,9 +55,9 @@ def recorded(model: PreTrainedModel, modules: list[nn.Module]) -> list[Trial]:
     return trials
 
 
-def agree(found: Any, expected: Any) -> bool:
+def agree(ours: Any, expected: Any) -> bool:
     """Whether two results, tensors or tuples that begin with one, are equal to some roundings."""
-    one, other = (result[0] if isinstance(result, tuple) else result for result in (found, expected))
+    one, other = (result[0] if isinstance(result, tuple) else result for result in (ours, expected))
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return bool((one.double() - other.double()).norm() <= TOLERANCE[other.dtype] * other.double().norm())

@@ -8,6 +8,7 @@ once and serves every layer.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,24 +17,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from entrenar.core.attachment import Attachment
 from entrenar.ops.attention import causal_attention
 
 NAME = "entrenar"
-_STARTS = "_entrenar_starts"  # attribute of a mask that has been read
 Attend = Callable[..., tuple[Tensor, Any]]
-_standing_in: list[Attend] = []
+_stand_in: ContextVar[Attend | None] = ContextVar("stand_in", default=None)
+# Of a mask that has been read, in a tuple: None inside is a mask of another kind.
+_FIRST_KEYS = Attachment[tuple[Tensor | None]]("first_keys")
 # What a call may ask for and still be the kernel's: a scale; what the mask says already; what is for others to know.
 _KNOWN = {"dropout", "scaling", "is_causal", "position_ids", "use_cache", "sliding_window"}
 
 
 @contextmanager
 def intercepted(stand_in: Attend) -> Iterator[None]:
-    """Let `stand_in` attend meanwhile; it is called as transformers calls `attention_forward`."""
-    _standing_in.append(stand_in)
+    """Let `stand_in` attend meanwhile, in this thread; it is called as transformers calls `attention_forward`."""
+    before = _stand_in.set(stand_in)
     try:
         yield
     finally:
-        _standing_in.remove(stand_in)
+        _stand_in.reset(before)
 
 
 def attention_forward(
@@ -46,8 +49,9 @@ def attention_forward(
     Returns:
         (B, T, H, D), and None for the weights.
     """
-    if _standing_in:
-        return _standing_in[-1](module, query, key, value, attention_mask, **options)
+    stand_in = _stand_in.get()
+    if stand_in is not None:
+        return stand_in(module, query, key, value, attention_mask, **options)
     starts = None
     asked = {name for name, value in options.items() if value is not None}
     plain = query.device.type == "cpu" and not options.get("dropout") and asked <= _KNOWN
@@ -68,9 +72,11 @@ def first_keys(mask: Tensor) -> Tensor | None:
 
     A token that does not see itself is padding, whose result nobody reads: it counts as seeing itself alone.
     """
-    if not hasattr(mask, _STARTS):
-        setattr(mask, _STARTS, _read(mask))
-    return getattr(mask, _STARTS)
+    read = _FIRST_KEYS.of(mask)
+    if read is None:
+        read = (_read(mask),)
+        _FIRST_KEYS.hang(mask, read)
+    return read[0]
 
 
 def _read(mask: Tensor) -> Tensor | None:

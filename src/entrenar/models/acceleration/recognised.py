@@ -1,45 +1,24 @@
-"""What a module computes, told by its class and then by numbers; and what fast_forwards.py recognised it as.
+"""What a norm, a gated MLP or an activation computes, tried on planted numbers.
 
-The class decides first: what its forward takes, and what it reads off the module. Then known numbers stand for the
-module's parts, and the forward's outcome must be that of one hypothesis, every element in float32 or float64, and
-plainly not that of another.
+Known numbers stand for the module's parts while its class's own forward runs. It may ask for those parts and nothing
+else (watched.py), and its outcome must be that of one hypothesis, every element in float32 or float64, and plainly not
+that of another. Names serve to reach the parts (`weight`, `gate_proj`); what they do is tried.
 """
 
-from functools import partial
-from types import SimpleNamespace
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from entrenar.layers.residual_blocks import Norm
-from entrenar.models.acceleration.agreement import told_apart
-from entrenar.models.acceleration.class_source import reads, takes_one_tensor
-from entrenar.models.acceleration.projected import Stand
+from entrenar.models.acceleration.agreement import only_match
+from entrenar.models.acceleration.watched import outcome_over, takes_one_tensor
 from entrenar.ops.gated_activation import KINDS, gated_activation
 
 _OFFSETS = (0.0, 1.0)  # Llama's norm, Gemma's
 _WEIGHTS = (0.0, -1.0, 1.0, 0.5, -2.0, 30.0, 1e-3, -0.999, -0.5)  # where one offset could pass for another, and between
-_MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
 _FLOOR = 1e-6  # of an activation: some are made of float32's cancelling halves
-
-
-def keywords_of(module: nn.Module, kind: str) -> dict[str, Any] | None:
-    """The parameters of the forward called `kind` that a module was given; None if it has no such forward."""
-    forward = getattr(vars(module).get("forward"), "__func__", None)
-    return forward.keywords if isinstance(forward, partial) and forward.func.__name__ == kind else None
-
-
-def norm_of(module: nn.Module) -> Norm | None:
-    """The RMS norm a module was recognised as."""
-    found = keywords_of(module, "norm_forward")
-    return None if found is None else Norm(cast(Any, module).weight, found["eps"], found["offset"])
-
-
-def activation_of(module: nn.Module) -> str | None:
-    """The kind of a gated MLP's activation, if the module was recognised as one."""
-    found = keywords_of(module, "gated_mlp_forward")
-    return None if found is None else found["kind"]
 
 
 @torch.no_grad()
@@ -48,26 +27,22 @@ def norm_kind(module: nn.Module) -> tuple[float, float] | None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or not eps >= 0:
         return None
-    if not _has_only(module, "weight") or not _reads_weight_and_constants(module):
+    if not _has_only(module, "weight") or not takes_one_tensor(type(module)):
         return None
-    own = weight.detach().to("cpu", torch.float32)
-    planted = torch.tensor(_WEIGHTS).repeat(len(own) // len(_WEIGHTS) + 1)[: len(own)]
-    found = {_offset_told(module, each, eps) for each in (own, planted)}
-    (offset, *others) = found
+    trained = weight.detach().to("cpu", torch.float32)
+    planted = torch.tensor(_WEIGHTS).repeat(len(trained) // len(_WEIGHTS) + 1)[: len(trained)]
+    (offset, *others) = {_offset_seen(module, tried, eps) for tried in (trained, planted)}
     return None if others or offset is None else (eps, offset)
 
 
-def _offset_told(module: nn.Module, weight: Tensor, eps: float) -> float | None:
+def _offset_seen(module: nn.Module, weight: Tensor, eps: float) -> float | None:
     x = _norm_inputs(len(weight), eps)
-    try:
-        outcome = type(module).forward(cast(Any, Stand(module, weight=weight)), x)
-    except Exception:  # it takes something else: not the module it looked like
-        return None
-    if not isinstance(outcome, Tensor):
+    outcome = outcome_over(module, {"weight": weight}, x, constants=True)
+    if outcome is None:
         return None
     wide = x.double()
     normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    chosen = told_apart(outcome, [normed * (weight.double() + offset) for offset in _OFFSETS])
+    chosen = only_match(outcome, [normed * (weight.double() + offset) for offset in _OFFSETS])
     return None if chosen is None else _OFFSETS[chosen]
 
 
@@ -82,48 +57,40 @@ def _norm_inputs(features: int, eps: float) -> Tensor:
 
 
 def _has_only(module: nn.Module, *names: str) -> bool:
-    held = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    return held == [*names] and not any(module.children())
-
-
-def _reads_weight_and_constants(module: nn.Module) -> bool:
-    kind = type(module)
-    names = reads(kind) if takes_one_tensor(kind) else None
-    if names is None or "weight" not in names or "training" in names:
-        return False
-    return all(isinstance(getattr(module, name, None), int | float | tuple) for name in names - {"weight"})
+    tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return tensors == [*names] and not any(module.children())
 
 
 @torch.no_grad()
 def gated_mlp_kind(module: nn.Module) -> str | None:
     """The activation of a module that is down_proj(act(gate_proj(x)) · up_proj(x)) and nothing else; else None."""
-    kind = type(module)
     function = getattr(module, "act_fn", None)
-    layers = (getattr(module, name, None) for name in sorted(_MLP_PARTS - {"act_fn"}))
-    if not all(isinstance(layer, nn.Module) for layer in layers) or activation_kind(function) is None:
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in _MLP_LAYERS):
         return None
-    if not takes_one_tensor(kind) or reads(kind) != _MLP_PARTS:
+    if activation_kind(function) is None or not takes_one_tensor(type(module)):
         return None
     x, gate = torch.ones(1, 1, 2, dtype=torch.float64), _all_over()[None, None]
     up = gate[..., torch.randperm(gate.shape[-1], generator=torch.Generator().manual_seed(0))]
-    taken: list[Any] = []
+    inputs: list[Any] = []
 
-    def given(result: Tensor) -> Any:
-        return lambda value: taken.append(value) or result
+    def giving(result: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda value: inputs.append(value) or result
 
-    stand = SimpleNamespace(gate_proj=given(gate), up_proj=given(up), down_proj=lambda y: y, act_fn=function)
-    outcome = kind.forward(cast(Any, stand), x)
+    layers = {"gate_proj": giving(gate), "up_proj": giving(up), "down_proj": lambda y: y}
+    outcome = outcome_over(module, layers | {"act_fn": function}, x)
+    if outcome is None or len(inputs) != 2 or any(value is not x for value in inputs):
+        return None
     kinds = list(KINDS)
-    made = [gated_activation(gate, up, each) for each in kinds]
-    chosen = told_apart(outcome, [*made, *(gated_activation(up, gate, each) for each in kinds)], 50 * _FLOOR)
-    same = len(taken) == 2 and all(each is x for each in taken)
-    return kinds[chosen] if same and chosen is not None and chosen < len(kinds) else None
+    right = [gated_activation(gate, up, kind) for kind in kinds]
+    swapped = [gated_activation(up, gate, kind) for kind in kinds]
+    chosen = only_match(outcome, [*right, *swapped], 50 * _FLOOR)
+    return kinds[chosen] if chosen is not None and chosen < len(kinds) else None
 
 
 @torch.no_grad()
 def activation_kind(function: Any) -> str | None:
-    """Which gated activation a function is: as numbers say, over all the range where kinds differ, and far outside,
-    where some are clipped."""
+    """Which gated activation a function is, over all the range where kinds differ and far outside, where some are
+    clipped; None for any other."""
     if isinstance(function, nn.Module) and (list(function.parameters()) or list(function.buffers())):
         return None  # what it computes may change
     x = _all_over()
@@ -134,7 +101,7 @@ def activation_kind(function: Any) -> str | None:
     if not isinstance(outcome, Tensor):
         return None
     kinds = list(KINDS)
-    chosen = told_apart(outcome, [gated_activation(x, torch.ones_like(x), kind) for kind in kinds], _FLOOR)
+    chosen = only_match(outcome, [gated_activation(x, torch.ones_like(x), kind) for kind in kinds], _FLOOR)
     return None if chosen is None else kinds[chosen]
 
 

@@ -11,12 +11,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from entrenar.models.acceleration import attention
 from entrenar.models.acceleration.agreement import recorded
-from entrenar.models.acceleration.probes import (
-    attention_structure,
-    is_residual_layer,
-    projects_its_input,
-    rotates_halves,
-)
+from entrenar.models.acceleration.attention_structure import attention_structure, projections_of_input
+from entrenar.models.acceleration.fast_forwards import use_fast_forwards
+from entrenar.models.acceleration.layer_structure import is_residual_layer
+from entrenar.models.acceleration.other_globals import with_globals
+from entrenar.models.acceleration.rotation import RotationSpy, rotate_both, rotates_halves, rotating_by
+from entrenar.models.acceleration.swapped import fast_forward_of
 from tests.support.families import make_family
 
 
@@ -38,7 +38,7 @@ def test_the_known_structure(family: str) -> None:
     found = attention_structure(layer.self_attn, kwargs)
     assert found is not None
     assert found.scale == pytest.approx(32**-0.5)
-    assert found.rotates == (family != "smollm3")
+    assert (found.rotation is not None) == (family != "smollm3")
 
 
 class ScaledResidual(LlamaDecoderLayer):
@@ -160,9 +160,9 @@ class OfAnother(LlamaAttention):
 def test_projections_of_another_input_are_seen() -> None:
     layer, kwargs = layer_of("llama")
     x = torch.randn(1, 4, 64)
-    assert projects_its_input(layer.self_attn, (), kwargs | {"hidden_states": x})
+    assert projections_of_input(layer.self_attn, (), kwargs | {"hidden_states": x})
     layer.self_attn.__class__ = OfAnother
-    assert not projects_its_input(layer.self_attn, (x,), kwargs)
+    assert projections_of_input(layer.self_attn, (x,), kwargs) is None
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,72 @@ def test_a_rotation_of_halves(family: str, ours: bool) -> None:
 
     folder = {"gemma3_text": "gemma3"}.get(family, family)
     module = import_module(f"transformers.models.{folder}.modeling_{folder}")
-    kind = next(v for k, v in vars(module).items() if k.endswith("Attention") and v.__module__ == module.__name__)
-    model = type(
-        "Made", (kind,), {"__init__": lambda self: torch.nn.Module.__init__(self), "__module__": kind.__module__}
-    )()
-    model.head_dim = 16
-    assert rotates_halves(model, 8 if family in ("phi3", "glm") else 16) == ours
+    rotate = module.apply_rotary_pos_emb
+    assert rotates_halves(rotate, 16, 8 if family in ("phi3", "glm") else 16) == ours
+
+
+def renamed(forward: Any, rotate: Any) -> Any:
+    """Llama's forward in a module of its own, in which the rotation has another name."""
+    import inspect
+    import textwrap
+
+    source = textwrap.dedent(inspect.getsource(forward)).replace("apply_rotary_pos_emb", "spin")
+    names = {name: value for name, value in vars(modeling_llama).items() if name != "apply_rotary_pos_emb"}
+    local: dict[str, Any] = {}
+    exec(source, names | {"spin": rotate}, local)
+    return local["forward"]
+
+
+def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Of neighbours in place of halves."""
+
+    def one(x: Tensor) -> Tensor:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        return x * cos[:, None] + turned * sin[:, None]
+
+    return one(q), one(k)
+
+
+@pytest.mark.usefixtures("native_path")
+def test_a_rotation_is_known_by_what_it_does_not_by_its_name() -> None:
+    counts = []
+    for forward in (
+        LlamaAttention.forward,
+        renamed(LlamaAttention.forward, modeling_llama.apply_rotary_pos_emb),
+        renamed(LlamaAttention.forward, interleaved),
+        with_globals(LlamaAttention.forward, {"apply_rotary_pos_emb": interleaved}),  # pyright: ignore[reportArgumentType]
+    ):
+        model: Any = make_family("llama", torch.bfloat16).requires_grad_(False)
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = type("Other", (LlamaAttention,), {"forward": forward})
+        use_fast_forwards(model)
+        module = model.model.layers[0].self_attn
+        attends: Any = fast_forward_of(module)
+        counts.append((fast_forward_of(model.model.layers[0]) is not None, attends.forward is not forward))
+    assert counts == [(True, True), (True, True), (False, False), (False, False)]
+
+
+def test_the_rotation_that_a_forward_calls() -> None:
+    cos, sin = torch.rand(1, 4, 8), torch.rand(1, 4, 8)
+    spy = RotationSpy(attend, (cos, sin))
+    q, k = torch.rand(1, 2, 4, 8), torch.rand(1, 1, 4, 8)
+    assert spy.forward(q, k, cos, sin)[0] is q
+    assert spy.rotation is not None
+    assert spy.rotation.rotate is rotation_of_nothing
+    changed = rotating_by(attend, spy.rotation, rotate_both)
+    torch.testing.assert_close(changed(q, k, cos, sin), rotate_both(q, k, cos, sin))
+    assert attend(q, k, cos, sin)[0] is q  # the module's own is as it was
+    spy.forward(q, k, cos, sin)
+    assert spy.rotation is None  # twice
+    other = RotationSpy(attend, (cos, sin))
+    other.forward(q, k, cos.clone(), sin)
+    assert other.rotation is None
+    assert rotating_by(attend, None, rotate_both) is attend
+
+
+def rotation_of_nothing(q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return q, k
+
+
+def attend(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rotation_of_nothing(q, k, cos, sin)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from entrenar.core.errors import InputError
 from entrenar.core.run_log import read_metrics
 from entrenar.files.peft import WEIGHTS_NAME
-from entrenar.planning import run_memory as memory
+from entrenar.planning import run_plan
 from entrenar.recipes.check import check
 from entrenar.recipes.config import TrainingSection
 from entrenar.recipes.train import train
@@ -60,7 +60,7 @@ def test_a_run_that_saves_memory_has_the_same_numbers(make_config: MakeConfig) -
     assert all(torch.equal(one[name], other[name]) for name in one)
     plans = [check(config).memory for config in configs]
     # This process holds more before the second one than before the first.
-    assert plans[1].total - plans[1].held.libraries < plans[0].total - plans[0].held.libraries
+    assert plans[1].total - plans[1].fixed.libraries < plans[0].total - plans[0].fixed.libraries
 
 
 def test_check_and_train_make_the_same_plan(make_config: MakeConfig) -> None:
@@ -82,7 +82,7 @@ def test_a_resumed_run_keeps_its_micro_batch_whatever_the_memory(
     broken, said = make_config("broken", **{"training.micro_batch": "auto"}), list[str]()
     with pytest.raises(KeyboardInterrupt):
         train(broken, on_step=stop)
-    monkeypatch.setattr(memory, "_MOST_TOKENS", 1)  # a new run would now take one row at a time
+    monkeypatch.setattr(run_plan, "MAX_TOKENS", 1)  # a new run would now take one row at a time
     resumed = train(broken, say=said.append)
     assert resumed.resumed_from_step == 2
     assert not [line for line in said if "; 1 rows" in line]
