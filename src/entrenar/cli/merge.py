@@ -31,10 +31,11 @@ def merge(
     """Merge models; a merge that was stopped goes on when the same command runs again."""
     if Path(output).suffix in (".yaml", ".yml") and Path(output).is_file():
         raise InputError(f"{output} is a config and stands where the output's name belongs: merge CONFIG OUT")
-    gc.disable()  # importing torch makes a million objects and no garbage: a tenth of a second of a few
+    # Importing torch creates a million objects and no garbage. Without collections meanwhile the import is 0.1 s faster.
+    gc.disable()
     from entrenar.recipes.merge import merge as run
 
-    gc.freeze()  # nor is it looked for among them later
+    gc.freeze()  # later collections leave these objects out
     gc.enable()
     max_shard_bytes = int(shard_size * 1e9)
     if plan:
