@@ -3,11 +3,13 @@
 import json
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+from entrenar.cli.app import run
 from entrenar.core.config import load_config
 from entrenar.recipes.config import RunConfig
 
@@ -29,6 +31,20 @@ def test_the_readmes_python_runs(
     assert (tmp_path / "runs/readme/model.gguf").stat().st_size > 100_000_000
     assert "quantized" in said[-1]
     assert (tmp_path / "runs/kept/Modelfile").is_file()
+
+
+def test_the_readmes_first_run_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: Path) -> None:
+    """The commands as they stand, but for the number of steps."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / smollm2.name).symlink_to(smollm2)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## A run in 30 seconds")[2]
+    commands = section.partition("```sh\n")[2].partition("```")[0].replace("max_steps=10", "max_steps=1").splitlines()
+    assert len(commands) == 3
+    for command in commands:
+        assert run(shlex.split(command)[1:]) == 0
+    assert (tmp_path / "runs/first/adapter").is_dir()
 
 
 def test_the_quickstarts_data_is_what_its_builder_writes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,16 +20,16 @@ def inspect(
     check_inspected(path)  # before seconds of imports
     from entrenar.recipes.inspect import inspect as run
 
-    found = run(path)
-    size = human_bytes(sum(tensor.bytes for tensor in found.tensors))
-    write_line(f"{printable(path)}: {found.kind}, {len(found.tensors)} tensors, {size}")
-    for key, value in found.metadata.items():
+    listing_of_file = run(path)
+    size = human_bytes(sum(tensor.bytes for tensor in listing_of_file.tensors))
+    write_line(f"{printable(path)}: {listing_of_file.kind}, {len(listing_of_file.tensors)} tensors, {size}")
+    for key, value in listing_of_file.metadata.items():
         write_line(f"  {printable(key)} = {_short(value)}")
-    for place, bits in found.bits_per_weight().items():
+    for place, bits in listing_of_file.bits_per_weight().items():
         write_line(f"  {bits:6.3f} bits per weight: {place}")
-    names = [printable(tensor.name) for tensor in found.tensors]
+    names = [printable(tensor.name) for tensor in listing_of_file.tensors]
     width = min(max(map(len, names), default=0), _WIDEST)
-    for name, tensor in zip(names, found.tensors, strict=True):
+    for name, tensor in zip(names, listing_of_file.tensors, strict=True):
         shape = " × ".join(map(str, tensor.shape))
         write_line(f"  {name:<{width}}  {tensor.type:<9} {shape:<16} {human_bytes(tensor.bytes):>9}")
 

@@ -58,7 +58,9 @@ def output_lock(path: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it, or nothing can be written there (said before any work is done).
     """
-    made = [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()] if _is_name(path) else []
+    new_directories = (
+        [parent for parent in (path.parent, *path.parent.parents) if not parent.exists()] if _is_name(path) else []
+    )
     with disk_errors(path, _NO_PLACE):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock")
@@ -70,7 +72,7 @@ def output_lock(path: Path) -> Iterator[None]:
     finally:
         lock.unlink(missing_ok=True)  # while it is held: who waits for this file sees that it is gone and makes another
         os.close(descriptor)
-        for parent in made:
+        for parent in new_directories:
             with suppress(OSError):
                 parent.rmdir()
 

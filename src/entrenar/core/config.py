@@ -225,8 +225,8 @@ def _below(model: type[Section], step: str | int) -> type[Section] | None:
 def _section_of(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    found = (_section_of(inner) for inner in get_args(annotation))
-    return next((section for section in found if section), None)
+    sections = (_section_of(inner) for inner in get_args(annotation))
+    return next((section for section in sections if section), None)
 
 
 def _suggestion(kind: type[Section], location: KeyPath) -> str:

@@ -14,8 +14,8 @@ def anonymous_bytes(process: int | None = None) -> int:
 
 def available_bytes() -> int | None:
     """What this process can take before the machine or its control group is full; None where neither says."""
-    found = (_machine_available(), _group_available())
-    return min((count for count in found if count is not None), default=None)
+    limits = (_machine_available(), _group_available())
+    return min((count for count in limits if count is not None), default=None)
 
 
 def _machine_available() -> int | None:

@@ -18,8 +18,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, after_step: int = 0, after_batch: int = 0) -> None:
         rows = read_metrics(path) if os.path.lexists(path) else []
-        kept = [row for row in rows if row["step"] <= after_step and row.get("batch", 0) <= after_batch]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        earlier = [row for row in rows if row["step"] <= after_step and row.get("batch", 0) <= after_batch]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in earlier))
         with disk_errors(path):
             # Without a buffer: what could not be written would be tried once more when the file is closed.
             self._file = path.open("ab", buffering=0)

@@ -80,11 +80,11 @@ def _is_well_written(given: Conversation, as_given: str, as_object: str) -> bool
         text = function.get("arguments")
         if not isinstance(text, str) or _as_object(text) == text:
             continue
-        made, twice = _as_object(text), json.dumps(text)
+        parsed, twice = _as_object(text), json.dumps(text)
         if text not in as_given or (twice in as_given and twice not in as_object):
             return False
-        own = [json.dumps(made), json.dumps(made, ensure_ascii=False), str(made), text]
-        if not any(bare_text(form) in bare_text(as_object) for form in own):
+        forms = [json.dumps(parsed), json.dumps(parsed, ensure_ascii=False), str(parsed), text]
+        if not any(bare_text(form) in bare_text(as_object) for form in forms):
             return False
     return True
 

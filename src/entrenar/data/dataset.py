@@ -169,7 +169,7 @@ def _encode_file(file: RowFile, template: ChatTemplate, limit: _Limit, tally: _T
     """Every row of a file that can be trained on. Rows that the template refuses are bad rows as those that cannot be
     read: up to 1% of the file."""
     bad, left_out = list(file.rejected), list[Rejected]()
-    examples, kept = list[Example](), list[Row]()
+    examples, rows = list[Example](), list[Row]()
     for row in file.rows:
         try:
             example = encode(row, template.tokenizer, template)
@@ -184,9 +184,9 @@ def _encode_file(file: RowFile, template: ChatTemplate, limit: _Limit, tally: _T
             left_out.append(Rejected(str(file.path), row.line, "no token to train on within max_length"))
         else:
             examples.append(example)
-            kept.append(row)
+            rows.append(row)
     tally.rejected += sorted(bad + left_out, key=lambda row: row.line)
-    return Dataset(examples, kept)
+    return Dataset(examples, rows)
 
 
 def _split(data: Dataset, seed: int, fraction: float) -> tuple[Dataset, Dataset | None]:
@@ -194,8 +194,8 @@ def _split(data: Dataset, seed: int, fraction: float) -> tuple[Dataset, Dataset 
     chosen = [_chosen(row, seed, fraction) for row in data.rows]
     sides = [
         Dataset(
-            [example for example, held in zip(data.examples, chosen, strict=True) if held is side],
-            [row for row, held in zip(data.rows, chosen, strict=True) if held is side],
+            [example for example, is_held_out in zip(data.examples, chosen, strict=True) if is_held_out is side],
+            [row for row, is_held_out in zip(data.rows, chosen, strict=True) if is_held_out is side],
         )
         for side in (False, True)
     ]

@@ -89,16 +89,16 @@ def _append(
             "goes on, so this answer would follow other tokens than those served: end the row at the first assistant "
             "turn"
         )
-    own = _own_tokens(answer, prompt, tokenizer)
-    if own[-1] not in end_ids(tokenizer, ends):
+    answer_ids = _own_tokens(answer, prompt, tokenizer)
+    if answer_ids[-1] not in end_ids(tokenizer, ends):
         raise InputError(f"the answer ends with {answer.end!r}, which generation does not stop at")
-    spoken = _bare(_text(own, tokenizer))
+    spoken = _bare(_text(answer_ids, tokenizer))
     for piece in answer.said:
         if _bare(_normal(piece, tokenizer)) not in spoken:
             raise InputError(
                 f"the tokenizer does not spell what the assistant says: {piece[:40]!r} is not in its tokens"
             )
-    return prompt + own, len(prompt)
+    return prompt + answer_ids, len(prompt)
 
 
 def _own_tokens(answer: Answer, prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -113,9 +113,9 @@ def _own_tokens(answer: Answer, prompt: list[int], tokenizer: PreTrainedTokenize
     spelled = _text(whole, tokenizer)
     for anchor in (answer.end, "", "\n", ".", "a"):
         before, both = _tokens(anchor, tokenizer), _tokens(anchor + answer.text, tokenizer)
-        own = both[len(before) :]
-        if both[: len(before)] == before and _text(prompt + own, tokenizer) == spelled:
-            return own
+        answer_ids = both[len(before) :]
+        if both[: len(before)] == before and _text(prompt + answer_ids, tokenizer) == spelled:
+            return answer_ids
     raise InputError("prompt and answer make a token together, and the answer cannot be spelled without it")
 
 

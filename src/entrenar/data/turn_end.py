@@ -102,9 +102,9 @@ def end_of_turn(template: ChatTemplate, added: AddedTokens, turns: Sequence[Turn
 
 def _decide(tail: str, follow: str, opens: list[set[str]], added: AddedTokens, eos: str) -> TurnEnd:
     """`opens`: tokens that open an answer, and those that may open any turn."""
-    both = [found for found in added.within(added.common_prefix(tail, follow)) if found[1] not in opens[0]]
-    closers = [found for found in both if found[1] not in opens[1]] or both or added.within(tail)[:1]
-    end = next((found for found in both or added.within(tail) if found[1] == eos), closers[-1] if closers else None)
+    both = [token for token in added.within(added.common_prefix(tail, follow)) if token[1] not in opens[0]]
+    closers = [token for token in both if token[1] not in opens[1]] or both or added.within(tail)[:1]
+    end = next((token for token in both or added.within(tail) if token[1] == eos), closers[-1] if closers else None)
     if end:
         return TurnEnd(tail, tail[: end[0] + len(end[1])])
     following = added.within(follow)
@@ -166,14 +166,14 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Tokens that say nothing by themselves: those that begin, end and pad a text, and what ends an answer."""
     added, end = usual_end(tokenizer)
-    own = [token for _, token in added.within(end.closing)] if end else []
+    closing = [token for _, token in added.within(end.closing)] if end else []
     named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
-    return tuple(dict.fromkeys(str(token) for token in (*own, *named) if token))
+    return tuple(dict.fromkeys(str(token) for token in (*closing, *named) if token))
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, also: Any = None) -> list[int]:
     """Every token that generation stops at: the end of sequence, what the chat template ends an answer with, and
     `also`, a model's own list (`generation_config.eos_token_id`: a number, a list or None)."""
-    own = also if isinstance(also, list) else [also]
-    ids = [*own, tokenizer.eos_token_id, turn_end_id(tokenizer)]
+    stated = also if isinstance(also, list) else [also]
+    ids = [*stated, tokenizer.eos_token_id, turn_end_id(tokenizer)]
     return sorted({index for index in ids if isinstance(index, int) and index >= 0})

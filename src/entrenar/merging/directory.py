@@ -72,8 +72,8 @@ def _chat_template(plan: MergePlan, choice: str | None) -> str | None:
     if choice is None:
         return None
     if choice == "auto":
-        found = Counter(text for text in map(_template_of, plan.models.values()) if text)
-        return found.most_common(1)[0][0] if found else None
+        templates = Counter(text for text in map(_template_of, plan.models.values()) if text)
+        return templates.most_common(1)[0][0] if templates else None
     if "{" in choice:
         return choice
     raise InputError(f"chat_template is {choice!r}: give auto (what most of the models have) or a Jinja template")

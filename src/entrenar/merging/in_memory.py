@@ -103,7 +103,7 @@ def _options(row: Method, labels: list[str], given: Mapping[str, Any]) -> dict[s
         if name not in given and name != "weight" and parameter.is_required:
             raise InputError(f"merge: {row.name} needs the parameter {name!r}")
         value = given.get(name, default)
-        if not parameter.each:
+        if not parameter.is_per_model:
             options[name] = parameter.check(name, value, "merge")
             continue
         options[name] = tuple(parameter.check(name, one, "merge") for one in _spread(name, value, labels))

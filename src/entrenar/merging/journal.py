@@ -54,14 +54,14 @@ class Journal:
         first = self._parsed(next(lines, b""))
         if first is None or first.name != digest:
             return {}
-        found: dict[str, Note] = {}
+        notes: dict[str, Note] = {}
         for text in lines:
             line = self._parsed(text)
             size = sizes.get(line.name) if line else None
             if line is None or size is None or [len(row) for row in line.note] != [size] * size:
                 break
-            found[line.name] = line.note
-        return found
+            notes[line.name] = line.note
+        return notes
 
     def _lines(self) -> Iterator[bytes]:
         size = os.fstat(self._file).st_size

@@ -57,14 +57,14 @@ def layers_of(label: str, names: Iterable[str], config: dict[str, Any]) -> Layer
     text = {name: place for name, place in split.items() if place[0] not in towers}
     stated = _stated(label, config)
     indices = {index for _, index, _ in text.values()}
-    found = max(indices, default=-1) + 1
-    if found > len(indices) or (stated or 0) > found:
+    highest = max(indices, default=-1) + 1
+    if highest > len(indices) or (stated or 0) > highest:
         missing = next(index for index in range(len(indices) + 1) if index not in indices)
         raise InputError(
             f"{label} has tensors of {len(indices)} layers, none of layer {missing}, and "
-            f"{f'its config.json says {stated}' if stated else f'one numbered {found - 1}'}: fetch it again"
+            f"{f'its config.json says {stated}' if stated else f'one numbered {highest - 1}'}: fetch it again"
         )
-    count = found if stated is None else stated
+    count = highest if stated is None else stated
     beyond = frozenset(name for name, (_, index, _) in text.items() if index >= count)
     places = {name: place for name, place in text.items() if name not in beyond}
     return Layers(count, places, _positions(split, towers), beyond)
@@ -86,8 +86,8 @@ def _positions(split: Mapping[str, Place], towers: Iterable[str]) -> dict[str, f
     for name, (before, index, _) in split.items():
         if before in towers:
             by_tower[before][name] = index
-    found: dict[str, float] = {}
+    positions: dict[str, float] = {}
     for indices in by_tower.values():
         last = max(indices.values())
-        found |= {name: index / last if last else 1.0 for name, index in indices.items()}
-    return found
+        positions |= {name: index / last if last else 1.0 for name, index in indices.items()}
+    return positions

@@ -156,12 +156,12 @@ def _part(
     where = "models" if piece is None else "slices"
     others = [entry for entry in ranges if entry[0].label != base_label]
     method.check_inputs(len(others), base_label is not None, where)
-    found = [(model, span[0], [level, *shared]) for model, span, level in others]
+    inputs = [(model, span[0], [level, *shared]) for model, span, level in others]
     begin = next((span[0] for model, span, _ in ranges if model.label == base_label), ranges[0][1][0])
     base = (models[base_label], begin) if base_label else None
     length = ranges[0][1][1] - ranges[0][1][0]
     unread = [level for model, _, level in ranges if model.label == base_label and level.values]
-    return Part(found, base, shared, length, unread)
+    return Part(inputs, base, shared, length, unread)
 
 
 def _check_ranges(

@@ -46,7 +46,7 @@ class Parameter:
 
     kind: type
     default: Any = _REQUIRED
-    each: bool = False
+    is_per_model: bool = False
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
@@ -150,8 +150,8 @@ def _hint(name: str, known: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-_WEIGHT = {"weight": Parameter(float, each=True)}
-_DENSITY = {"density": Parameter(float, 1.0, each=True, low=0, high=1)}
+_WEIGHT = {"weight": Parameter(float, is_per_model=True)}
+_DENSITY = {"density": Parameter(float, 1.0, is_per_model=True, low=0, high=1)}
 
 
 def _task_vectors(*, normalize: bool, rescale: bool | None = None) -> dict[str, Parameter]:
@@ -166,15 +166,15 @@ def _task_vectors(*, normalize: bool, rescale: bool | None = None) -> dict[str, 
 
 
 _CONVENTION = {"ties": Parameter(str, "mergekit", choices=TIES_CONVENTIONS)}
-_GAMMA = {"gamma": Parameter(float, 0.01, each=True, low=0, high=1)}
-_EPSILON = {"epsilon": Parameter(float, 0.15, each=True, low=0, high=1)}
-_MEASURED = {"weight": Parameter(float, 1.0, each=True, low=0), "text": Parameter(str, None, each=True)}
+_GAMMA = {"gamma": Parameter(float, 0.01, is_per_model=True, low=0, high=1)}
+_EPSILON = {"epsilon": Parameter(float, 0.15, is_per_model=True, low=0, high=1)}
+_MEASURED = {"weight": Parameter(float, 1.0, is_per_model=True, low=0), "text": Parameter(str, None, is_per_model=True)}
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("linear", linear, "ignored", _WEIGHT | {"normalize": Parameter(bool, True)}),
-        Method("passthrough", passthrough, "ignored", {"scale": Parameter(float, None, each=True)}, most=1),
+        Method("passthrough", passthrough, "ignored", {"scale": Parameter(float, None, is_per_model=True)}, most=1),
         Method("task_arithmetic", task_arithmetic, "required", _task_vectors(normalize=False)),
         Method("ties", ties, "required", _task_vectors(normalize=True, rescale=False) | _CONVENTION),
         Method("dare_linear", dare_linear, "required", _task_vectors(normalize=False, rescale=True)),

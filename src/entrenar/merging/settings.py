@@ -77,7 +77,7 @@ def _is_filtered(setting: Any) -> bool:
 
 def _is_entry(entry: Mapping[str, Any]) -> bool:
     value, wanted = entry.get("value"), entry.get("filter")
-    is_list = isinstance(value, list) and bool(value) and not any(isinstance(each, list | dict) for each in value)
+    is_list = isinstance(value, list) and bool(value) and not any(isinstance(element, list | dict) for element in value)
     return (
         set(entry) <= {"filter", "value"}
         and (is_list or isinstance(value, Number | str | bool))
@@ -117,16 +117,19 @@ def options_for(
     """
     options: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
-        levels = models if parameter.each else [shared]
-        called = names if parameter.each and names else [tensor] * len(levels)
-        found = [_nearest(name, parameter, own, position, places) for own, places in zip(called, levels, strict=True)]
+        levels = models if parameter.is_per_model else [shared]
+        called = names if parameter.is_per_model and names else [tensor] * len(levels)
+        settings = [
+            _nearest(name, parameter, name_there, position, places)
+            for name_there, places in zip(called, levels, strict=True)
+        ]
         checked = []
-        for index, (value, where) in enumerate(found):
+        for index, (value, where) in enumerate(settings):
             if value is None and parameter.is_required:
-                whose = f" for model {index + 1} ({models[index][0].where})" if parameter.each else ""
+                whose = f" for model {index + 1} ({models[index][0].where})" if parameter.is_per_model else ""
                 raise InputError(f"{method.name} needs the parameter {name!r}{whose}: no level gives it for {tensor}")
             checked.append(parameter.check(name, parameter.default, where) if value is None else value)
-        options[name] = tuple(checked) if parameter.each else checked[0]
+        options[name] = tuple(checked) if parameter.is_per_model else checked[0]
     return options
 
 

@@ -58,8 +58,8 @@ def largest(stack: Stack, series: Series, counts: Sequence[Sequence[int]]) -> li
     Args:
         counts: per series, the k wanted of it; each at most the number of elements.
     """
-    found = _near(stack, series, counts)
-    return _counted(lambda: map(series, stack.pieces()), counts) if found is None else found
+    sampled = _near(stack, series, counts)
+    return _counted(lambda: map(series, stack.pieces()), counts) if sampled is None else sampled
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class _Bounds:
     first: int
     last: int
     gathered: Tensor  # (room,) int32
-    found: Tensor  # (2,) int64: how many above, how many between
+    counts: Tensor  # (2,) int64: how many above, how many between
 
     def threshold(self, k: int) -> Threshold | None:
         """Of the k largest, if it lies here and there was room for everything here."""
-        above, inside = self.found.tolist()
+        above, inside = self.counts.tolist()
         if not above < k <= above + inside or inside > len(self.gathered):
             return None
         gathered = self.gathered[:inside].numpy()
@@ -94,7 +94,7 @@ def _near(stack: Stack, series: Series, counts: Sequence[Sequence[int]]) -> list
     for piece in stack.pieces():
         for several, pair in zip(known, series(piece), strict=True):
             for one in several:
-                magnitudes_between(*pair, one.first, one.last, one.gathered, one.found)
+                magnitudes_between(*pair, one.first, one.last, one.gathered, one.counts)
     thresholds = [
         [_NOTHING if k <= 0 else one.threshold(k) for one, k in zip(several, wanted, strict=True)]
         for several, wanted in zip(known, counts, strict=True)
@@ -102,9 +102,9 @@ def _near(stack: Stack, series: Series, counts: Sequence[Sequence[int]]) -> list
     return _all_of(thresholds, counts)
 
 
-def _all_of(found: list[list[Found | None]], counts: Sequence[Sequence[int]]) -> list[list[Found]] | None:
+def _all_of(thresholds: list[list[Found | None]], counts: Sequence[Sequence[int]]) -> list[list[Found]] | None:
     """As it is, if there is one for every count."""
-    known = [[one for one in several if one is not None] for several in found]
+    known = [[one for one in several if one is not None] for several in thresholds]
     return known if list(map(len, known)) == list(map(len, counts)) else None
 
 
@@ -141,14 +141,14 @@ def _counted(passes: Callable[[], Iterable[Sequence[Pair]]], counts: Sequence[Se
         for table, (x, base) in zip(upper, pairs, strict=True):
             count_magnitudes(x, base, table)
     bins = [[_bin_of(table.sum(0), k) for k in wanted] for table, wanted in zip(upper, counts, strict=True)]
-    lower = [{prefix: torch.zeros(2, LOWER_BINS, dtype=torch.int64) for prefix, _ in found} for found in bins]
+    lower = [{prefix: torch.zeros(2, LOWER_BINS, dtype=torch.int64) for prefix, _ in bin_places} for bin_places in bins]
     for pairs in passes():
         for tables, (x, base) in zip(lower, pairs, strict=True):
             for prefix, table in tables.items():
                 count_magnitudes(x, base, table, prefix)
     return [
-        [_threshold(tables[prefix].sum(0), prefix, left) for prefix, left in found]
-        for tables, found in zip(lower, bins, strict=True)
+        [_threshold(tables[prefix].sum(0), prefix, left) for prefix, left in bin_places]
+        for tables, bin_places in zip(lower, bins, strict=True)
     ]
 
 

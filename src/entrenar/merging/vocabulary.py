@@ -65,46 +65,46 @@ class Vocabulary:
         return InputTensor(shape, tensor.dtype, _AlignedSource(self, label, name, tensor.source.dtype), tensor.bytes)
 
     def _is_own(self, label: str) -> bool:
-        own = self.vocabularies[label]
-        return all(own.get(token) == index for token, index in self.tokens.items())
+        ids = self.vocabularies[label]
+        return all(ids.get(token) == index for token, index in self.tokens.items())
 
     def rows_of(self, label: str, name: str) -> Tensor:
         """(rows, columns) float: a model's rows by the result's tokens, gaps filled."""
-        found, has = self._place(label, name)
+        rows_there, has = self._place(label, name)
         if bool(has.all()):
-            return found
+            return rows_there
         others = {other: self._place(other, name) for other in self.models if other != label}
-        total, count = torch.zeros_like(found, dtype=torch.float32), torch.zeros(self.rows)
+        total, count = torch.zeros_like(rows_there, dtype=torch.float32), torch.zeros(self.rows)
         for rows, present in others.values():
             total[present] += rows[present].float()
             count += present
-        column = (-1, *[1] * (found.dim() - 1))
+        column = (-1, *[1] * (rows_there.dim() - 1))
         fill = total / count.clamp(min=1).view(column)
         if self.base in others:
             rows, present = others[self.base]
             fill[present] = rows[present].float()
-        return torch.where(has.view(column), found.float(), fill)
+        return torch.where(has.view(column), rows_there.float(), fill)
 
     def _place(self, label: str, name: str) -> tuple[Tensor, Tensor]:
         """(rows, columns) with this model's rows at the result's ids, and (rows,) where it has one."""
         model = self.models[label]
         tensor = model.tensors.get(name) or next(t for n, t in model.tensors.items() if "embed_tokens" in n)
         scratch = Scratch()
-        own = tensor.source.read(0, math.prod(tensor.shape), scratch, "rows").view(tensor.shape)
+        stored = tensor.source.read(0, math.prod(tensor.shape), scratch, "rows").view(tensor.shape)
         vocabulary = self.vocabularies[label]
         pairs = [(new, vocabulary[token]) for token, new in self.tokens.items() if token in vocabulary]
-        pairs = [(new, old) for new, old in pairs if old < len(own) and new < self.rows]
+        pairs = [(new, old) for new, old in pairs if old < len(stored) and new < self.rows]
         new, old = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
-        found = torch.zeros((self.rows, *own.shape[1:]), dtype=own.dtype)
-        found[new] = own[old]
+        placed = torch.zeros((self.rows, *stored.shape[1:]), dtype=stored.dtype)
+        placed[new] = stored[old]
         has = torch.zeros(self.rows, dtype=torch.bool)
         has[new] = True
         unnamed = torch.ones(self.rows, dtype=torch.bool)  # padding rows, which no token names
         unnamed[list(self.tokens.values())] = False
-        unnamed[len(own) :] = False
-        kept = unnamed.nonzero().flatten()
-        found[kept] = own[kept]
-        return found, has | unnamed
+        unnamed[len(stored) :] = False
+        padding = unnamed.nonzero().flatten()
+        placed[padding] = stored[padding]
+        return placed, has | unnamed
 
 
 def align(choice: str | None, models: dict[str, InputModel], reference: InputModel) -> Vocabulary | None:
@@ -122,7 +122,7 @@ def align(choice: str | None, models: dict[str, InputModel], reference: InputMod
     tokens, rows = dict(vocabularies[label]), _embedding_rows(models[label])
     added: list[str] = []
     if choice == "union":
-        every = (token for own in vocabularies.values() for token in sorted(own, key=own.__getitem__))
+        every = (token for ids in vocabularies.values() for token in sorted(ids, key=ids.__getitem__))
         added = [token for token in dict.fromkeys(every) if token not in tokens]
         tokens |= {token: max(tokens.values(), default=-1) + 1 + index for index, token in enumerate(added)}
     rows = max(rows, max(tokens.values(), default=-1) + 1)
@@ -136,7 +136,7 @@ def _check_rows(tokens: dict[str, int], vocabularies: dict[str, dict[str, int]],
     bare = [
         token
         for token in tokens
-        if not any(own.get(token, rows[label]) < rows[label] for label, own in vocabularies.items())
+        if not any(ids.get(token, rows[label]) < rows[label] for label, ids in vocabularies.items())
     ]
     if bare:
         raise InputError(
@@ -195,11 +195,11 @@ def _vocabulary_of(model: InputModel) -> dict[str, int]:
         raise InputError(f"{model.label} has a tokenizer without a vocabulary: tokenizer_source cannot be used with it")
     if isinstance(vocabulary, list):  # unigram: [token, score] by id
         vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-    found = vocabulary | {entry.content: entry.id for entry in tokenizer.added_tokens}
-    odd = next((token for token, index in found.items() if not 0 <= index < _MOST_TOKENS), None)
+    ids = vocabulary | {entry.content: entry.id for entry in tokenizer.added_tokens}
+    odd = next((token for token, index in ids.items() if not 0 <= index < _MOST_TOKENS), None)
     if odd is not None:
-        raise InputError(f"{model.label}: the tokenizer gives {odd!r} the id {found[odd]}, which cannot be")
-    return found
+        raise InputError(f"{model.label}: the tokenizer gives {odd!r} the id {ids[odd]}, which cannot be")
+    return ids
 
 
 def write_added_tokens(file: Path, vocabulary: Vocabulary) -> None:

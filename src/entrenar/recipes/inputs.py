@@ -72,8 +72,8 @@ def check_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = values.get(name)
-    return found if isinstance(found, Mapping) else {}
+    section = values.get(name)
+    return section if isinstance(section, Mapping) else {}
 
 
 def _exists(path: str) -> bool:

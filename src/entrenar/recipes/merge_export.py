@@ -128,13 +128,13 @@ class Exported:
     def _export_into(self, temporary: Path) -> None:
         from entrenar.recipes.export import export
 
-        made = export(str(self._merged), temporary / self.output.name, to=self.to, type=self.type)
+        exported = export(str(self._merged), temporary / self.output.name, to=self.to, type=self.type)
         if self.to == "gguf":
             shutil.copyfile(self._report, temporary / report_file(self.output).name)
             return
         for file in (self._report, self._merged / "README.md"):
-            shutil.copyfile(file, made / file.name)
-            fsync(made / file.name)
+            shutil.copyfile(file, exported / file.name)
+            fsync(exported / file.name)
 
     def _publish(self) -> None:
         """Give out the names: what was stopped between two of them goes on with the others."""

@@ -45,9 +45,9 @@ def regmean(stack: Stack, options: Options) -> Combine:
     columns = stack.columns
     products = []
     for index, (weight, source) in enumerate(zip(weights, stack.statistics, strict=True)):
-        found = _needed(stack, index, source)
+        statistic = _needed(stack, index, source)
         products.append(
-            _smoothed(found.read(0, columns * columns, stack.scratch, "statistic"), columns, options["alpha"])
+            _smoothed(statistic.read(0, columns * columns, stack.scratch, "statistic"), columns, options["alpha"])
         )
         products[-1] *= weight
     factor, failed = torch.linalg.cholesky_ex(torch.stack(products).sum(0))

@@ -121,9 +121,9 @@ def _by_columns(stack: Stack, coefficients: Coefficients) -> Combine:
     def combine(piece: Piece, out: Tensor) -> None:
         done = 0
         for rows, columns in _segments(piece, stack, width):
-            found = torch.einsum("cm,mrc->rc", values[columns], rows).reshape(-1)
-            _finish(_part(piece, done, found.numel()), found, out[done : done + found.numel()])
-            done += found.numel()
+            mixed = torch.einsum("cm,mrc->rc", values[columns], rows).reshape(-1)
+            _finish(_part(piece, done, mixed.numel()), mixed, out[done : done + mixed.numel()])
+            done += mixed.numel()
 
     return combine
 
@@ -147,9 +147,9 @@ def _part(piece: Piece, at: int, count: int) -> Piece:
     return Piece(piece.start + at, count, models, base, piece.scratch)
 
 
-def _finish(piece: Piece, found: Tensor, out: Tensor) -> None:
-    found = found.reshape(-1)
-    out.copy_(found if piece.base is None else found + piece.base.to(found.dtype))
+def _finish(piece: Piece, mixed: Tensor, out: Tensor) -> None:
+    mixed = mixed.reshape(-1)
+    out.copy_(mixed if piece.base is None else mixed + piece.base.to(mixed.dtype))
 
 
 def multislerp(stack: Stack, options: Options) -> Combine:

@@ -28,7 +28,7 @@ RESCALES = ("l1", "inverse_density")
 _LEAST_SUM = 1e-7  # of magnitudes; below, nothing is scaled up (as mergekit has it)
 
 
-class Keep(Protocol):
+class MaskRule(Protocol):
     """Which elements of one task vector stay; asked piece by piece, in order, once or more."""
 
     def fill(self, piece: Piece, x: Tensor, mask: Tensor) -> None:
@@ -98,7 +98,7 @@ class _Top:
 class _Nothing:
     """None of them."""
 
-    def fill(self, piece: Piece, x: Tensor, mask: Tensor) -> None:  # noqa: ARG002 - Keep's signature
+    def fill(self, piece: Piece, x: Tensor, mask: Tensor) -> None:  # noqa: ARG002 - MaskRule's signature
         mask.zero_()
 
 
@@ -109,7 +109,7 @@ class _Sample:
     key: tuple[int, int]
     density: float
 
-    def fill(self, piece: Piece, x: Tensor, mask: Tensor) -> None:  # noqa: ARG002 - Keep's signature
+    def fill(self, piece: Piece, x: Tensor, mask: Tensor) -> None:  # noqa: ARG002 - MaskRule's signature
         keep_random(self.key, piece.start, self.density, mask)
 
 
@@ -139,97 +139,97 @@ def _thresholds(stack: Stack, indices: list[int], counts: list[list[int]]) -> li
     return largest(stack, lambda piece: [(piece.models[index], piece.base) for index in indices], counts)
 
 
-def _largest(stack: Stack, densities: Sequence[float]) -> list[Keep | None]:
+def _largest(stack: Stack, densities: Sequence[float]) -> list[MaskRule | None]:
     thinned = [index for index, density in enumerate(densities) if density < 1]
-    keeps: list[Keep | None] = [None] * len(densities)
+    rules: list[MaskRule | None] = [None] * len(densities)
     if not thinned or not stack.numel:
-        return keeps
+        return rules
     counts = [[_kept(densities[index], stack.numel)] for index in thinned]
     for index, (threshold,) in zip(thinned, _thresholds(stack, thinned, counts), strict=True):
-        keeps[index] = _top(threshold, None)
-    return keeps
+        rules[index] = _top(threshold, None)
+    return rules
 
 
 def _kept(density: float, n: int) -> int:
-    """Of n elements; a density above 0 keeps one at least."""
+    """Of n elements; a density above 0 rules one at least."""
     return max(1, int(density * n)) if density > 0 else 0
 
 
-def _band(stack: Stack, options: Options) -> list[Keep | None]:
+def _band(stack: Stack, options: Options) -> list[MaskRule | None]:
     bounds = [_band_of(stack.numel, *pair) for pair in zip(options["density"], options["gamma"], strict=True)]
     thinned = [index for index, (top, end) in enumerate(bounds) if top > 0 or end < stack.numel]
-    keeps: list[Keep | None] = [None] * len(bounds)
+    rules: list[MaskRule | None] = [None] * len(bounds)
     if not thinned:
-        return keeps
+        return rules
     counts = [[bounds[index][1], bounds[index][0]] for index in thinned]
     for index, (inner, outer) in zip(thinned, _thresholds(stack, thinned, counts), strict=True):
-        keeps[index] = _top(inner, outer)
-    return keeps
+        rules[index] = _top(inner, outer)
+    return rules
 
 
 def _band_of(n: int, density: float, gamma: float) -> tuple[int, int]:
     """Ranks from the largest down, [begin, end), that stay."""
     if density >= 1:
         return 0, n
-    kept = int(density * n)
-    bottom = max(0, n - kept - int(gamma * n))
-    return n - bottom - kept, n - bottom
+    count = int(density * n)
+    bottom = max(0, n - count - int(gamma * n))
+    return n - bottom - count, n - bottom
 
 
-def _random(stack: Stack, densities: Sequence[float]) -> list[Keep | None]:
+def _random(stack: Stack, densities: Sequence[float]) -> list[MaskRule | None]:
     return [
         None if density >= 1 else _Sample(stack.random_key(index), density) for index, density in enumerate(densities)
     ]
 
 
-def _by_rank(stack: Stack, options: Options) -> list[Keep | None]:
-    keeps: list[Keep | None] = []
+def _by_rank(stack: Stack, options: Options) -> list[MaskRule | None]:
+    rules: list[MaskRule | None] = []
     for index, (density, epsilon) in enumerate(zip(options["density"], options["epsilon"], strict=True)):
         if density >= 1 or density <= 0:
-            keeps.append(None if density >= 1 else _Nothing())
+            rules.append(None if density >= 1 else _Nothing())
             continue
         low, high = density - epsilon, density + epsilon
         if not (low > 0 and high < 1):
             raise InputError(
                 f"della: density {density} ± epsilon {epsilon} leaves (0, 1) at {stack.name}: make epsilon smaller"
             )
-        keeps.append(_RankedSample(stack.random_key(index), low, high, stack.columns))
-    return keeps
+        rules.append(_RankedSample(stack.random_key(index), low, high, stack.columns))
+    return rules
 
 
-def _merge(stack: Stack, options: Options, keeps: list[Keep | None], *, elect: bool) -> Combine:
-    vote = _vote(options, _rescales(stack, options, keeps), elect)
+def _merge(stack: Stack, options: Options, rules: list[MaskRule | None], *, elect: bool) -> Combine:
+    vote = _vote(options, _rescales(stack, options, rules), elect)
     if any(math.isnan(value) or math.isinf(value) for value in vote.values):
         raise InputError(f"the weights of {stack.name} are not finite numbers: {list(vote.values)}")
 
     def combine(piece: Piece, out: Tensor) -> None:
-        task_sum(piece.base, piece.models, _masks(piece, keeps), vote, out)
+        task_sum(piece.base, piece.models, _masks(piece, rules), vote, out)
 
     return combine
 
 
-def _masks(piece: Piece, keeps: list[Keep | None]) -> list[Tensor | None]:
+def _masks(piece: Piece, rules: list[MaskRule | None]) -> list[Tensor | None]:
     masks: list[Tensor | None] = []
-    for index, (keep, x) in enumerate(zip(keeps, piece.models, strict=True)):
-        mask = None if keep is None else piece.mask(index)
-        if keep is not None and mask is not None:
-            keep.fill(piece, x, mask)
+    for index, (rule, x) in enumerate(zip(rules, piece.models, strict=True)):
+        mask = None if rule is None else piece.mask(index)
+        if rule is not None and mask is not None:
+            rule.fill(piece, x, mask)
         masks.append(mask)
     return masks
 
 
-def _rescales(stack: Stack, options: Options, keeps: list[Keep | None]) -> list[float]:
+def _rescales(stack: Stack, options: Options, rules: list[MaskRule | None]) -> list[float]:
     """What each thinned task vector is multiplied with; `l1` restores its sum of magnitudes."""
-    if not options.get("rescale", False) or all(keep is None for keep in keeps):
-        return [1.0] * len(keeps)
+    if not options.get("rescale", False) or all(rule is None for rule in rules):
+        return [1.0] * len(rules)
     if options.get("dare_rescale") == "inverse_density":
-        return [1.0 if k is None or d == 0 else 1 / d for k, d in zip(keeps, options["density"], strict=True)]
-    sums = torch.zeros(len(keeps), 2, dtype=torch.float64)
+        return [1.0 if k is None or d == 0 else 1 / d for k, d in zip(rules, options["density"], strict=True)]
+    sums = torch.zeros(len(rules), 2, dtype=torch.float64)
     for piece in stack.pieces():
-        for index, mask in enumerate(_masks(piece, keeps)):
+        for index, mask in enumerate(_masks(piece, rules)):
             if mask is not None:
                 add_absolute_sums(piece.models[index], piece.base, mask, sums[index])
-    return [float(whole / kept) if min(whole, kept) >= _LEAST_SUM else 1.0 for whole, kept in sums]
+    return [float(whole / thinned_sum) if min(whole, thinned_sum) >= _LEAST_SUM else 1.0 for whole, thinned_sum in sums]
 
 
 def _vote(options: Options, rescales: list[float], elect: bool) -> Vote:
