@@ -49,18 +49,18 @@ class ExpertWeight:
 
 def expert_weights(model: PreTrainedModel, have: set[str]) -> dict[str, ExpertWeight]:
     """Name in the files, which have the tensors `have` → the expert's matrix; empty for a model without a mixture."""
-    found: dict[str, ExpertWeight] = {}
+    weights: dict[str, ExpertWeight] = {}
     for path, module in expert_modules(model).items():
         count, both, hidden = module.gate_up_proj.shape
         shapes = {"gate": (both // 2, hidden), "up": (both // 2, hidden), "down": (hidden, both // 2)}
         names = [_named(path, block, leaves) for block, leaves in _NAMINGS]
         named = next((name for name in names if name(0, "gate") in have), names[0])
-        found |= {
+        weights |= {
             named(index, role): ExpertWeight(path, role, index, shapes[role])
             for index in range(count)
             for role in _ROLES
         }
-    return found
+    return weights
 
 
 def _named(path: str, block: str, leaves: tuple[str, ...]) -> Callable[[int, str], str]:
@@ -132,7 +132,7 @@ class ExpertsBuilder:
 
     def __init__(self, model: PreTrainedModel, weights: Mapping[str, ExpertWeight]) -> None:
         self._model, self._weights = model, weights
-        self._held: dict[str, dict[tuple[str, int], Any]] = {}
+        self._gathered: dict[str, dict[tuple[str, int], Any]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights
@@ -144,30 +144,30 @@ class ExpertsBuilder:
             InputError: with the last one of a module: transformers' own gives other numbers.
         """
         place = self._weights[name]
-        held = self._held.setdefault(place.path, {})
-        held[place.role, place.index] = weight
+        matrices = self._gathered.setdefault(place.path, {})
+        matrices[place.role, place.index] = weight
         original: Any = self._model.get_submodule(place.path)
         count = len(original.gate_up_proj)
-        if len(held) == len(_ROLES) * count:
-            stacks = [ExpertStack([held[role, index] for index in range(count)]) for role in _ROLES]
-            del self._held[place.path]
-            made = Experts(stacks[0], stacks[1], stacks[2], original.act_fn)
-            if not _agrees(made, original):
+        if len(matrices) == len(_ROLES) * count:
+            stacks = [ExpertStack([matrices[role, index] for index in range(count)]) for role in _ROLES]
+            del self._gathered[place.path]
+            experts = Experts(stacks[0], stacks[1], stacks[2], original.act_fn)
+            if not _agrees(experts, original):
                 raise InputError(f"{type(original).__name__} does not compute as mixtures known here do")
             parent, _, child = place.path.rpartition(".")
-            setattr(self._model.get_submodule(parent), child, made)
+            setattr(self._model.get_submodule(parent), child, experts)
 
 
-def _agrees(made: Experts, original: nn.Module) -> bool:
+def _agrees(ours: Experts, original: nn.Module) -> bool:
     """Whether both compute the same: on planted weights in float64, every element, and on the first expert's own."""
     try:
-        return _agree_planted(made, original) and _agree_on_the_first(made, original)
+        return _agree_planted(ours, original) and _agree_on_the_first(ours, original)
     except Exception:  # its forward asks for what mixtures known here do not have
         return False
 
 
 @torch.no_grad()
-def _agree_planted(made: Experts, original: nn.Module) -> bool:
+def _agree_planted(ours: Experts, original: nn.Module) -> bool:
     """Over three small experts whose gates and ups reach where activations are told apart, and where some are clipped.
 
     The first hypothesis must be the outcome: gate before up, not the reverse, not row by row in turns.
@@ -182,34 +182,34 @@ def _agree_planted(made: Experts, original: nn.Module) -> bool:
     x = planted(tokens, hidden) * torch.logspace(-1, 4, tokens, dtype=torch.float64)[:, None]
     index = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(tokens)])
     share = planted(tokens, 2)
-    expected = _their_forward(original, made, torch.cat((gate, up), dim=1), down)(x, index, share)
+    expected = _their_forward(original, ours, torch.cat((gate, up), dim=1), down)(x, index, share)
     turns = torch.stack((gate, up), dim=2).flatten(1, 2)  # gate, up, gate, up, …
     pairs = [(gate, up), (up, gate), (turns[:, :inner], turns[:, inner:])]
-    found = []
+    outcomes = []
     for first, second in pairs:
-        stacks = [ExpertStack(list(each)) for each in (first, second, down)]
-        ours = Experts(stacks[0], stacks[1], stacks[2], made.act_fn)
-        found.append(ours(x, index, share))
+        stacks = [ExpertStack(list(weights)) for weights in (first, second, down)]
+        tried = Experts(stacks[0], stacks[1], stacks[2], ours.act_fn)
+        outcomes.append(tried(x, index, share))
     floor = 1e-9 * float(expected.abs().max(dim=-1).values.min())
-    return only_match(expected, found, floor) == 0
+    return only_match(expected, outcomes, floor) == 0
 
 
 @torch.no_grad()
-def _agree_on_the_first(made: Experts, original: nn.Module) -> bool:
+def _agree_on_the_first(ours: Experts, original: nn.Module) -> bool:
     """Whether both give the same for the first expert, its weights dequantized for transformers' own."""
-    gate, up, down = (stack for layer in (made.gate_up_proj, made.down_proj) for stack in layer.each())
+    gate, up, down = (stack for layer in (ours.gate_up_proj, ours.down_proj) for stack in layer.each())
     dtype = torch.float32 if gate.is_quantized else gate.get_parameter("weight").dtype
-    device = next(made.parameters()).device
+    device = next(ours.parameters()).device
     weights = [stack.to_f32(0).to(dtype) for stack in (gate, up, down)]
     x = sample(gate.d_in, torch.empty(0, dtype=dtype, device=device))
     index = torch.zeros(len(x), 1, dtype=torch.int64, device=device)
     share = torch.full((len(x), 1), 0.5, dtype=dtype, device=device)
-    expected = _their_forward(original, made, torch.cat(weights[:2])[None], weights[2][None])(x, index, share)
-    return agree(made(x, index, share), expected)
+    expected = _their_forward(original, ours, torch.cat(weights[:2])[None], weights[2][None])(x, index, share)
+    return agree(ours(x, index, share), expected)
 
 
-def _their_forward(original: nn.Module, made: Experts, both: Tensor, down: Tensor) -> Callable[..., Tensor]:
+def _their_forward(original: nn.Module, ours: Experts, both: Tensor, down: Tensor) -> Callable[..., Tensor]:
     """The class's own forward over other weights; its parameters are on no device yet."""
     forward = inspect.unwrap(type(original).forward)
-    stand = ModuleProxy(original, num_experts=len(down), act_fn=made.act_fn, gate_up_proj=both, down_proj=down)
-    return partial(forward, cast(Any, stand))
+    proxy = ModuleProxy(original, num_experts=len(down), act_fn=ours.act_fn, gate_up_proj=both, down_proj=down)
+    return partial(forward, cast(Any, proxy))

@@ -84,12 +84,12 @@ def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def _forward_replaced(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let `forward` stand for the module's own; hooks on the module still run around it."""
     attributes = vars(module)
-    own = attributes.get("forward")
+    before = attributes.get("forward")
     attributes["forward"] = forward
     try:
         yield
     finally:
-        attributes.pop("forward") if own is None else attributes.update(forward=own)
+        attributes.pop("forward") if before is None else attributes.update(forward=before)
 
 
 def _probe(vocabulary: int, device: torch.device) -> Tensor:
