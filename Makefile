@@ -9,7 +9,8 @@ GEMMA := models/gemma-3-270m.Q4_K_M.gguf
 
 setup: .venv/.setup $(MODEL)
 
-.venv/.setup: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
+# After an edit of csrc/ the kernels build themselves at the next start (src/entrenar/native/checkout.py).
+.venv/.setup: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
 	$(PIP) --editable ".[dev]"

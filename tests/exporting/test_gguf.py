@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
-from entrenar.exporting.gguf import export_gguf
 from entrenar.gguf.reader import GGUFFile
 from entrenar.gguf.types import FILE_TYPES
 from entrenar.opening.load import load
 from entrenar.recipes.export import export
+from tests.support.exporting import export_gguf
 
 
 @pytest.mark.parametrize("type", FILE_TYPES)

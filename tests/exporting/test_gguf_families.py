@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
-from entrenar.exporting.gguf import export_gguf
 from entrenar.gguf.families import FAMILIES
 from entrenar.gguf.reader import GGUFFile
 from entrenar.gguf.rope import rope_tensors, set_rope_tensors
@@ -18,6 +17,7 @@ from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.opening.load import load
 from entrenar.opening.source import open_source
 from entrenar.recipes.export import export
+from tests.support.exporting import export_gguf
 from tests.support.gguf_models import LONGROPE, MODELS, PHI3_LONG, make_model
 
 

@@ -9,11 +9,11 @@ import torch
 from llama_cpp import Llama
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from entrenar.exporting.gguf import export_gguf
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.opening.load import load
 from entrenar.recipes.export import export
+from tests.support.exporting import export_gguf
 from tests.support.gguf_models import MODELS, PHI3_LONG, make_model
 from tests.support.gguf_tokenizers import TOKENIZERS, random_text
 from tests.support.llama_cpp_logits import F16, F32, GELU, relative_error, tokens

@@ -14,8 +14,8 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
-from entrenar.exporting.gguf import export_gguf
 from entrenar.opening.load import load
+from tests.support.exporting import export_gguf
 from tests.support.gguf_models import make_model
 from tests.support.llama_cpp_logits import F32, GELU, relative_error, tokens
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from entrenar.exporting.gguf import export_gguf
 from entrenar.gguf.reader import GGUFFile
 from entrenar.gguf.types import FILE_TYPES
 from entrenar.recipes.export import export
+from tests.support.exporting import export_gguf
 from tests.support.gguf_models import MODELS, make_model
 
 pytestmark = pytest.mark.interop

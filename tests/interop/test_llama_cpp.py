@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from entrenar.exporting.gguf import export_gguf
 from entrenar.gguf.reader import GGUFFile
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.opening.load import load
 from entrenar.recipes.export import export
+from tests.support.exporting import export_gguf
 
 pytestmark = pytest.mark.interop
 

@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from entrenar.core.errors import InputError
-from entrenar.exporting.huggingface import export_huggingface
 from entrenar.gguf.reader import GGUFFile
 from entrenar.opening.load import load
 from entrenar.opening.open_model import open_model
 from entrenar.recipes.export import export
 from entrenar.recipes.train import train
+from tests.support.exporting import export_huggingface
 
 MakeConfig = Callable[..., Path]
 IDS = torch.tensor([[1, 40, 80, 120, 7, 9, 200]])

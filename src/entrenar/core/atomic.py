@@ -180,9 +180,17 @@ _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EI
 _NO_PLACE = (*_CANNOT_WRITE, errno.ENOENT, errno.EINVAL, errno.ELOOP, errno.EEXIST)
 
 
+_WHEN_FULL = (
+    "the partial file was removed and what was there before is untouched; free some space and run the command again"
+)
+
+
 @contextmanager
-def disk_errors(path: Path, codes: tuple[int, ...] = _CANNOT_WRITE) -> Iterator[None]:
+def disk_errors(path: Path, codes: tuple[int, ...] = _CANNOT_WRITE, when_full: str = _WHEN_FULL) -> Iterator[None]:
     """Tell what writing `path` may meet (a full disk, a place that takes no files: `codes`) in one sentence.
+
+    Args:
+        when_full: what is true after a full disk, and what to do.
 
     Raises:
         EntrenarError: no space left. InputError: nothing can be written there.
@@ -194,10 +202,7 @@ def disk_errors(path: Path, codes: tuple[int, ...] = _CANNOT_WRITE) -> Iterator[
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if full or _NO_SPACE_TEXT.search(str(error)):
-            raise EntrenarError(
-                f"no space left while writing {path}: the partial file was removed and what was there before is "
-                "untouched; free some space and run the command again"
-            ) from error
+            raise EntrenarError(f"no space left while writing {path}: {when_full}") from error
         if isinstance(error, OSError) and error.errno in codes:
             raise InputError(f"cannot write {path}: {error.strerror}; choose another output name") from error
         if isinstance(error, ValueError) and "\0" in str(path):

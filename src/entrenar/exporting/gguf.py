@@ -8,11 +8,10 @@ from typing import Any, cast
 import gguf
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError, listing
-from entrenar.exporting.fuse import fused_tensors
 from entrenar.files.lazy_tensor import LazyTensor, Packed, as_float
 from entrenar.gguf.config import check_exportable, metadata_from_config
 from entrenar.gguf.families import Family, family_of
@@ -34,11 +33,6 @@ def _ignored(_: str) -> None:
 
 # What keys begin with that are about a file, and not about the model in it.
 _OF_ONE_FILE = ("general.file_type", "general.quantization_version", "general.alignment", "split.", "quantize.imatrix.")
-
-
-def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, type: str = "f16") -> None:
-    """Write a live model as `path`; see `write_gguf`."""
-    write_gguf(fused_tensors(model), model.config, metadata(model.config, tokenizer), path, type)
 
 
 def metadata(

@@ -12,7 +12,6 @@ from torch import Tensor
 from entrenar.core.atomic import atomic_directory
 from entrenar.core.errors import InputError
 from entrenar.exporting.fidelity import REPORT_NAME, Fidelity, ModuleFidelity, measure, weighted_survival
-from entrenar.exporting.huggingface import MAX_SHARD_BYTES
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.bitsandbytes import Layout, four_bit_tensors, quantization_config
 from entrenar.files.lazy_tensor import LazyTensor, as_float
@@ -21,6 +20,7 @@ from entrenar.opening.source import ModelSource
 from entrenar.quant.tensor import QuantizedTensor, quantize
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+MAX_SHARD_BYTES = 5 * 10**9
 # Scales are searched for and doubly quantized: 4.127 bits a weight, and the least error that bitsandbytes' layout has.
 FOUR_BIT = {"nf4": Layout("nf4", 64, double_quant=True, dtype=torch.bfloat16)}
 _TRIED_LAYERS = 3

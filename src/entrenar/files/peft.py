@@ -15,6 +15,8 @@ from entrenar.core.documents import parse_json
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft_config import CONFIG_NAME, AdapterConfig, read_config
 from entrenar.files.peft_tensors import (
+    A_END,
+    MAGNITUDE_END,
     PLAIN_ENDS,
     AdapterTensors,
     LayerTensors,
@@ -257,7 +259,7 @@ def _read_taken(directory: Path, init: bool | str) -> LayerTensors:
 def _check_kinds(directory: Path, tensors: AdapterTensors, *, dora: bool) -> None:
     """InputError unless each linear layer has a magnitude exactly when the config says DoRA."""
     for layer, parts in tensors.layers.items():
-        if "lora_A.weight" in parts and ("lora_magnitude_vector" in parts) is not dora:
+        if A_END in parts and (MAGNITUDE_END in parts) is not dora:
             raise InputError(
                 f"{directory} has use_dora = {dora}, but {layer} has {'no' if dora else 'a'} "
                 "lora_magnitude_vector: save the adapter again"

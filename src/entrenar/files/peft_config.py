@@ -59,8 +59,10 @@ _NOT_READ = {
     "lora_bias", "layer_replication", "megatron_config", "use_qalora", "alora_invocation_tokens", "arrow_config",
     "velora_config", "monteclora_config", "use_bdlora", "kasa_config",
 }  # fmt: skip
-# Initialisations that change the base weights as well, so that the adapter alone means nothing on the original base.
-_CHANGES_BASE = ("olora", "corda", "lora_ga", "mica")
+# Initialisations that change the base weights as well, so that the adapter alone means nothing on the original base:
+# for these the change can be made again (lora/initial.py), for those it cannot.
+CHANGES_BASE = ("pissa", "loftq")
+_CHANGES_BASE_FOR_GOOD = ("olora", "corda", "lora_ga", "mica")
 _WANTED = ("peft_type", "r", "lora_alpha", "target_modules")
 
 
@@ -84,7 +86,7 @@ def read_config(file: Path) -> AdapterConfig:
     _check_fields(file, values)
     config = parse_json(text, source, AdapterConfig)
     init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
+    if isinstance(init, str) and init.startswith(_CHANGES_BASE_FOR_GOOD):
         raise InputError(
             f"{file} has init_lora_weights = {init!r}, which changed the base as well: convert it to plain LoRA"
         )

@@ -19,10 +19,11 @@ from entrenar.files.safetensors import SafetensorsCheckpoint, write_file
 
 _PREFIX = "base_model.model."
 # The ends of a layer's keys; the sets in which they belong together.
-_SUFFIXES = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_embedding_A", ".lora_embedding_B")
-PLAIN_ENDS = {"lora_A.weight", "lora_B.weight"}
+A_END, B_END, MAGNITUDE_END = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+PLAIN_ENDS = {A_END, B_END}
 EMBEDDING_ENDS = ("lora_embedding_A", "lora_embedding_B")
-_TOGETHER = (PLAIN_ENDS, {*PLAIN_ENDS, "lora_magnitude_vector"}, {*EMBEDDING_ENDS})
+_SUFFIXES = tuple(f".{end}" for end in (A_END, B_END, MAGNITUDE_END, *EMBEDDING_ENDS))
+_TOGETHER = (PLAIN_ENDS, {*PLAIN_ENDS, MAGNITUDE_END}, {*EMBEDDING_ENDS})
 _BASE_BIAS, _BASE_WEIGHT = ".base_layer.bias", ".base_layer.weight"
 _ROWS = ".token_adapter.trainable_tokens_delta"  # of chosen tokens, see lora/token_rows.py
 # What peft's save_embedding_layers leaves of a module in modules_to_save: the copy once more, and the base's own.
@@ -55,11 +56,7 @@ class AdapterTensors:
     @property
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer path → (A (rank, d_in), B (d_out, rank)) of every linear layer."""
-        return {
-            name: (parts["lora_A.weight"], parts["lora_B.weight"])
-            for name, parts in self.layers.items()
-            if parts.keys() >= PLAIN_ENDS
-        }
+        return {name: (parts[A_END], parts[B_END]) for name, parts in self.layers.items() if parts.keys() >= PLAIN_ENDS}
 
 
 def write_tensors(file: Path, tensors: AdapterTensors, metadata: dict[str, str] | None = None) -> None:
@@ -188,7 +185,7 @@ def _check_shapes(file: Path, found: AdapterTensors) -> None:
     """InputError for factors that are empty or no matrices, as those of a sharded training that nobody gathered."""
     for layer, parts in found.layers.items():
         for end, tensor in parts.items():
-            wanted = 1 if end == "lora_magnitude_vector" else 2
+            wanted = 1 if end == MAGNITUDE_END else 2
             if tensor.dim() != wanted or not tensor.numel():
                 raise InputError(
                     f"{file} has {layer}.{end} of shape {tuple(tensor.shape)}, where {wanted} dimensions are needed: "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, LayerTensors, PeftAdapter, read_adapter, write_adapter
+from entrenar.files.peft_tensors import A_END, B_END, MAGNITUDE_END
 from entrenar.layers.quantized_embedding import QuantizedEmbedding
 from entrenar.layers.quantized_experts import ExpertProjection
 from entrenar.lora.attach import (
@@ -96,7 +97,7 @@ def adapter_of(model: nn.Module) -> PeftAdapter:
         base_model=getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         base_format=_base_format(layers),
         rslora=any(layer.rslora for layer in layers.values()),
-        dora=any("lora_magnitude_vector" in parts for parts in tensors.layers.values()),
+        dora=any(MAGNITUDE_END in parts for parts in tensors.layers.values()),
         init=next((layer.start for layer in layers.values() if layer.taken is not None), True),
         bias=_bias(tensors.saved, saved, layers),
         rank_pattern={name: layer.rank for name, layer in layers.items() if layer.rank != rank},
@@ -203,7 +204,7 @@ def _is_embedding(layer: AdapterLayer) -> bool:
 def _taken(layers: Mapping[str, AdapterLayer]) -> LayerTensors:
     """What initialisations took out of the base."""
     return {
-        name: {"lora_A.weight": layer.taken[0], "lora_B.weight": layer.taken[1]}
+        name: {A_END: layer.taken[0], B_END: layer.taken[1]}
         for name, layer in layers.items()
         if layer.taken is not None
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import AdapterTensors, LayerTensors, PeftAdapter
+from entrenar.files.peft_tensors import A_END, B_END
 from entrenar.lora.initial import Pair, principal
 from entrenar.lora.spec import LoraSpec
 
@@ -72,7 +73,7 @@ def adapter_of_pairs(layers: Mapping[str, Pair], like: PeftAdapter | None = None
     ranks = {name: len(a) for name, (a, _) in layers.items()}
     rank = max(ranks.values())
     pattern = {name: own for name, own in ranks.items() if own != rank}
-    tensors: LayerTensors = {name: {"lora_A.weight": a, "lora_B.weight": b} for name, (a, b) in layers.items()}
+    tensors: LayerTensors = {name: {A_END: a, B_END: b} for name, (a, b) in layers.items()}
     return PeftAdapter(
         rank=rank, alpha=float(rank), dropout=0.0, targets=list(layers), rank_pattern=pattern,
         alpha_pattern={name: float(own) for name, own in pattern.items()}, tensors=AdapterTensors(tensors),

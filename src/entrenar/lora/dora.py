@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from entrenar.files.peft_tensors import MAGNITUDE_END
 from entrenar.layers.adapted_linear import adapted_linears, low_rank
 from entrenar.layers.quantized_linear import in_compute_dtype
 from entrenar.lora.lora_layer import LoRALayer
@@ -78,7 +79,7 @@ class DoRALayer(AdapterLayer):
 
     def file_tensors(self) -> dict[str, nn.Parameter]:
         """A, B and the rows' lengths."""
-        return self.plain.file_tensors() | {"lora_magnitude_vector": self.lora_magnitude}
+        return self.plain.file_tensors() | {MAGNITUDE_END: self.lora_magnitude}
 
     def base_bias(self) -> Tensor | None:
         """The bias (d_out,)."""

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from entrenar.files.peft_tensors import EMBEDDING_ENDS
 from entrenar.lora.low_rank import AdapterLayer, delta, draw, init_factors
 
 
@@ -37,7 +38,7 @@ class EmbeddingLoRALayer(AdapterLayer):
 
     def file_tensors(self) -> dict[str, nn.Parameter]:
         """A and B."""
-        return {"lora_embedding_A": self.lora_a, "lora_embedding_B": self.lora_b}
+        return dict(zip(EMBEDDING_ENDS, (self.lora_a, self.lora_b), strict=True))
 
     def base_bias(self) -> Tensor | None:
         """An embedding has none."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.files.peft import TAKEN_NAME, PeftAdapter
+from entrenar.files.peft_config import CHANGES_BASE
+from entrenar.files.peft_tensors import A_END, B_END
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import draw
 from entrenar.lora.qlora_layer import QLoRALayer
@@ -82,7 +84,6 @@ def principal(weight: Tensor, rank: int, iterations: int = 0) -> Pair:
     return (root[:, None] * vh).contiguous(), (u * root).contiguous()
 
 
-CHANGES_BASE = ("pissa", "loftq")
 _OVERSAMPLED = 16
 _LOFTQ_ITERATIONS = 4
 
@@ -153,7 +154,7 @@ def start_again(adapter: PeftAdapter, original: Original | None) -> Starter:
             raise InputError(f"the adapter's {TAKEN_NAME} lacks this layer")
         taken = adapter.taken[name]
         weight = _weight_before(name, layer, original)
-        _take(layer, init, weight, (taken["lora_A.weight"], taken["lora_B.weight"]))
+        _take(layer, init, weight, (taken[A_END], taken[B_END]))
 
     return start
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.files.peft_tensors import A_END, B_END
 from entrenar.layers.adapted_linear import Member, adapted_linears, low_rank
 from entrenar.layers.quantized_linear import in_compute_dtype
 from entrenar.layers.weight_stand_in import held_weight
@@ -86,7 +87,7 @@ class AdapterLayer(nn.Module):
 
     def file_tensors(self) -> dict[str, nn.Parameter]:
         """What is saved of the layer, under the ends of PEFT's keys."""
-        return {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
+        return {A_END: self.lora_a, B_END: self.lora_b}
 
     def base_to_f32(self) -> Tensor:
         """The base's weight, (d_out, d_in) float32."""

@@ -10,6 +10,7 @@ import torch
 
 from entrenar.core.errors import InputError
 from entrenar.files.peft import AdapterTensors, PeftAdapter
+from entrenar.files.peft_tensors import A_END, B_END
 from entrenar.lora.spec import spec_of
 
 
@@ -27,12 +28,12 @@ def as_plain(adapter: PeftAdapter) -> PeftAdapter:
     scales = {name: spec.for_layer(name).scale for name in adapter.taken}
     layers = dict(adapter.tensors.layers)
     for name, taken in adapter.taken.items():
-        a, b = layers[name]["lora_A.weight"], layers[name]["lora_B.weight"]
+        a, b = layers[name][A_END], layers[name][B_END]
         layers[name] = {
-            "lora_A.weight": torch.cat([a, taken["lora_A.weight"]]),
-            "lora_B.weight": torch.cat([b * scales[name], -taken["lora_B.weight"]], dim=1),
+            A_END: torch.cat([a, taken[A_END]]),
+            B_END: torch.cat([b * scales[name], -taken[B_END]], dim=1),
         }
-    ranks = {name: len(parts["lora_A.weight"]) for name, parts in layers.items() if name in scales}
+    ranks = {name: len(parts[A_END]) for name, parts in layers.items() if name in scales}
     rank = max(ranks.values())
     pattern = {name: own for name, own in ranks.items() if own != rank}
     return replace(

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from entrenar.core.errors import InputError
 from entrenar.files.peft import PeftAdapter
-from entrenar.files.peft_tensors import EMBEDDING_ENDS
+from entrenar.files.peft_tensors import A_END, B_END, EMBEDDING_ENDS
 from entrenar.lora.matching import allowed, in_layers, named_by
 
 _Number = TypeVar("_Number", int, float)
@@ -106,8 +106,8 @@ def spec_of(adapter: PeftAdapter) -> LoraSpec:
 
 def _check_ranks(adapter: PeftAdapter, spec: LoraSpec) -> None:
     for name, parts in adapter.tensors.layers.items():
-        kind = "lora_embedding_A" in parts
-        a, b = (parts[end] for end in (EMBEDDING_ENDS if kind else ("lora_A.weight", "lora_B.weight")))
+        kind = EMBEDDING_ENDS[0] in parts
+        a, b = (parts[end] for end in (EMBEDDING_ENDS if kind else (A_END, B_END)))
         rank = spec.for_layer(name).rank
         is_experts = adapter.target_parameters and name.split(".")[-2:-1] == ["experts"]  # one pair for each of them
         if a.shape[0] != b.shape[1] or (a.shape[0] % rank if is_experts else a.shape[0] != rank):

@@ -5,7 +5,6 @@ what a method measured. As anybody may foresee these names, a link or a file of 
 nothing is written or removed through it.
 """
 
-import errno
 import os
 import stat
 from collections.abc import Collection, Iterator
@@ -15,7 +14,10 @@ from pathlib import Path
 from entrenar.core.atomic import disk_errors, fsync, remove_tree
 from entrenar.core.errors import EntrenarError, InputError
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WHEN_FULL = (
+    "free some space and run the same command again; it goes on where it stopped, and nothing lies under the output's "
+    "name until it is complete"
+)
 
 
 def working_directory(output: Path) -> Path:
@@ -86,16 +88,8 @@ def discard(path: Path) -> None:
 def disk_full(output: Path) -> Iterator[None]:
     """What writing may meet in one sentence: as core.atomic's `disk_errors`, but a merge goes on where it stopped."""
     try:
-        with disk_errors(output):
+        with disk_errors(output, when_full=_WHEN_FULL):
             yield
-    except EntrenarError as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno in _NO_SPACE:
-            raise EntrenarError(
-                f"no space left while writing {output}: free some space and run the same command again; it goes on "
-                "where it stopped, and nothing lies under the output's name until it is complete"
-            ) from cause
-        raise
     except OSError as error:  # such as a disk that fails
         raise EntrenarError(f"cannot write {output}: {error.strerror}") from error
 

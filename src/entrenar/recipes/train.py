@@ -20,11 +20,10 @@ from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.models.acceleration.activations import set_recompute
-from entrenar.models.head import vocabulary_size
+from entrenar.models.head import padding_id, vocabulary_size
 from entrenar.models.isolation import isolates_documents
 from entrenar.objectives.registry import OBJECTIVES
 from entrenar.opening.compute import resolve_device, resolve_dtype
-from entrenar.opening.source import ModelSource
 from entrenar.optim.groups import lora_plus_groups
 from entrenar.optim.optimizers import OPTIMIZERS, OptimizerOptions
 from entrenar.planning.device_memory import peak_memory
@@ -146,7 +145,7 @@ def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> 
         plan,
         state,
         directory.path,
-        pad_id(source),
+        padding_id(model, source.tokenizer.pad_token_id),
         on_step,
         started,
     ).run()
@@ -272,12 +271,6 @@ def describe(data: PreparedData, path: str) -> str:
         first = data.rejected[0]
         parts.append(f"{len(data.rejected)} rejected (first: {first.file}:{first.line}: {first.reason})")
     return ", ".join(parts)
-
-
-def pad_id(source: ModelSource) -> int:
-    """A token id that the model has: which, does not matter, since padding is masked everywhere."""
-    own, size = source.tokenizer.pad_token_id, source.config.get_text_config().vocab_size
-    return own if isinstance(own, int) and 0 <= own < size else 0
 
 
 def _write_rejected(directory: RunDirectory, data: PreparedData) -> None:

@@ -1,4 +1,4 @@
-"""Write a fused model as a Hugging Face directory: safetensors, config, generation config, tokenizer and template."""
+"""A live model as files: what tests give to other tools."""
 
 import copy
 from pathlib import Path
@@ -8,9 +8,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import atomic_directory
 from entrenar.exporting.fuse import fused_tensors
+from entrenar.exporting.gguf import metadata, write_gguf
+from entrenar.exporting.safetensors_output import MAX_SHARD_BYTES
 from entrenar.files.safetensors import write_checkpoint
 
-MAX_SHARD_BYTES = 5 * 10**9
+
+def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, type: str = "f16") -> None:
+    """Write a live model as `path`; see `write_gguf`."""
+    write_gguf(fused_tensors(model), model.config, metadata(model.config, tokenizer), path, type)
 
 
 def export_huggingface(
