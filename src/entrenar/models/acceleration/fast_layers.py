@@ -1,7 +1,7 @@
 """Which decoder layers get the faster forward of layer_forward.py.
 
-h + attention(norm(h)), then h + mlp(norm(h)): Llama and the many that are built like it. As in fast_forwards.py, what
-counts is what the layer is seen to do, and then that the numbers agree.
+Those of Llama's structure: h + attention(norm(h)), then h + mlp(norm(h)). As in fast_forwards.py a layer is not looked up
+by its class: a trial run shows its structure, and then its numbers must agree.
 """
 
 from typing import Any
