@@ -119,7 +119,7 @@ def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def effective_rope(config: PretrainedConfig) -> dict[str, Any]:
-    """The rotary settings without the ones that repeat another setting or only restate a default."""
+    """The rotary settings in one form, so that equal ones compare equal: what follows from others is computed."""
     rope: dict[str, Any] = config.rope_parameters  # pyright: ignore[reportAttributeAccessIssue]
     if rope.get("rope_type") == "longrope":
         rope = {key: value for key, value in rope.items() if key != "factor"}

@@ -1,7 +1,7 @@
 """Which decoder layers get the faster forward of layer_forward.py.
 
-Those of Llama's structure: h + attention(norm(h)), then h + mlp(norm(h)). As in fast_forwards.py a layer is not looked up
-by its class: a trial run shows its structure, and then its numbers must agree.
+Those of Llama's structure: h + attention(norm(h)), then h + mlp(norm(h)). As in fast_forwards.py a layer is not looked
+up by its class: a trial run shows its structure, and then its numbers must agree.
 """
 
 from typing import Any
