@@ -26,7 +26,7 @@ from entrenar.lora.saved import check_saved
 from entrenar.lora.spec import spec_of
 from entrenar.lora.token_rows import ROWS, extended, shared_rows
 from entrenar.models.experts import ExpertWeight, expert_weights
-from entrenar.opening.load import build_on_meta, linear_weights
+from entrenar.opening.build import build_on_meta, linear_weights
 from entrenar.opening.match import match_tensors, saved_buffers
 from entrenar.opening.source import ModelSource
 from entrenar.quant.tensor import QuantizedTensor, quantize
