@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from _timing import Row, Work, alternate, duration, timed
 from torch import Tensor
 
-from entrenar.ops.cross_entropy import cross_entropy_rows
-from entrenar.ops.gated_activation import gated_activation
-from entrenar.ops.rms_norm import rms_norm
-from entrenar.ops.rotary import rotary
+from entrenar.ops.cross_entropy.operation import cross_entropy_rows
+from entrenar.ops.elementwise.gated_activation import gated_activation
+from entrenar.ops.elementwise.rms_norm import rms_norm
+from entrenar.ops.elementwise.rotary import rotary
 
 Pair = tuple[Work, Work]
 

@@ -29,8 +29,8 @@ import entrenar
 from entrenar import native
 from entrenar.layers.quantized_linear import quantized_linear
 from entrenar.opening.compute import native_dtype
-from entrenar.ops.dequantize_codebook import dequantize_codebook_into
-from entrenar.ops.gguf_blocks import quantize_gguf
+from entrenar.ops.codebook.dequantize import dequantize_codebook_into
+from entrenar.ops.gguf.blocks import quantize_gguf
 from entrenar.quant.codebooks import codebook
 from entrenar.quant.scales import scale_tensors
 

@@ -26,7 +26,7 @@ from entrenar.objectives.supervised import SUPERVISED
 from entrenar.opening.source import open_source
 from entrenar.optim.schedule import learning_rate_factor
 from entrenar.recipes.config import RunConfig
-from entrenar.recipes.train import pad_id, prepare_data
+from entrenar.recipes.train import prepare_data
 from entrenar.training.learner import Learner
 from entrenar.training.step import update
 
@@ -108,7 +108,7 @@ def curves() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     source = open_source(config.model.path)
     rows = prepare_data(config, source.tokenizer).train
     chosen = [batch_rows(len(rows), config.training.batch_size, config.training.seed, n) for n in range(STEPS)]
-    batches = [collate([[rows.examples[row]] for row in each], pad_id(source)) for each in chosen]
+    batches = [collate([[rows.examples[row]] for row in each], 0) for each in chosen]
     with TemporaryDirectory() as folder:
         checkpoint, adapter, dequantized = (Path(folder) / name for name in ("bf16", "adapter", "f32"))
         entrenar.export(config.model.path, checkpoint, type="bf16")

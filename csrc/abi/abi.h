@@ -31,7 +31,7 @@ struct ScaleBuffers {
 
 enum class SourceKind : int32_t { dense = 0, codebook4 = 1, gguf = 3, int8 = 4 };
 
-// A caller's weight (rows, columns), as ops/multiply.py fills it in; a stack is made here alone. Pointers may be
+// A caller's weight (rows, columns), as ops/linear/multiply.py fills it in; a stack is made here alone. Pointers may be
 // unaligned.
 struct SourceView {
     int32_t kind;
@@ -48,7 +48,7 @@ struct SourceView {
     int64_t codebook_bytes;
 };
 
-// One product of the sum, as ops/multiply.py passes it: A (rows, inner) bfloat16, rows `a_stride` elements apart.
+// One product of the sum, as ops/linear/multiply.py passes it: A (rows, inner) bfloat16, rows `a_stride` elements apart.
 struct TermView {
     const void* a;
     int64_t a_bytes, a_stride, inner;

@@ -5,7 +5,7 @@
 
 namespace entrenar {
 
-// bitsandbytes' guard against division by zero (ops/quantize_codebook.py's TINY).
+// bitsandbytes' guard against division by zero (ops/codebook/quantize.py's TINY).
 constexpr float kTiny = 1e-38f;
 
 // [-1, 1] in 32 buckets of nearly equal width; any x that is finite and rounds into it falls in 0 … 31. It never falls

@@ -1,9 +1,11 @@
 // Split [0, items) over threads.
 //
-// Where torch's OpenMP runtime is known (entrenar_use_gomp) its own thread pool does the work: a second pool would
-// fight its spinning workers for the cores. Otherwise, and in a forked child, where an OpenMP pool is dead, a small
-// pool of our own serves; also while OpenMP stalls on a busy machine. Ranges are taken from a shared counter, so any
-// number of threads finishes any job, and no result may depend on how the ranges fall.
+// Where torch's OpenMP runtime is known (entrenar_use_gomp) its thread pool does the work: a second pool would compete
+// with its workers, which wait by spinning. A small pool of our own serves in three cases: the runtime is not known;
+// the process is a forked child, in which an OpenMP pool is dead; OpenMP stalls because other processes hold the cores.
+//
+// Threads take ranges from a shared counter, so that any number of them finishes the work. A result may therefore not
+// depend on which thread computes which range.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,7 @@
 
 namespace entrenar {
 
-enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };  // ops/gated_activation.py's KINDS
+enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };  // ops/elementwise/gated_activation.py's KINDS
 static inline bool is_activation(int kind) { return kind >= kSilu && kind <= kGeluTanh; }
 
 enum Function : int { kExp = 0, kTanh = 1, kNormalCumulative = 2 };  // what entrenar_function computes

@@ -11,8 +11,8 @@ from entrenar.layers.adapted_native import Member
 from entrenar.layers.composed_blocks import after_attention, before_attention
 from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Norm
 from entrenar.ops import gpu_kernels
-from entrenar.ops.library import compute
-from entrenar.ops.linear_weight import CodebookWeight
+from entrenar.ops.linear.weight import CodebookWeight
+from entrenar.ops.registration import compute
 from tests.support.blocks import factors
 from tests.support.composed_blocks import HEADS, HIDDEN, WIDTH, attention_block, mlp_block, rotation_of
 from tests.support.triton_kernels import (

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from entrenar.layers.quantized_linear import quantized_linear
-from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, dequantize_gguf
-from entrenar.ops.linear_gguf import block_of
+from entrenar.ops.gguf.blocks import DEQUANTIZED_TYPES, dequantize_gguf
+from entrenar.ops.linear.gguf import block_of
 from entrenar.quant.tensor import QuantizedTensor, kept_tensor, quantize
 
 pytestmark = pytest.mark.cuda

@@ -8,7 +8,7 @@ from gguf import GGUFReader
 
 from entrenar.gguf.reader import GGUFFile
 from entrenar.gguf.writer import GGUFTensor, Value, write_gguf_file
-from entrenar.ops.gguf_blocks import quantize_gguf
+from entrenar.ops.gguf.blocks import quantize_gguf
 
 _KEYS: dict[str, Value | bytes] = {
     "general.architecture": "llama", "text": "ñ 漢", "yes": True, "count": 7, "share": 0.5, "words": ["a", "", "Ġñ"],

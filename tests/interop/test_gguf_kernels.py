@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from entrenar.gguf.reader import GGUFFile
-from entrenar.ops.gguf_blocks import dequantize_gguf, quantize_gguf
+from entrenar.ops.gguf.blocks import dequantize_gguf, quantize_gguf
 
 pytestmark = pytest.mark.interop
 

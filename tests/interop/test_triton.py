@@ -13,15 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from entrenar.ops import (
-    cross_entropy,
-    dequantize_codebook,
-    gated_activation,
-    gpu_kernels,
-    library,
-    rms_norm,
-    rotary,
-)
+from entrenar.ops import gpu_kernels
+from entrenar.ops import registration as library
+from entrenar.ops.codebook import dequantize as dequantize_codebook
+from entrenar.ops.cross_entropy import operation as cross_entropy
+from entrenar.ops.elementwise import gated_activation, rms_norm, rotary
 from tests.support.triton_kernels import (
     DTYPES,
     Triton,

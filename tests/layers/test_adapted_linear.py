@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar.layers.adapted_linear import Member, adapted_linears
-from entrenar.ops.linear_weight import CodebookWeight, DenseWeight, Int8Weight, LinearWeight
+from entrenar.ops.linear.weight import CodebookWeight, DenseWeight, Int8Weight, LinearWeight
 
 CODEBOOK = torch.linspace(-1, 1, 16)
 

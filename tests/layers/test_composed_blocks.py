@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entrenar.layers import adapted_composed, composed_blocks
 from entrenar.layers.composed_blocks import after_attention, before_attention
-from entrenar.ops.rotary import rotary
+from entrenar.ops.elementwise.rotary import rotary
 from tests.support.blocks import Exact, assert_close, factors
 from tests.support.composed_blocks import HEADS, HIDDEN, WIDTH, attention_block, mlp_block, rotation_of
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from entrenar import native
 from entrenar.layers.adapted_linear import Member, adapted_linears
 from entrenar.layers.adapted_native import forward_native
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.dequantize_int8 import dequantize_int8
-from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES
-from entrenar.ops.linear_weight import CodebookWeight, DenseWeight, GGUFWeight, Int8Weight, LinearWeight
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.gguf.blocks import DEQUANTIZED_TYPES
+from entrenar.ops.linear.weight import CodebookWeight, DenseWeight, GGUFWeight, Int8Weight, LinearWeight
 from entrenar.ops.scales import nest_scales
+from entrenar.ops.symmetric.dequantize import dequantize_int8
 from tests.support.guards import assert_guard, guarded
 from tests.support.products import packed_weight
 

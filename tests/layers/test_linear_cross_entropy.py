@@ -17,7 +17,7 @@ from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
-from entrenar.ops.cross_entropy import cross_entropy_rows
+from entrenar.ops.cross_entropy.operation import cross_entropy_rows
 from entrenar.quant.tensor import quantize
 from tests.support.recorder import Recorder
 

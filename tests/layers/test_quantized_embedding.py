@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from entrenar.core.errors import InputError
 from entrenar.layers.quantized_embedding import QuantizedEmbedding
-from entrenar.ops.gguf_blocks import quantize_gguf
+from entrenar.ops.gguf.blocks import quantize_gguf
 from entrenar.quant.tensor import kept_tensor, quantize
 
 

@@ -23,7 +23,7 @@ from entrenar.layers.residual_blocks import (
 )
 from entrenar.native.abi import AttentionBlockView, AttentionView, GroupView, MemberView, MlpBlockView
 from entrenar.ops import attention
-from entrenar.ops.linear_weight import CodebookWeight, Int8Weight
+from entrenar.ops.linear.weight import CodebookWeight, Int8Weight
 from entrenar.ops.scales import nest_scales
 from tests.support.blocks import CODEBOOK, factors, member, norm
 from tests.support.refusals import assert_refuses, fields

@@ -17,8 +17,8 @@ from entrenar.layers.residual_blocks import (
     before_attention,
     mlp_block,
 )
-from entrenar.ops.linear_weight import DenseWeight
-from entrenar.ops.rotary import rotary
+from entrenar.ops.elementwise.rotary import rotary
+from entrenar.ops.linear.weight import DenseWeight
 from tests.support.attention import exactly
 from tests.support.blocks import Exact, assert_close, factors, member, norm
 

@@ -12,7 +12,7 @@ from entrenar.merging import stack as stacks
 from entrenar.merging import thresholds
 from entrenar.merging.stack import Scratch, Stack, TensorSource
 from entrenar.merging.thresholds import largest
-from entrenar.ops.merge_masks import magnitude_bits
+from entrenar.ops.merge.masks import magnitude_bits
 
 N, PIECE, SAMPLES, SAMPLE = 60_000, 4096, 16, 512
 

@@ -13,8 +13,8 @@ import torch
 
 from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops.dequantize_codebook import dequantize_codebook_into
-from entrenar.ops.multiply import codebook_weight, int8_weight
+from entrenar.ops.codebook.dequantize import dequantize_codebook_into
+from entrenar.ops.linear.multiply import codebook_weight, int8_weight
 from tests.support.all_kernels import CODEBOOK, everything
 from tests.support.guards import assert_guard, guarded
 from tests.support.samples import DTYPES, gaussian
@@ -106,7 +106,7 @@ HUGE_PAGES = """
 import re
 import torch
 from entrenar import native
-from entrenar.ops.quantize_codebook import quantize_codebook
+from entrenar.ops.codebook.quantize import quantize_codebook
 native.use_huge_pages()
 held = [torch.empty(4_000_000) for _ in range(8)]
 quantize_codebook(torch.zeros(1 << 20), torch.linspace(-1, 1, 16), 64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops.cross_entropy import cross_entropy_losses, cross_entropy_rows
+from entrenar.ops.cross_entropy.operation import cross_entropy_losses, cross_entropy_rows
 from tests.support.compare import assert_rounded_once
 from tests.support.guards import assert_guard, guarded
 from tests.support.samples import DTYPES, adversarial, awkward, gaussian

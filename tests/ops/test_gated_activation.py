@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops.gated_activation import KINDS, gated_activation, gated_activation_backward
+from entrenar.ops.elementwise.gated_activation import KINDS, gated_activation, gated_activation_backward
 from tests.support.compare import assert_rounded_once
 from tests.support.guards import assert_guard, guarded
 from tests.support.samples import DTYPES, adversarial, awkward, gaussian

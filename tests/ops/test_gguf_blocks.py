@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, QUANTIZED_TYPES, dequantize_gguf, quantize_gguf
+from entrenar.ops.gguf.blocks import DEQUANTIZED_TYPES, QUANTIZED_TYPES, dequantize_gguf, quantize_gguf
 
 PATHS = native.supported_paths()
 NATIVE_PATHS = [path for path in PATHS if path != "reference"]

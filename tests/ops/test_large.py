@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from entrenar import native
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.quantize_codebook import quantize_codebook
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.codebook.quantize import quantize_codebook
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]
 pytestmark = pytest.mark.parametrize("path", NATIVE)

@@ -6,14 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from entrenar.ops import (
-    dequantize_codebook,
-    dequantize_int8,
-    gpu_kernels,
-    quantize_codebook,
-    quantize_symmetric,
-    scales,
-)
+from entrenar.ops import gpu_kernels, scales
+from entrenar.ops.codebook import dequantize as dequantize_codebook
+from entrenar.ops.codebook import quantize as quantize_codebook
+from entrenar.ops.symmetric import dequantize as dequantize_int8
+from entrenar.ops.symmetric import quantize as quantize_symmetric
 from tests.support.samples import gaussian
 
 assert all((dequantize_codebook, dequantize_int8, quantize_codebook, quantize_symmetric, scales))  # they register

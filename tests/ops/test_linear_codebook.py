@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from entrenar import native
-from entrenar.ops import linear_codebook as module
-from entrenar.ops import panels
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.linear_codebook import linear_codebook
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.linear import codebook as module
+from entrenar.ops.linear import panels
+from entrenar.ops.linear.codebook import linear_codebook
 from entrenar.ops.scales import nest_scales
 from tests.support.samples import DTYPES
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from entrenar.layers.adapted_linear import adapted_linears
 from entrenar.layers.adapted_native import Member
-from entrenar.ops import panels
-from entrenar.ops.linear_gguf import (
+from entrenar.ops.linear import panels
+from entrenar.ops.linear.gguf import (
     GGUF_TYPES,
     columns_of,
     decode_rows,
     gguf_panels,
 )
-from entrenar.ops.linear_weight import GGUFWeight
+from entrenar.ops.linear.weight import GGUFWeight
 from tests.support.products import assert_close, packed_weight
 
 

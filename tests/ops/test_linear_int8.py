@@ -10,11 +10,11 @@ from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.layers.adapted_linear import adapted_linears
 from entrenar.layers.adapted_native import Member
-from entrenar.ops import panels
-from entrenar.ops.dequantize_int8 import dequantize_int8
-from entrenar.ops.linear_weight import Int8Weight
-from entrenar.ops.multiply import Term, int8_weight, multiply
+from entrenar.ops.linear import panels
+from entrenar.ops.linear.multiply import Term, int8_weight, multiply
+from entrenar.ops.linear.weight import Int8Weight
 from entrenar.ops.scales import nest_scales
+from entrenar.ops.symmetric.dequantize import dequantize_int8
 from tests.support.products import assert_close, exact
 
 
@@ -92,7 +92,7 @@ def test_the_weight_is_never_decoded_whole(monkeypatch: pytest.MonkeyPatch, dtyp
         largest.append(codes.numel())
         return dequantize_int8(codes, *rest)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr("entrenar.ops.linear_weight.dequantize_int8", tracked)
+    monkeypatch.setattr("entrenar.ops.linear.weight.dequantize_int8", tracked)
     of = weight(4096, 1024, 64)
     x = torch.randn(5, 1024).to(dtype).requires_grad_()
     adapted_linears(x, [Member(of)])[0].sum().backward()

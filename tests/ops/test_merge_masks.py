@@ -7,7 +7,7 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops.merge_masks import (
+from entrenar.ops.merge.masks import (
     LOWER_BINS,
     UPPER_BINS,
     count_magnitudes,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from entrenar import native
-from entrenar.ops.merge_sums import Vote, add_absolute_sums, add_gram, task_sum, weighted_sum
+from entrenar.ops.merge.sums import Vote, add_absolute_sums, add_gram, task_sum, weighted_sum
 from tests.support.compare import assert_rounded_once
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar.core.errors import InputError
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.gguf_blocks import dequantize_gguf, quantize_gguf
-from entrenar.ops.multiply import Term, WeightView, codebook_weight, dense_weight, gguf_weight, multiply
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.gguf.blocks import dequantize_gguf, quantize_gguf
+from entrenar.ops.linear.multiply import Term, WeightView, codebook_weight, dense_weight, gguf_weight, multiply
 from tests.support.guards import assert_guard, guarded
 from tests.support.products import assert_close, exact
 

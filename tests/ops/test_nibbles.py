@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entrenar.ops.nibbles import pack_nibbles, unpack_nibbles
+from entrenar.ops.codebook.nibbles import pack_nibbles, unpack_nibbles
 
 CODES = st.lists(st.integers(0, 15), max_size=140)
 

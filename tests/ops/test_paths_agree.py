@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from entrenar import native
-from entrenar.ops.dequantize_codebook import dequantize_codebook, dequantize_codebook_into
-from entrenar.ops.dequantize_int8 import dequantize_int8
-from entrenar.ops.quantize_codebook import quantize_codebook
-from entrenar.ops.quantize_symmetric import quantize_symmetric
+from entrenar.ops.codebook.dequantize import dequantize_codebook, dequantize_codebook_into
+from entrenar.ops.codebook.quantize import quantize_codebook
 from entrenar.ops.scales import decode_scales, nest_scales
+from entrenar.ops.symmetric.dequantize import dequantize_int8
+from entrenar.ops.symmetric.quantize import quantize_symmetric
 from tests.support.samples import BLOCK_SIZES, COUNTS, DTYPES, adversarial, gaussian, unaligned
 
 NATIVE = [path for path in native.supported_paths() if path != "reference"]

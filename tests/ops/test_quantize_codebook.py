@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar.ops import blocks
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.nibbles import unpack_nibbles
-from entrenar.ops.quantize_codebook import quantize_codebook
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.codebook.nibbles import unpack_nibbles
+from entrenar.ops.codebook.quantize import quantize_codebook
 
 pytestmark = pytest.mark.usefixtures("kernel_path")
 COUNTS = st.integers(1, 400) | st.sampled_from([1, 63, 64, 65, 127, 128, 129])

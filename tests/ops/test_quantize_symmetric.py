@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar.ops import blocks
-from entrenar.ops.dequantize_int8 import dequantize_int8
-from entrenar.ops.nibbles import unpack_nibbles
-from entrenar.ops.quantize_symmetric import quantize_symmetric
+from entrenar.ops.codebook.nibbles import unpack_nibbles
+from entrenar.ops.symmetric.dequantize import dequantize_int8
+from entrenar.ops.symmetric.quantize import quantize_symmetric
 
 pytestmark = pytest.mark.usefixtures("kernel_path")
 COUNTS = st.integers(0, 400) | st.sampled_from([1, 63, 64, 65, 127, 128, 129])

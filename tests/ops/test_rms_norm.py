@@ -10,8 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops import rms_norm as module
-from entrenar.ops.rms_norm import rms_norm
+from entrenar.ops.elementwise import rms_norm as module
+from entrenar.ops.elementwise.rms_norm import rms_norm
 from tests.support.compare import assert_rounded_once
 from tests.support.guards import assert_guard, guarded
 from tests.support.samples import DTYPES, adversarial, awkward, gaussian, unaligned

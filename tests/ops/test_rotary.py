@@ -12,7 +12,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 
 from entrenar import native
 from entrenar.core.errors import InputError
-from entrenar.ops.rotary import rotary
+from entrenar.ops.elementwise.rotary import rotary
 from tests.support.compare import assert_rounded_once, spacing
 from tests.support.guards import assert_guard, guarded
 from tests.support.samples import DTYPES, adversarial, awkward, gaussian, unaligned

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar import native
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.quantize_codebook import quantize_codebook
-from entrenar.ops.search_codebook import search_codebook
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.codebook.quantize import quantize_codebook
+from entrenar.ops.codebook.search import search_codebook
 from entrenar.quant.codebooks import codebook
 
 NF4 = codebook("nf4", torch.device("cpu"))
@@ -84,7 +84,7 @@ def test_numbers_on_the_grid_are_kept() -> None:
 
 def test_the_native_call_refuses_wrong_sizes() -> None:
     from entrenar.core.errors import InputError
-    from entrenar.ops.search_codebook import _search
+    from entrenar.ops.codebook.search import _search
 
     arguments: list[Any] = [torch.zeros(60), NF4, torch.zeros(30, dtype=torch.uint8), torch.zeros(1), 60, 64, 0, 1]
     with pytest.raises(InputError, match="size"):

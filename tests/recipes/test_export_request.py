@@ -10,7 +10,7 @@ import pytest
 from entrenar.core.errors import InputError
 from entrenar.gguf.types import FILE_TYPES
 from entrenar.opening.load import KEEP, UNQUANTIZED
-from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES
+from entrenar.ops.gguf.blocks import IMPORTANCE_TYPES
 from entrenar.quant.registry import FORMATS
 from entrenar.recipes.export_request import TYPES, ExportRequest
 from entrenar.recipes.inputs import QUANTIZE, check_model

@@ -2,10 +2,10 @@
 
 import torch
 
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.linear_codebook import linear_codebook
-from entrenar.ops.quantize_codebook import quantize_codebook
-from entrenar.ops.quantize_symmetric import quantize_symmetric
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.codebook.quantize import quantize_codebook
+from entrenar.ops.linear.codebook import linear_codebook
+from entrenar.ops.symmetric.quantize import quantize_symmetric
 from tests.support.samples import DTYPES, gaussian
 
 CODEBOOK = torch.linspace(-1, 1, 16)

@@ -12,7 +12,7 @@ from entrenar.layers.residual_blocks import (
     MlpBlock,
     Norm,
 )
-from entrenar.ops.linear_weight import CodebookWeight
+from entrenar.ops.linear.weight import CodebookWeight
 
 CODEBOOK = torch.linspace(-1, 1, 16)
 

@@ -10,7 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from entrenar.ops import cross_entropy_gpu, dequantize_codebook_gpu, elementwise_gpu
+from entrenar.ops.codebook import dequantize_triton as dequantize_codebook_gpu
+from entrenar.ops.cross_entropy import triton as cross_entropy_gpu
+from entrenar.ops.elementwise import triton as elementwise_gpu
 
 _KINDS = {"bf16": "*bf16", "fp32": "*fp32", "fp16": "*fp16"}
 _OTHERS = {

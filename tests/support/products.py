@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entrenar.ops.linear_gguf import FLOAT_TYPES, block_of
+from entrenar.ops.linear.gguf import FLOAT_TYPES, block_of
 
 # Where the float16 scales (and minima) of a block stand.
 _HALVES = {

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from entrenar.ops import cross_entropy, dequantize_codebook, gated_activation, rms_norm, rotary
+from entrenar.ops.codebook import dequantize as dequantize_codebook
+from entrenar.ops.cross_entropy import operation as cross_entropy
+from entrenar.ops.elementwise import gated_activation, rms_norm, rotary
 from entrenar.ops.scales import nest_scales
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,7 +7,7 @@ there: the fact goes when the object goes, and is copied and pickled along with 
 | name | on | says | file |
 |---|---|---|---|
 | first_keys | an attention mask | each token's first key, read once for all layers | models/acceleration/attention.py |
-| keep | a decoder layer | what it keeps for its backward | models/acceleration/layer_forward.py |
+| recompute | a decoder layer | what it computes again in its backward | models/acceleration/layer_forward.py |
 | recipe | a tensor | how to compute it again | layers/recompute.py |
 | saved_whole | a module | that it is a trainable copy (`modules_to_save`) | lora/saved.py |
 

@@ -20,8 +20,8 @@ from entrenar.gguf.types import FILE_TYPES, Model, type_of
 from entrenar.gguf.vocabulary import vocabulary
 from entrenar.gguf.vocabulary_probe import Say, check_same_ids
 from entrenar.gguf.writer import GGUFTensor, Value, write_gguf_file
-from entrenar.ops.gguf_blocks import IMPORTANCE_TYPES, quantize_gguf
-from entrenar.ops.linear_gguf import FLOAT_TYPES
+from entrenar.ops.gguf.blocks import IMPORTANCE_TYPES, quantize_gguf
+from entrenar.ops.linear.gguf import FLOAT_TYPES
 
 Metadata = dict[str, Value | bytes]
 _HEAD, _TEMPLATE = "lm_head.weight", "tokenizer.chat_template"

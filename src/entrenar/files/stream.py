@@ -32,9 +32,10 @@ AnySink = TypeVar("AnySink", bound=Sink)
 
 
 def stream(tensors: Sequence[StoredTensor], sinks: Iterable[AnySink]) -> Generator[AnySink]:
-    """Give each sink its tensor; yield the sinks in order, each when it has everything. To be closed if not exhausted.
+    """Read tensors on several threads, each into its sink; yield the sinks in order, each once its tensor is complete.
 
-    `sinks` is asked for the next one only when its turn comes. A buffer a thread is all that is held of the files.
+    Close the generator if it is not exhausted. A sink is taken from `sinks` only when reading its tensor begins, so few
+    exist at once; of the files one piece a thread is in memory.
 
     Raises:
         InputError: a file cannot be read, ends early, or is another than when its header was read.

@@ -22,7 +22,7 @@ from torch import Tensor
 from entrenar.core.documents import open_regular, reason
 from entrenar.core.errors import InputError
 from entrenar.files.stored_tensor import ALIGNMENT, FileVersion, StoredTensor
-from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, dequantize_gguf
+from entrenar.ops.gguf.blocks import DEQUANTIZED_TYPES, dequantize_gguf
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

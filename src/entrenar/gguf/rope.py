@@ -67,7 +67,7 @@ def attention_factor(config: PretrainedConfig) -> float:
 
 
 def scaling_keys(config: PretrainedConfig) -> dict[str, Any]:
-    """What keys say of linear scaling and of YaRN (arXiv 2309.00071); nothing of any other."""
+    """The GGUF keys of linear scaling or YaRN (arXiv 2309.00071); empty for any other kind of RoPE."""
     rope = rope_parameters(config)
     if rope["rope_type"] not in ("linear", "yarn"):
         return {}
@@ -82,7 +82,7 @@ def scaling_keys(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def scaling_arguments(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings that keys of linear scaling or YaRN say; plain ones where there are none."""
+    """The inverse of `scaling_keys`: rotary settings, the default ones where no key is there."""
     kind = keys.get("rope.scaling.type", "linear")  # llama.cpp's default where there is a factor
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0)) or 1.0
     attention = keys.get("rope.scaling.attn_factor", 1.0)
@@ -119,7 +119,7 @@ def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def effective_rope(config: PretrainedConfig) -> dict[str, Any]:
-    """The rotary settings without those that only say another way, or to another one, what these say."""
+    """The rotary settings in one form, so that equal ones compare equal: what follows from others is computed."""
     rope: dict[str, Any] = config.rope_parameters  # pyright: ignore[reportAttributeAccessIssue]
     if rope.get("rope_type") == "longrope":
         rope = {key: value for key, value in rope.items() if key != "factor"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import gguf
 
-from entrenar.ops.linear_gguf import block_of
+from entrenar.ops.linear.gguf import block_of
 
 _FILE = gguf.LlamaFileType
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from entrenar.layers.adapted_native import Factors, Member, Used, factors_of
-from entrenar.ops.linear_weight import LinearWeight
+from entrenar.ops.linear.weight import LinearWeight
 
 
 class _Copies(NamedTuple):

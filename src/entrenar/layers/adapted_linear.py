@@ -30,7 +30,7 @@ from entrenar.layers.adapted_native import (
     with_factors,
 )
 from entrenar.layers.recompute import Recipe, recipe_of
-from entrenar.ops.linear_codebook import PACKED_TOKENS
+from entrenar.ops.linear.codebook import PACKED_TOKENS
 
 
 def adapted_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:

@@ -15,8 +15,8 @@ from entrenar import native
 from entrenar.native import abi
 from entrenar.native.abi import GroupView, MemberView
 from entrenar.native.cached import Cached, place
-from entrenar.ops.linear_weight import LinearWeight
-from entrenar.ops.multiply import WeightView, dense_weight
+from entrenar.ops.linear.multiply import WeightView, dense_weight
+from entrenar.ops.linear.weight import LinearWeight
 
 _STRIP, _STEP = abi.constants("kStrip", "kStep")
 

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from entrenar import native
 from entrenar.layers.adapted_native import Member
 from entrenar.layers.quantized_linear import QuantizedLinear
-from entrenar.ops.cross_entropy import cross_entropy_rows
-from entrenar.ops.multiply import product_into
+from entrenar.ops.cross_entropy.operation import cross_entropy_rows
+from entrenar.ops.linear.multiply import product_into
 
 LOGIT_BYTES = 64 << 20  # of one chunk, in the compute dtype; a CPU repacks the weight for each, so few rows are slow
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.layers.quantized_linear import QuantizedLinear
-from entrenar.ops.linear_gguf import decode_rows
+from entrenar.ops.linear.gguf import decode_rows
 from entrenar.quant.registry import KEPT_FORMATS
 from entrenar.quant.tensor import QuantizedTensor, kept_tensor
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from entrenar.layers.adapted_linear import Member
 from entrenar.layers.quantized_linear import linear_weight
 from entrenar.native.cached import Cached
-from entrenar.ops.linear_weight import DenseWeight, LinearWeight
+from entrenar.ops.linear.weight import DenseWeight, LinearWeight
 from entrenar.quant.tensor import QuantizedTensor
 
 

@@ -1,6 +1,6 @@
 """QuantizedLinear: a frozen linear layer that keeps its weight in a block format.
 
-On a CPU the weight is decoded a panel at a time while it is multiplied (ops/linear_weight.py). On a GPU it is
+On a CPU the weight is decoded a panel at a time while it is multiplied (ops/linear/weight.py). On a GPU it is
 dequantized whole, multiplied and dropped, and once more in the backward for x: such a layer costs its packed bytes
 plus, while it runs, one weight in the compute dtype (QLoRA, Dettmers et al. 2023, equation 5).
 """
@@ -15,7 +15,7 @@ from entrenar.core.errors import InputError
 from entrenar.layers.adapted_linear import Member, adapted_linears
 from entrenar.layers.weight_stand_in import held_weight
 from entrenar.native.cached import Cached, ids
-from entrenar.ops.linear_weight import DenseWeight, LinearWeight
+from entrenar.ops.linear.weight import DenseWeight, LinearWeight
 from entrenar.quant.registry import held_format
 from entrenar.quant.tensor import QuantizedTensor
 

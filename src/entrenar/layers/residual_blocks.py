@@ -29,12 +29,12 @@ from entrenar.layers.adapted_native import (
 from entrenar.layers.recompute import Recompute
 from entrenar.native.abi import AttentionBlockView, MlpBlockView, NormView
 from entrenar.native.cached import Cached
-from entrenar.ops.gated_activation import KINDS
+from entrenar.ops.elementwise.gated_activation import KINDS
 
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm: weight (C,), frozen; see ops/rms_norm.py."""
+    """An RMS norm: weight (C,), frozen; see ops/elementwise/rms_norm.py."""
 
     weight: Tensor
     eps: float
@@ -43,7 +43,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class MlpBlock:
-    """h + down(act(gate(x)) · up(x)), x = norm(h); `activation` as in ops/gated_activation.py."""
+    """h + down(act(gate(x)) · up(x)), x = norm(h); `activation` as in ops/elementwise/gated_activation.py."""
 
     norm: Norm
     gate: Member

@@ -13,7 +13,7 @@ from entrenar.lora.low_rank import (
     memory_stats,
     outside,
 )
-from entrenar.ops.linear_weight import DenseWeight
+from entrenar.ops.linear.weight import DenseWeight
 
 
 class LoRALayer(AdapterLayer):

@@ -26,8 +26,8 @@ from entrenar.merging.output import OutputFiles
 from entrenar.merging.place import clear, commit, disk_full, own_directory, working_directory
 from entrenar.merging.plan import MergePlan, PlannedTensor
 from entrenar.merging.stack import PIECE_ELEMENTS, Piece, Scratch, Source, Stack
-from entrenar.ops.merge_masks import count_non_finite
-from entrenar.ops.merge_sums import add_gram
+from entrenar.ops.merge.masks import count_non_finite
+from entrenar.ops.merge.sums import add_gram
 
 Progress = Callable[[int, int], None]
 """(bytes of the result that are done, bytes in all)."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from entrenar.ops.merge_masks import Key
+from entrenar.ops.merge.masks import Key
 
 PIECE_ELEMENTS = 1 << 20  # of every input; larger ones leave the cache, smaller ones cost time in Python
 SAMPLES, SAMPLE_ELEMENTS = 16, 1 << 13  # pieces of a sample, and elements of each

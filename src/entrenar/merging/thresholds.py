@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entrenar.merging.stack import Piece, Stack
-from entrenar.ops.merge_masks import (
+from entrenar.ops.merge.masks import (
     LOWER_BINS,
     UPPER_BINS,
     count_magnitudes,

@@ -21,7 +21,7 @@ from entrenar.layers.quantized_linear import in_compute_dtype
 from entrenar.models.acceleration.agreement import agree, only_match, sample
 from entrenar.models.acceleration.proxy import ModuleProxy
 from entrenar.models.acceleration.recognised import activation_kind
-from entrenar.ops.gated_activation import gated_activation
+from entrenar.ops.elementwise.gated_activation import gated_activation
 from entrenar.quant.tensor import QuantizedTensor
 
 PROJECTIONS = ("gate_up_proj", "down_proj")

@@ -23,7 +23,7 @@ from entrenar.models.experts import ExpertsBuilder, expert_weights, parameter_na
 from entrenar.opening.compute import resolve_device, resolve_dtype
 from entrenar.opening.match import is_tied, match_tensors, saved_buffers
 from entrenar.opening.source import ModelSource, open_source
-from entrenar.ops.linear_gguf import FLOAT_TYPES
+from entrenar.ops.linear.gguf import FLOAT_TYPES
 from entrenar.quant.registry import KEPT_FORMATS, check_block_size, get_format
 from entrenar.quant.tensor import PieceQuantizer, QuantizedTensor, kept_tensor
 

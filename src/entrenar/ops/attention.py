@@ -16,7 +16,7 @@ from torch import Tensor
 from entrenar import native
 from entrenar.native import abi
 from entrenar.native.abi import AttentionView, HeadsView
-from entrenar.ops.library import call, define, differentiate
+from entrenar.ops.registration import call, define, differentiate
 
 _STEP, _WIDEST = abi.constants(
     "kStep", "kMaxPlainWidth"

@@ -14,7 +14,7 @@ from torch import Tensor
 from entrenar import native
 from entrenar.native import abi
 from entrenar.ops.blocks import block_absmax, block_count
-from entrenar.ops.library import call, define
+from entrenar.ops.registration import call, define
 
 (GROUP,) = abi.constants("kScaleGroup")
 

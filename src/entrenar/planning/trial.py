@@ -12,7 +12,7 @@ from entrenar.models.acceleration.fast_layers import serve
 from entrenar.models.head import output_head, vocabulary_size
 from entrenar.objectives.objective import Objective
 from entrenar.ops import gpu_kernels
-from entrenar.ops.linear_weight import CodebookWeight
+from entrenar.ops.linear.weight import CodebookWeight
 from entrenar.planning.memory_plan import HEAP, Activations
 
 MAX_TOKENS = 4096  # of a micro-batch; a larger one gains nothing

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from entrenar.core.errors import InputError
-from entrenar.ops.linear_weight import LinearWeight
+from entrenar.ops.linear.weight import LinearWeight
 from entrenar.quant.scales import Parts
 
 

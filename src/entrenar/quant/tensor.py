@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.ops.blocks import block_count
-from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of
+from entrenar.ops.linear.gguf import FLOAT_TYPES, columns_of
 from entrenar.quant.formats.gguf import BLOCK_SIZES as GGUF_BLOCK_SIZES
 from entrenar.quant.registry import BLOCK_SIZES, KEPT_FORMATS, check_block_size, get_format, held_format
 from entrenar.quant.scales import GROUP, Parts, as_float

@@ -44,7 +44,7 @@ def export(
 ) -> Path:
     """Write `model`, fused with `adapter`, as a new file or directory; or the adapter alone.
 
-    The output has its name once it is whole, measured and verified; until then nothing is there.
+    Nothing lies under the output's name until it is complete, measured and verified.
 
     Args:
         to: "safetensors" (a Hugging Face directory), "gguf" (one file) or "gguf-adapter" (the adapter alone, for

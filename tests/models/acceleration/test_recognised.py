@@ -21,8 +21,8 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from entrenar.models.acceleration.agreement import only_match
 from entrenar.models.acceleration.recognised import activation_kind, gated_mlp_kind, norm_kind
 from entrenar.models.acceleration.watched import outcome_over, takes_one_tensor
-from entrenar.ops.gated_activation import gated_activation
-from entrenar.ops.rms_norm import rms_norm
+from entrenar.ops.elementwise.gated_activation import gated_activation
+from entrenar.ops.elementwise.rms_norm import rms_norm
 
 WIDTH = 64
 WEIGHTS = {

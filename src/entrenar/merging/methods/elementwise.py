@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from entrenar.merging.stack import Combine, Options, Piece, Stack
-from entrenar.ops.merge_operands import sum_dtype
+from entrenar.ops.merge.operands import sum_dtype
 
 
 def nearswap(stack: Stack, options: Options) -> Combine:  # noqa: ARG001 - a method's signature

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.merging.stack import Combine, Options, Piece, Stack
-from entrenar.ops.merge_sums import weighted_sum
+from entrenar.ops.merge.sums import weighted_sum
 
 _CANCELLED = 2.0**-24  # of what was added: nothing is left in float32, and dividing by it makes numbers of nothing
 

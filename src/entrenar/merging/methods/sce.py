@@ -9,8 +9,8 @@ from torch import Tensor
 
 from entrenar.merging.stack import Combine, Options, Piece, Stack
 from entrenar.merging.thresholds import Threshold, largest
-from entrenar.ops.merge_masks import keep_top
-from entrenar.ops.merge_operands import sum_dtype
+from entrenar.ops.merge.masks import keep_top
+from entrenar.ops.merge.operands import sum_dtype
 
 
 def sce(stack: Stack, options: Options) -> Combine:

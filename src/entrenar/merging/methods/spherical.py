@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.merging.stack import Combine, Options, Piece, Stack
-from entrenar.ops.merge_sums import Vote, add_gram, task_sum, weighted_sum
+from entrenar.ops.merge.sums import Vote, add_gram, task_sum, weighted_sum
 
 _NEARLY_PARALLEL = 0.9995
 Coefficients = Callable[[Tensor], Tensor]  # Gram (B, m, m) float64 → (B, m)

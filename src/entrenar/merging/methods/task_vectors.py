@@ -20,8 +20,8 @@ from torch import Tensor
 from entrenar.core.errors import InputError
 from entrenar.merging.stack import Combine, Options, Piece, Stack
 from entrenar.merging.thresholds import Threshold, largest
-from entrenar.ops.merge_masks import keep_by_rank, keep_random, keep_top
-from entrenar.ops.merge_sums import Vote, add_absolute_sums, task_sum
+from entrenar.ops.merge.masks import keep_by_rank, keep_random, keep_top
+from entrenar.ops.merge.sums import Vote, add_absolute_sums, task_sum
 
 TIES_CONVENTIONS = ("mergekit", "paper", "peft")
 RESCALES = ("l1", "inverse_density")

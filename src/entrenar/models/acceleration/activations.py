@@ -1,4 +1,4 @@
-"""What the decoder layers keep for their backward: how much that is, seen in a trial pass, and how to have it less."""
+"""What the decoder layers save for their backward: how much that is, seen in a trial pass, and how to have it less."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,12 +15,12 @@ from entrenar.models.acceleration import fast_layers
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that can be told what to keep."""
+    """The layers that can be told what to compute again."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def ladder(model: PreTrainedModel) -> tuple[Recompute, ...]:
-    """What a layer of this model, in training mode, can be told to keep: from the fastest to the leanest."""
+    """What a layer of this model, in training mode, can be told to compute again: from the fastest to the leanest."""
     if not decoder_layers(model):
         return (Recompute.NOTHING,)
     return (
@@ -36,7 +36,7 @@ def recompute_inside(model: PreTrainedModel) -> bool:
 
 
 def set_recompute(model: PreTrainedModel, choices: Sequence[Recompute]) -> None:
-    """Say for each decoder layer what it keeps; numbers stay the same to the last bit.
+    """Say for each decoder layer what it computes again; numbers stay the same to the last bit.
 
     Layers with a native forward (fast_layers.py) compute again inside it; others are run twice (Chen et al. 2016,
     "Training Deep Nets with Sublinear Memory Cost"), dropout drawn the same.
@@ -49,7 +49,7 @@ def set_recompute(model: PreTrainedModel, choices: Sequence[Recompute]) -> None:
 
 
 def saved_per_token(model: PreTrainedModel, choice: Recompute, tokens: int, loss: Callable[[], Tensor]) -> int:
-    """Bytes a token that autograd holds between forward and backward if every layer keeps `choice`.
+    """Bytes a token that autograd holds between forward and backward if every layer recomputes `choice`.
 
     Counted in a pass over a few `tokens`, which computes `loss`, the model in training mode; parameters and buffers
     aside.

@@ -1,7 +1,7 @@
 """Which decoder layers get the faster forward of layer_forward.py.
 
-h + attention(norm(h)), then h + mlp(norm(h)): Llama and the many that are built like it. As in fast_forwards.py, what
-counts is what the layer is seen to do, and then that the numbers agree.
+Those of Llama's structure: h + attention(norm(h)), then h + mlp(norm(h)). As in fast_forwards.py a layer is not looked
+up by its class: a trial run shows its structure, and then its numbers must agree.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from entrenar.layers.residual_blocks import serves
 from entrenar.models.acceleration import attention
 from entrenar.models.acceleration.agreement import TRIAL_TOKENS, agree, recorded
 from entrenar.models.acceleration.attention_structure import attention_structure
-from entrenar.models.acceleration.layer_forward import GATED, KEEP, PROJECTIONS, LayerForward, linears_of
+from entrenar.models.acceleration.layer_forward import GATED, PROJECTIONS, RECOMPUTE, LayerForward, linears_of
 from entrenar.models.acceleration.layer_structure import is_residual_layer
 from entrenar.models.acceleration.module_forwards import activation_of, norm_of
 from entrenar.models.acceleration.rotation import not_rotated, rotates_halves, rotating_by
@@ -45,8 +45,8 @@ def serve(model: nn.Module) -> bool:
 
 
 def set_recompute(layer: nn.Module, choice: Recompute) -> None:
-    """Say what a layer's blocks keep for their backward; DEAR if nothing is said."""
-    KEEP.hang(layer, choice)
+    """Say what a layer's halves compute again in their backward; CHEAP if nothing is said."""
+    RECOMPUTE.hang(layer, choice)
 
 
 def _looks_right(module: nn.Module) -> bool:

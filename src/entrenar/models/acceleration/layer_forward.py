@@ -27,8 +27,8 @@ from entrenar.ops.attention import native_width
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 GATED = ("gate_proj", "up_proj", "down_proj")
-# What a layer's blocks keep for their backward.
-KEEP = Attachment[Recompute]("keep")
+# What a layer computes again in its backward.
+RECOMPUTE = Attachment[Recompute]("recompute")
 # Before attention, before the MLP, of the heads of q and of k.
 Norms = tuple[Norm, Norm, Norm | None, Norm | None]
 
@@ -66,9 +66,9 @@ class LayerForward(FastForward):
         if wanted is None or norms is None or not all(map(can_join, linears)):
             return None
         rotation, starts = wanted
-        keep = (KEEP.of(module) or Recompute.CHEAP) if torch.is_grad_enabled() else Recompute.ALL
+        recompute = (RECOMPUTE.of(module) or Recompute.CHEAP) if torch.is_grad_enabled() else Recompute.ALL
         first, second = self._blocks_of(linears, norms)
-        return decoder_layer(h, first, second, rotation, starts, keep)
+        return decoder_layer(h, first, second, rotation, starts, recompute)
 
     def run_own_attention(self, module: Any, h: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The result where the class's forward attends, or None.

@@ -10,8 +10,8 @@ from entrenar.layers.quantized_linear import grouped_linears
 from entrenar.layers.recompute import with_recipe
 from entrenar.layers.residual_blocks import Norm
 from entrenar.models.acceleration.swapped import FastForward, fast_forward_of
-from entrenar.ops.gated_activation import gated_activation
-from entrenar.ops.rms_norm import rms_norm
+from entrenar.ops.elementwise.gated_activation import gated_activation
+from entrenar.ops.elementwise.rms_norm import rms_norm
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from entrenar.models.acceleration.agreement import only_match
 from entrenar.models.acceleration.watched import outcome_over, takes_one_tensor
-from entrenar.ops.gated_activation import KINDS, gated_activation
+from entrenar.ops.elementwise.gated_activation import KINDS, gated_activation
 
 _OFFSETS = (0.0, 1.0)  # Llama's norm, Gemma's
 _WEIGHTS = (0.0, -1.0, 1.0, 0.5, -2.0, 30.0, 1e-3, -0.999, -0.5)  # where one offset could pass for another, and between

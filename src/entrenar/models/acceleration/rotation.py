@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from entrenar.models.acceleration.other_globals import global_functions, with_globals
-from entrenar.ops.rotary import rotary
+from entrenar.ops.elementwise.rotary import rotary
 
 Rotate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # q, k, cos, sin → q, k
 _HEADS = 4, 2  # of planted q and k
@@ -78,7 +78,7 @@ def not_rotated(q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def rotates_halves(rotate: Rotate, width: int, rotated: int) -> bool:
-    """Whether a function rotates as ops/rotary.py does: in float64, every element.
+    """Whether a function rotates as ops/elementwise/rotary.py does: in float64, every element.
 
     Args:
         width: of a head. rotated: how many numbers of each head the cosines and sines are for.

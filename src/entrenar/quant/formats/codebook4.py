@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.linear_weight import CodebookWeight, LinearWeight
-from entrenar.ops.quantize_codebook import quantize_codebook
-from entrenar.ops.search_codebook import search_codebook
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.codebook.quantize import quantize_codebook
+from entrenar.ops.codebook.search import search_codebook
+from entrenar.ops.linear.weight import CodebookWeight, LinearWeight
 from entrenar.quant.codebooks import codebook
 from entrenar.quant.format import Format
 from entrenar.quant.scales import Parts, hold_dynamic, scale_tensors

@@ -1,10 +1,10 @@
-"""GGUF's types, quantized and float: rows held byte for byte as they stand in the file (ops/gguf_blocks.py)."""
+"""GGUF's types, quantized and float: rows held byte for byte as they stand in the file (ops/gguf/blocks.py)."""
 
 import torch
 from torch import Tensor
 
-from entrenar.ops.linear_gguf import GGUF_TYPES, block_of, decode_rows
-from entrenar.ops.linear_weight import GGUFWeight, LinearWeight
+from entrenar.ops.linear.gguf import GGUF_TYPES, block_of, decode_rows
+from entrenar.ops.linear.weight import GGUFWeight, LinearWeight
 from entrenar.quant.format import KeptFormat
 from entrenar.quant.scales import Parts
 

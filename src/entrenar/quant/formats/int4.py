@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from entrenar.ops.quantize_symmetric import quantize_symmetric
+from entrenar.ops.symmetric.quantize import quantize_symmetric
 from entrenar.quant.formats.codebook4 import four_bit_format
 from entrenar.quant.scales import hold_linear
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from entrenar.ops.dequantize_int8 import dequantize_int8
-from entrenar.ops.linear_weight import Int8Weight, LinearWeight
-from entrenar.ops.quantize_symmetric import quantize_symmetric
+from entrenar.ops.linear.weight import Int8Weight, LinearWeight
+from entrenar.ops.symmetric.dequantize import dequantize_int8
+from entrenar.ops.symmetric.quantize import quantize_symmetric
 from entrenar.quant.format import Format
 from entrenar.quant.scales import Parts, hold_linear, scale_tensors
 

@@ -1,7 +1,7 @@
 """What a frozen linear layer multiplies by: one small interface over every way a weight is held.
 
 `product` and `transposed_product` run on any device and dtype; `source` is what the native product decodes
-(ops/multiply.py). Letters: B tokens, O out_features, I in_features.
+(ops/linear/multiply.py). Letters: B tokens, O out_features, I in_features.
 """
 
 import math
@@ -15,12 +15,10 @@ from torch import Tensor
 from entrenar import native
 from entrenar.native.cached import Cached
 from entrenar.ops.blocks import block_count
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.dequantize_int8 import dequantize_int8
-from entrenar.ops.library import compute
-from entrenar.ops.linear_codebook import accepts, codebook_product, codebook_transposed_product, linear_codebook
-from entrenar.ops.linear_gguf import FLOAT_TYPES, columns_of, decode_rows, gguf_panels
-from entrenar.ops.multiply import (
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.linear.codebook import accepts, codebook_product, codebook_transposed_product, linear_codebook
+from entrenar.ops.linear.gguf import FLOAT_TYPES, columns_of, decode_rows, gguf_panels
+from entrenar.ops.linear.multiply import (
     Term,
     WeightView,
     codebook_weight,
@@ -29,8 +27,10 @@ from entrenar.ops.multiply import (
     int8_weight,
     multiply,
 )
-from entrenar.ops.panels import RowPanels
+from entrenar.ops.linear.panels import RowPanels
+from entrenar.ops.registration import compute
 from entrenar.ops.scales import decode_scales
+from entrenar.ops.symmetric.dequantize import dequantize_int8
 
 
 class LinearWeight(Protocol):
@@ -98,7 +98,7 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class CodebookWeight:
-    """A 4-bit weight; the fields are as in ops/linear_codebook.py."""
+    """A 4-bit weight; the fields are as in ops/linear/codebook.py."""
 
     packed: Tensor
     scales: list[Tensor]
@@ -147,7 +147,7 @@ class CodebookWeight:
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """One byte an element; the fields are as in ops/dequantize_int8.py."""
+    """One byte an element; the fields are as in ops/symmetric/dequantize.py."""
 
     codes: Tensor
     scales: list[Tensor]
@@ -193,7 +193,7 @@ class Int8Weight:
 
 @dataclass(frozen=True)
 class GGUFWeight:
-    """Rows as a GGUF holds them: packed (O, bytes of a row) uint8 of a type of ops/linear_gguf.py."""
+    """Rows as a GGUF holds them: packed (O, bytes of a row) uint8 of a type of ops/linear/gguf.py."""
 
     packed: Tensor
     type: str

@@ -1,9 +1,9 @@
 """A linear layer over a 4-bit weight (QLoRA, Dettmers et al. 2023, equation 5): y = x·Wᵀ + bias, gradient for x.
 
 A few tokens read the packed bytes once and never make a weight (csrc/linear). More tokens: in bfloat16 the weight is
-decoded inside the product (ops/multiply.py); in other dtypes a panel of it is decoded into a scratch that stays in
-cache, and torch's matmul takes it from there. The backward for x does the same over panels of
-columns, so that each sum is one matmul, as in the reference.
+decoded inside the product (multiply.py); in other dtypes a panel of it is decoded into a scratch that stays in cache,
+and torch's matmul takes it from there. The backward for x does the same over panels of columns, so that each sum is
+one matmul, as in the reference.
 Letters: B tokens, O out_features, I in_features.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.native import abi
-from entrenar.ops.dequantize_codebook import dequantize_codebook
-from entrenar.ops.library import define, differentiate
-from entrenar.ops.multiply import Term, WeightView, codebook_weight, multiply
-from entrenar.ops.panels import panel_step, scratch_for
+from entrenar.ops.codebook.dequantize import dequantize_codebook
+from entrenar.ops.linear.multiply import Term, WeightView, codebook_weight, multiply
+from entrenar.ops.linear.panels import panel_step, scratch_for
+from entrenar.ops.registration import define, differentiate
 
 FEW_TOKENS, PACKED_TOKENS = abi.constants("kMaxTokens", "kMaxPackedTokens")
 

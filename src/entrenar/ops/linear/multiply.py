@@ -51,12 +51,12 @@ def dense_weight(matrix: Tensor, scale: float = 1.0) -> WeightView:
 def codebook_weight(
     packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, shape: tuple[int, int]
 ) -> WeightView:
-    """A 4-bit weight as ops/dequantize_codebook.py takes it."""
+    """A 4-bit weight as ops/codebook/dequantize.py takes it."""
     return _quantized(_CODEBOOK4, packed, scales, codebook, block_size, shape)
 
 
 def int8_weight(codes: Tensor, scales: list[Tensor], block_size: int, shape: tuple[int, int]) -> WeightView:
-    """A weight of one byte an element as ops/dequantize_int8.py takes it."""
+    """A weight of one byte an element as ops/symmetric/dequantize.py takes it."""
     return _quantized(_INT8, codes, scales, None, block_size, shape)
 
 
@@ -73,7 +73,7 @@ def _quantized(
 
 
 def gguf_weight(packed: Tensor, type: str, shape: tuple[int, int]) -> WeightView:
-    """Blocks of a GGUF type, as ops/gguf_blocks.py takes them."""
+    """Blocks of a GGUF type, as ops/gguf/blocks.py takes them."""
     held = packed.contiguous()
     kind = gguf.GGMLQuantizationType[type.upper()]
     return WeightView(SourceView(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entrenar import native
-from entrenar.ops.merge_operands import difference, dtype_code, is_native, rows, sum_dtype
+from entrenar.ops.merge.operands import difference, dtype_code, is_native, rows, sum_dtype
 
 _weighted_sum = native.Function("merge_weighted_sum")
 _task_sum = native.Function("merge_task_sum")

@@ -16,9 +16,9 @@ from torch import Tensor
 from entrenar import native
 from entrenar.native import abi
 from entrenar.ops.blocks import block_count, chunks
-from entrenar.ops.library import call, define
-from entrenar.ops.nibbles import pack_nibbles
-from entrenar.ops.quantize_codebook import empty_codes, takes_codebook
+from entrenar.ops.codebook.nibbles import pack_nibbles
+from entrenar.ops.codebook.quantize import empty_codes, takes_codebook
+from entrenar.ops.registration import call, define
 
 # csrc/codebook4/search.h has the same shares and the same smallest magnitude; tests compare every path with this.
 SHARES = (0.84, 0.94, 1.04)
@@ -29,7 +29,7 @@ _search = native.Function("search_codebook")
 
 
 def search_codebook(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales; arguments and results as in ops/quantize_codebook.py, but scales of either sign."""
+    """Codes and scales; arguments and results as in ops/codebook/quantize.py, but scales of either sign."""
     return call("search_codebook", flat, codebook, block_size)
 
 

@@ -4,8 +4,8 @@ import gguf
 import torch
 from torch import Tensor
 
-from entrenar.ops.gguf_blocks import DEQUANTIZED_TYPES, dequantize_gguf
-from entrenar.ops.panels import RowPanels, scratch_for
+from entrenar.ops.gguf.blocks import DEQUANTIZED_TYPES, dequantize_gguf
+from entrenar.ops.linear.panels import RowPanels, scratch_for
 
 FLOAT_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 GGUF_TYPES = (*FLOAT_TYPES, *DEQUANTIZED_TYPES)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from entrenar import native
-from entrenar.ops.merge_operands import difference, dtype_code, is_native
+from entrenar.ops.merge.operands import difference, dtype_code, is_native
 
 UPPER_BINS, LOWER_BINS = 1 << 15, 1 << 16
 _WORD = 0xFFFFFFFF

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.ops.blocks import chunks
-from entrenar.ops.library import call, define
+from entrenar.ops.registration import call, define
 from entrenar.ops.scales import decode_scales, scale_buffers
 
 _dequantize = native.Function("dequantize_int8")

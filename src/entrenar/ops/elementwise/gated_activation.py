@@ -13,9 +13,9 @@ from torch import Tensor
 from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.native import abi
+from entrenar.ops.elementwise.precision import widen
 from entrenar.ops.gpu_kernels import GpuKernel, numbers
-from entrenar.ops.library import call, define, differentiate
-from entrenar.ops.precision import widen
+from entrenar.ops.registration import call, define, differentiate
 
 KINDS: dict[str, int] = dict(
     zip(("silu", "gelu", "gelu_tanh"), abi.constants("kSilu", "kGelu", "kGeluTanh"), strict=True)
@@ -109,7 +109,7 @@ def _backward_native(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple
 def _gpu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     if kind not in _GPU_KINDS:
         return _reference(gate, up, kind)
-    from entrenar.ops import elementwise_gpu
+    from entrenar.ops.elementwise import triton as elementwise_gpu
 
     return elementwise_gpu.gated_activation(gate, up, kind)
 
@@ -117,7 +117,7 @@ def _gpu(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 def _backward_gpu(grad: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind not in _GPU_KINDS:
         return _backward_reference(grad, gate, up, kind)
-    from entrenar.ops import elementwise_gpu
+    from entrenar.ops.elementwise import triton as elementwise_gpu
 
     return elementwise_gpu.gated_activation_backward(grad, gate, up, kind)
 

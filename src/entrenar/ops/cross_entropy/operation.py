@@ -13,9 +13,9 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
+from entrenar.ops.elementwise.precision import widen
 from entrenar.ops.gpu_kernels import GpuKernel, numbers
-from entrenar.ops.library import call, define
-from entrenar.ops.precision import widen
+from entrenar.ops.registration import call, define
 
 _kernel = native.Function("cross_entropy")
 
@@ -101,7 +101,7 @@ def _losses_gpu(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
 
 
 def _on_gpu(logits: Tensor, labels: Tensor, softcap: float, gradient: bool) -> Tensor:
-    from entrenar.ops.cross_entropy_gpu import cross_entropy
+    from entrenar.ops.cross_entropy.triton import cross_entropy
 
     _check_forms(logits, labels, softcap)
     dense = logits.contiguous()

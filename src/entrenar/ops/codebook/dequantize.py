@@ -11,9 +11,9 @@ from torch import Tensor
 from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.ops.blocks import chunks
+from entrenar.ops.codebook.nibbles import unpack_nibbles
 from entrenar.ops.gpu_kernels import GpuKernel, numbers
-from entrenar.ops.library import call, define
-from entrenar.ops.nibbles import unpack_nibbles
+from entrenar.ops.registration import call, define
 from entrenar.ops.scales import decode_scales, scale_buffers
 
 _dequantize = native.Function("dequantize_codebook")
@@ -70,7 +70,7 @@ def _native_into(packed: Tensor, scales: list[Tensor], codebook: Tensor, block_s
 
 
 def _gpu_into(packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, out: Tensor) -> None:
-    from entrenar.ops.dequantize_codebook_gpu import dequantize_on_gpu
+    from entrenar.ops.codebook.dequantize_triton import dequantize_on_gpu
 
     dequantize_on_gpu(packed, scales, codebook, block_size, out)
 

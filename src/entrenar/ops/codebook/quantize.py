@@ -10,8 +10,8 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.ops.blocks import block_absmax, block_count, chunks
-from entrenar.ops.library import call, define
-from entrenar.ops.nibbles import pack_nibbles
+from entrenar.ops.codebook.nibbles import pack_nibbles
+from entrenar.ops.registration import call, define
 
 # bitsandbytes' guard against division by zero; a partial block of zeros also stores it as its absmax.
 TINY = 1e-38

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
+from entrenar.ops.elementwise.precision import widen
 from entrenar.ops.gpu_kernels import GpuKernel, numbers
-from entrenar.ops.library import call, define, differentiate
-from entrenar.ops.precision import widen
+from entrenar.ops.registration import call, define, differentiate
 
 _rotate = native.Function("rotary")
 
@@ -69,7 +69,7 @@ def _native(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
 
 
 def _gpu(x: Tensor, cos: Tensor, sin: Tensor, transpose: bool) -> Tensor:
-    from entrenar.ops import elementwise_gpu
+    from entrenar.ops.elementwise import triton as elementwise_gpu
 
     return elementwise_gpu.rotary(x, cos, sin, transpose)
 

@@ -1,6 +1,6 @@
 """Products with a weight that is decoded a panel at a time, into a scratch that stays in cache, for torch's matmul.
 
-For dtypes and devices that the native product (ops/multiply.py), which decodes inside, does not take.
+For dtypes and devices that the native product (ops/linear/multiply.py), which decodes inside, does not take.
 Letters: B tokens, O out_features, I in_features.
 """
 

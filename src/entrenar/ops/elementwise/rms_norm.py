@@ -12,9 +12,9 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.core.errors import InputError
+from entrenar.ops.elementwise.precision import widen
 from entrenar.ops.gpu_kernels import GpuKernel, numbers
-from entrenar.ops.library import call, define, differentiate
-from entrenar.ops.precision import widen
+from entrenar.ops.registration import call, define, differentiate
 
 _forward = native.Function("rms_norm")
 _backward = native.Function("rms_norm_backward")
@@ -85,7 +85,7 @@ def _backward_native(
 def _gpu(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     if x.shape[-1] > _WIDEST_ON_GPU:
         return _reference(x, weight, eps, offset)
-    from entrenar.ops import elementwise_gpu
+    from entrenar.ops.elementwise import triton as elementwise_gpu
 
     return elementwise_gpu.rms_norm(x, weight, eps, offset)
 
@@ -95,7 +95,7 @@ def _backward_gpu(
 ) -> Tensor:
     if x.shape[-1] > _WIDEST_ON_GPU:
         return _backward_reference(grad, x, weight, eps, offset, residual)
-    from entrenar.ops import elementwise_gpu
+    from entrenar.ops.elementwise import triton as elementwise_gpu
 
     return elementwise_gpu.rms_norm_backward(grad, x, weight, eps, offset, residual)
 

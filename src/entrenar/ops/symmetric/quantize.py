@@ -5,8 +5,8 @@ from torch import Tensor
 
 from entrenar import native
 from entrenar.ops.blocks import block_absmax, block_count, chunks
-from entrenar.ops.library import call, define
-from entrenar.ops.nibbles import pack_nibbles
+from entrenar.ops.codebook.nibbles import pack_nibbles
+from entrenar.ops.registration import call, define
 
 _quantize = native.Function("quantize_symmetric")
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.ops.blocks import chunk_elements
-from entrenar.ops.gguf_decode_reference import DECODERS
-from entrenar.ops.gguf_k_reference import SUPER_BLOCK, quantize_q4_k, quantize_q5_k, quantize_q6_k
-from entrenar.ops.library import call, define
+from entrenar.ops.gguf.decode_reference import DECODERS
+from entrenar.ops.gguf.k_reference import SUPER_BLOCK, quantize_q4_k, quantize_q5_k, quantize_q6_k
+from entrenar.ops.registration import call, define
 
 _quantize = native.Function("quantize_gguf")
 _dequantize = native.Function("dequantize_gguf")

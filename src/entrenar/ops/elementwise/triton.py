@@ -1,7 +1,7 @@
 """Norms, gated activations and rotations on a GPU: each what its reference does in some ten launches, as one.
 
-Formulas and arguments are those of the reference beside which each kernel is registered (ops/rms_norm.py,
-ops/gated_activation.py, ops/rotary.py); computed in float32, rounded once.
+Formulas and arguments are those of the reference beside which each kernel is registered (ops/elementwise/rms_norm.py,
+ops/elementwise/gated_activation.py, ops/elementwise/rotary.py); computed in float32, rounded once.
 """
 
 from typing import Any
@@ -89,7 +89,7 @@ def _rows(x: Tensor) -> tuple[int, dict[str, int]]:
 
 @triton.jit
 def _factor_and_slope(x, tanh: tl.constexpr):  # noqa: ANN001, ANN202
-    """As in ops/gated_activation.py."""
+    """As in ops/elementwise/gated_activation.py."""
     if tanh:
         near = tl.minimum(tl.maximum(x, -20.0), 20.0)
         twice_u = near * (1.5957691216057308 * (1 + 0.044715 * (near * near)))

@@ -1,0 +1,1 @@
+"""4-bit codes into a codebook: quantizing, searching for better scales, dequantizing."""

@@ -1,0 +1,1 @@
+"""Norms, rotations and gated activations."""

@@ -1,0 +1,1 @@
+"""GGUF's blocks: quantizing and dequantizing rows."""

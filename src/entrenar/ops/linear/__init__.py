@@ -1,0 +1,1 @@
+"""Products with a frozen weight, whatever it is held as."""

@@ -1,0 +1,1 @@
+"""What merge methods compute over pieces of tensors."""

@@ -1,0 +1,1 @@
+"""Symmetric integers of 4 and 8 bits."""
