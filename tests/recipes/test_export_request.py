@@ -12,7 +12,7 @@ from entrenar.gguf.types import FILE_TYPES
 from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
 from entrenar.ops.gguf.blocks import IMPORTANCE_TYPES
 from entrenar.quant.registry import FORMATS
-from entrenar.recipes.export_request import TYPES, ExportRequest
+from entrenar.recipes.export_request import EXCLUSIVE, TYPES, Exclusive, ExportRequest
 from entrenar.recipes.inputs import QUANTIZE, check_model
 
 
@@ -64,6 +64,17 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path, output: str, options: di
     with pytest.raises(InputError, match=sentence):
         ExportRequest(**{"model": "org/model", "output": tmp_path / output, **options}).checked_type()
     assert [file.name for file in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("row", EXCLUSIVE, ids=lambda row: row.kind)
+@pytest.mark.parametrize("kind", TYPES)
+def test_an_option_of_one_kind_is_refused_by_the_others(tmp_path: Path, row: Exclusive, kind: str) -> None:
+    for option in row.options:
+        asked = request(str(tmp_path / "new.gguf"), to=kind, adapter=".", **{option: True})
+        if kind != row.kind:
+            with pytest.raises(InputError) as refused:
+                asked.checked_type()
+            assert str(refused.value) == row.refusal.format(kind=kind)
 
 
 def test_the_names_are_those_of_what_writes_them() -> None:

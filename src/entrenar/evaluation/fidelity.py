@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.embedding import EmbeddingLoRALayer
+from entrenar.lora.fusing import fused_weight
 from entrenar.lora.low_rank import AdapterLayer
 
 _LARGEST_LOSS = 700.0  # nats a token; e to more is no float
@@ -51,7 +52,7 @@ def fused(model: nn.Module) -> Iterator[None]:
 
 
 def _with_fused_weight(layer: AdapterLayer, args: tuple[Tensor], output: Tensor) -> Tensor:
-    x, weight = args[0], layer.merge_to_f32().to(output.dtype)
+    x, weight = args[0], fused_weight(layer).to(output.dtype)
     if isinstance(layer, EmbeddingLoRALayer):
-        return F.embedding(x, weight.t()) * getattr(layer.base, "embed_scale", 1.0)
-    return F.linear(x, weight, layer.base_bias())
+        return F.embedding(x, weight) * getattr(layer.base, "embed_scale", 1.0)
+    return F.linear(x, weight.t() if layer.is_transposed else weight, layer.base_bias())

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from entrenar.exporting.streaming import Fused
+from entrenar.lora.fusing import Fused
 
 REPORT_NAME = "fidelity.json"
 

@@ -17,6 +17,7 @@ from entrenar.files.lazy_tensor import LazyTensor, Packed
 from entrenar.files.peft import BaseFormat
 from entrenar.layers.quantized_embedding import QuantizedEmbedding
 from entrenar.layers.quantized_linear import QuantizedLinear
+from entrenar.lora.fusing import fused_weight
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.token_rows import TokenRows
 from entrenar.models.experts import Experts
@@ -47,7 +48,7 @@ def source_tensors(source: ModelSource, format: str | None) -> list[LazyTensor]:
 
     def lazy(name: str) -> LazyTensor:
         packed = None
-        if source.gguf and len(model.shape(name)) == 2 and not (format and name in model.linear):
+        if source.gguf and len(model.shape(name)) == 2 and not (format and name in model.base.linear):
             packed = Packed(source.gguf.type_of(name), source.gguf.blocks(name).read)
         return LazyTensor(name, model.shape(name), lambda: model.fused(name).weight, packed=packed)
 
@@ -94,15 +95,14 @@ def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor
 
 def _fused_weight(name: str, module: nn.Module) -> LazyTensor | None:
     """The weight of an adapted or quantized layer, or of one with rows of its own; None for any other module."""
-    if isinstance(module, AdapterLayer):
-        if module.is_transposed:
-            return LazyTensor(name, (module.d_in, module.d_out), lambda: module.merge_to_f32().t())
-        return LazyTensor(name, (module.d_out, module.d_in), module.merge_to_f32)
-    if isinstance(module, TokenRows):
-        return LazyTensor(name, tuple(module.weight.shape), module.fused_weight)
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-        weight = module.quantized_weight
-        return LazyTensor(name, weight.shape, module.fused_weight, packed=_packed(weight))
+        stored = module.quantized_weight
+        return LazyTensor(name, stored.shape, lambda: fused_weight(module), packed=_packed(stored))
+    if isinstance(module, AdapterLayer):
+        shape = (module.d_in, module.d_out) if module.is_transposed else (module.d_out, module.d_in)
+        return LazyTensor(name, shape, lambda: fused_weight(module))
+    if isinstance(module, TokenRows):
+        return LazyTensor(name, tuple(module.weight.shape), lambda: fused_weight(module))
     return None
 
 

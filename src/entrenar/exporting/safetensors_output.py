@@ -40,10 +40,10 @@ class _Writer:
         return [tensor for name in self.model.names() for tensor in self._tensors_of(name)]
 
     def _tensors_of(self, name: str) -> list[LazyTensor]:
-        shape, buffer = self.model.shape(name), self.model.buffer(name)
+        shape, buffer = self.model.shape(name), self.model.base.buffer(name)
         if buffer is not None:
             return [LazyTensor(name, shape, buffer.read, dtype=buffer.dtype)]
-        if self.type in FOUR_BIT and name in self.model.linear:
+        if self.type in FOUR_BIT and name in self.model.base.linear:
             layout = FOUR_BIT[self.type]
             return four_bit_tensors(name, (shape[0], shape[1]), layout, lambda: self.four_bit(name))
         return [LazyTensor(name, shape, lambda: self._float(name))]
@@ -89,7 +89,7 @@ def export_streamed(
         InputError: a 4-bit type in which most of the change would be lost, unless `lossy`: the share that would
             survive is named. A number that the type does not hold.
     """
-    if type in FOUR_BIT and model.is_mixture:
+    if type in FOUR_BIT and model.base.experts:
         raise InputError(
             f"{type} of a mixture of experts is not written: transformers fuses the experts, for which bitsandbytes' "
             "layout has no place; choose bf16, f16 or f32"
@@ -107,7 +107,9 @@ def export_streamed(
 
 
 def _refuse_loss(writer: _Writer) -> None:
-    names = [name for name in writer.model.names() if writer.model.is_adapted(name) and name in writer.model.linear]
+    names = [
+        name for name in writer.model.names() if writer.model.is_adapted(name) and name in writer.model.base.linear
+    ]
     for name in names[:_TRIED_LAYERS]:
         writer.four_bit(name)
     share = weighted_survival(writer.measured)
@@ -126,12 +128,13 @@ def _write_config(directory: Path, source: ModelSource, model: StreamedModel, ty
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     if type in FOUR_BIT:
-        skipped = [name for name, module in model.meta.named_modules() if module is model.meta.get_output_embeddings()]
+        head = model.base.meta.get_output_embeddings()
+        skipped = [name for name, module in model.base.meta.named_modules() if module is head]
         config.quantization_config = quantization_config(FOUR_BIT[type], skipped)
     config.get_text_config().vocab_size = model.vocabulary
     if model.is_untied:
         config.get_text_config().tie_word_embeddings = False
-    config.architectures = [model.meta.__class__.__name__]
+    config.architectures = [model.base.meta.__class__.__name__]
     config.save_pretrained(directory)
     if source.generation is not None:
         source.generation.save_pretrained(directory)

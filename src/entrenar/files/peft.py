@@ -13,7 +13,8 @@ from torch import Tensor
 from entrenar.core.atomic import atomic_directory
 from entrenar.core.documents import parse_json
 from entrenar.core.errors import InputError, listing
-from entrenar.files.peft_config import CONFIG_NAME, AdapterConfig, read_config
+from entrenar.files.lora_options import LoraOptions
+from entrenar.files.peft_config import CHANGES_BASE, CONFIG_NAME, read_config, written_config
 from entrenar.files.peft_tensors import (
     A_END,
     MAGNITUDE_END,
@@ -36,7 +37,6 @@ _BASE_KEY = "entrenar.base_format"
 # first is innermost. Here each counts as a layer of its own.
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 _EXPERTS, _WRAPPED = "experts", ".base_layer"
-_STARTS = ("pissa", "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,35 +53,22 @@ class BaseFormat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftAdapter:
-    """A LoRA adapter as it stands on disk; the fields are those of peft's config, see lora/spec.py.
+class PeftAdapter(LoraOptions):
+    """A LoRA adapter as it stands on disk: its options, its tensors, and what peft's config says beside.
 
-    `token_indices`: end of a module's name → tokens whose rows were trained; "": the model's embedding. `exclude`,
-    `layers`, `layers_pattern`: what narrows the targets, see lora/matching.py. `target_parameters`: 3-D parameters of
-    experts, by whole names or their ends; in `tensors` they are layers. `taken`: what the initialisation took out of
-    the base, layer path → its factors; only of `pissa` and `loftq`.
+    Attributes:
+        base_format: how the base was held; None: it is not said.
+        init: how the factors started, in peft's words.
+        fan_in_fan_out: the adapted layers keep their weights as (d_in, d_out).
+        target_parameters: 3-D parameters of experts, by whole names or their ends; in `tensors` they are layers.
+        taken: what the initialisation took out of the base, layer path → its factors; only of `pissa` and `loftq`.
     """
 
-    rank: int
-    alpha: float
-    dropout: float
-    targets: list[str] | str
     base_model: str | None
     base_format: BaseFormat | None
-    rslora: bool = False
-    dora: bool = False
     init: bool | str = True
-    bias: str = "none"
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: list[str] = field(default_factory=list)
-    keeps_ties: bool = False
     fan_in_fan_out: bool = False
-    exclude: list[str] | str = field(default_factory=list)
-    layers: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     target_parameters: list[str] = field(default_factory=list)
-    token_indices: dict[str, list[int]] = field(default_factory=dict)
     tensors: AdapterTensors = field(repr=False)
     taken: LayerTensors = field(repr=False, default_factory=dict)
 
@@ -93,7 +80,7 @@ class PeftAdapter:
     @property
     def starts_with_change(self) -> bool:
         """Whether its initialisation changed the base, so that it is not for the original weights."""
-        return bool(self.taken) or (isinstance(self.init, str) and self.init.startswith(_STARTS))
+        return bool(self.taken) or (isinstance(self.init, str) and self.init.startswith(CHANGES_BASE))
 
     @property
     def is_plain(self) -> bool:
@@ -111,20 +98,9 @@ class PeftAdapter:
 
 def write_adapter(directory: Path, adapter: PeftAdapter, beside: Callable[[Path], object] = lambda _: None) -> None:
     """Write a new adapter directory, atomically; it must not exist. `beside` writes what else is to lie there."""
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.base_model,
-        "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout,
-        "target_modules": adapter.targets, "bias": adapter.bias, "fan_in_fan_out": adapter.fan_in_fan_out,
-        "init_lora_weights": adapter.init, "use_rslora": adapter.rslora, "use_dora": adapter.dora,
-        "rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern,
-        "modules_to_save": adapter.modules_to_save or None, "ensure_weight_tying": adapter.keeps_ties,
-        "inference_mode": True, "target_parameters": adapter.target_parameters or None,
-        "trainable_token_indices": _for_file(adapter.token_indices), "exclude_modules": adapter.exclude or None,
-        "layers_to_transform": adapter.layers, "layers_pattern": adapter.layers_pattern,
-    }  # fmt: skip
     tensors = replace(adapter.tensors, layers=_wrapped(adapter.tensors.layers, adapter.target_parameters))
     with atomic_directory(directory) as temporary:
-        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / CONFIG_NAME).write_text(json.dumps(written_config(adapter), indent=2) + "\n", encoding="utf-8")
         note = {_BASE_KEY: json.dumps(asdict(adapter.base_format))} if adapter.base_format else {}
         write_tensors(temporary / WEIGHTS_NAME, tensors, note)
         beside(temporary)
@@ -180,7 +156,7 @@ def read_base_format(directory: Path) -> BaseFormat | None:
 
 def largest_token(directory: Path) -> int:
     """The largest token that an adapter has a row of its own for; −1 if it has none, as most."""
-    return _largest(_token_indices(read_config(directory / CONFIG_NAME)))
+    return _largest(read_config(directory / CONFIG_NAME).token_indices)
 
 
 def whole_rows(directory: Path) -> int:
@@ -200,48 +176,15 @@ def read_adapter(directory: Path) -> PeftAdapter:
             understood.
     """
     config, file = read_config(directory / CONFIG_NAME), _weights_file(directory)
-    saved, keeps_ties = config.modules_to_save or [], bool(config.ensure_weight_tying)
-    bias, parameters = config.bias or "none", config.target_parameters or []
+    options = config.options()
     # What is tied to a saved module is there too.
-    tensors = read_tensors(file, None if keeps_ties else saved, bias)
-    tensors = replace(tensors, layers=_unwrapped(tensors.layers, parameters, file))
-    _check_kinds(directory, tensors, dora=bool(config.use_dora))
-    init = True if config.init_lora_weights is None else config.init_lora_weights
+    tensors = read_tensors(file, None if options["keeps_ties"] else options["modules_to_save"], options["bias"])
+    tensors = replace(tensors, layers=_unwrapped(tensors.layers, options["target_parameters"], file))
+    _check_kinds(directory, tensors, dora=options["dora"])
     return PeftAdapter(
-        rank=config.r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout or 0.0,
-        targets=[] if config.target_modules is None else config.target_modules,
-        base_model=config.base_model_name_or_path,
-        base_format=read_base_format(directory),
-        rslora=bool(config.use_rslora),
-        dora=bool(config.use_dora),
-        init=init,
-        bias=bias,
-        rank_pattern=config.rank_pattern or {},
-        alpha_pattern=config.alpha_pattern or {},
-        modules_to_save=saved,
-        keeps_ties=keeps_ties,
-        fan_in_fan_out=bool(config.fan_in_fan_out),
-        exclude=config.exclude_modules or [],
-        layers=config.layers_to_transform,
-        layers_pattern=config.layers_pattern or None,
-        target_parameters=parameters,
-        token_indices=_token_indices(config),
-        tensors=tensors,
-        taken=_read_taken(directory, init),
-    )
-
-
-def _token_indices(config: AdapterConfig) -> dict[str, list[int]]:
-    """A list is for the model's embedding, whatever that is called."""
-    given = config.trainable_token_indices
-    named = given if isinstance(given, dict) else {"": given or []}
-    return {name: tokens for name, tokens in named.items() if tokens}
-
-
-def _for_file(indices: Mapping[str, list[int]]) -> dict[str, list[int]] | list[int] | None:
-    return indices.get("") or dict(indices) or None
+        **options, base_format=read_base_format(directory), tensors=tensors,
+        taken=_read_taken(directory, options["init"]),
+    )  # fmt: skip
 
 
 def _read_taken(directory: Path, init: bool | str) -> LayerTensors:

@@ -4,17 +4,18 @@ A field that this version does not know is passed over where its value says that
 each release of peft writes its new fields at such values. One that says something is refused by name.
 """
 
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from entrenar.core.documents import JsonObject, parse_json, read_bytes
 from entrenar.core.errors import InputError, listing
+from entrenar.files.lora_options import Bias
 
 CONFIG_NAME = "adapter_config.json"
-BIASES = ("none", "all", "lora_only")
 _MOST = 2**31 - 1
 
 Rank = Annotated[int, Field(ge=1, le=_MOST)]
@@ -23,34 +24,76 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Place = Annotated[int, Field(ge=0, le=_MOST)]
 
 
+def _named(name: str, null: Any = None, *, empty: bool = False) -> dict[str, Any]:
+    """The attribute of `PeftAdapter` that a field of PEFT's is.
+
+    Args:
+        null: what a null stands for. empty: an empty value is one too, and is written as null.
+    """
+    return {"name": name, "null": null, "empty": empty}
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """The fields that are read, under peft's names; null is what peft takes it for: the default."""
+    """The fields that are read and written, in their order in a file: PEFT's name, its type, and our name for it."""
 
-    r: Rank
-    lora_alpha: Number
-    target_modules: str | list[str] | None
-    lora_dropout: Share | None = None
-    base_model_name_or_path: str | None = None
-    fan_in_fan_out: bool | None = None
-    bias: Literal["none", "all", "lora_only"] | None = None
-    use_rslora: bool | None = None
-    use_dora: bool | None = None
-    init_lora_weights: bool | str | None = None
-    rank_pattern: dict[str, Rank] | None = None
-    alpha_pattern: dict[str, Number] | None = None
-    modules_to_save: list[str] | None = None
-    exclude_modules: str | list[str] | None = None
-    layers_to_transform: Place | list[Place] | None = None
-    layers_pattern: str | list[str] | None = None
-    target_parameters: list[str] | None = None
-    trainable_token_indices: list[Place] | dict[str, list[Place]] | None = None
-    ensure_weight_tying: bool | None = None
+    base_model_name_or_path: str | None = field(default=None, metadata=_named("base_model"))
+    r: Rank = field(metadata=_named("rank"))
+    lora_alpha: Number = field(metadata=_named("alpha"))
+    lora_dropout: Share | None = field(default=None, metadata=_named("dropout", 0.0))
+    target_modules: str | list[str] | None = field(metadata=_named("targets", []))
+    bias: Bias | None = field(default=None, metadata=_named("bias", "none"))
+    fan_in_fan_out: bool | None = field(default=None, metadata=_named("fan_in_fan_out", False))
+    init_lora_weights: bool | str | None = field(default=None, metadata=_named("init", True))
+    use_rslora: bool | None = field(default=None, metadata=_named("rslora", False))
+    use_dora: bool | None = field(default=None, metadata=_named("dora", False))
+    rank_pattern: dict[str, Rank] | None = field(default=None, metadata=_named("rank_pattern", {}))
+    alpha_pattern: dict[str, Number] | None = field(default=None, metadata=_named("alpha_pattern", {}))
+    modules_to_save: list[str] | None = field(default=None, metadata=_named("modules_to_save", [], empty=True))
+    ensure_weight_tying: bool | None = field(default=None, metadata=_named("keeps_ties", False))
+    inference_mode: Any = None  # how peft would open it: no option of the adapter, and always true here
+    target_parameters: list[str] | None = field(default=None, metadata=_named("target_parameters", [], empty=True))
+    trainable_token_indices: list[Place] | dict[str, list[Place]] | None = field(
+        default=None, metadata=_named("token_indices", {}, empty=True)
+    )
+    exclude_modules: str | list[str] | None = field(default=None, metadata=_named("exclude", [], empty=True))
+    layers_to_transform: Place | list[Place] | None = field(default=None, metadata=_named("layers"))
+    layers_pattern: str | list[str] | None = field(default=None, metadata=_named("layers_pattern", empty=True))
+
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """End of a module's name → tokens; a list is for the model's embedding, whatever that is called: ""."""
+        given = self.trainable_token_indices
+        named = given if isinstance(given, dict) else {"": given or []}
+        return {name: tokens for name, tokens in named.items() if tokens}
+
+    def options(self) -> dict[str, Any]:
+        """The fields under our names, what stands for nothing replaced by what it means."""
+        read: dict[str, Any] = {}
+        for option in _OPTIONS:
+            value, null = getattr(self, option.name), option.metadata["null"]
+            is_null = not value if option.metadata["empty"] else value is None
+            read[option.metadata["name"]] = copy(null) if is_null else value
+        return read | {"token_indices": self.token_indices}
+
+
+_OPTIONS = [option for option in fields(AdapterConfig) if option.metadata]
+
+
+def written_config(adapter: object) -> JsonObject:
+    """What `adapter_config.json` says of a `PeftAdapter`."""
+    values: JsonObject = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    values |= dict.fromkeys((option.name for option in fields(AdapterConfig)), True)  # their order
+    for option in _OPTIONS:
+        value = getattr(adapter, option.metadata["name"])
+        values[option.name] = (value or None) if option.metadata["empty"] else value
+    indices = values["trainable_token_indices"] or {}
+    return values | {"trainable_token_indices": indices.get("") or indices or None}
 
 
 # Fields that say how the adapter was made, chosen or run, which its tensors say too.
 _PASSED_OVER = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core",
+    "peft_type", "task_type", "auto_mapping", "peft_version", "revision", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
     "enable_lora",
 }  # fmt: skip

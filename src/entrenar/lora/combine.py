@@ -15,7 +15,6 @@ from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import AdapterTensors, LayerTensors, PeftAdapter
 from entrenar.files.peft_tensors import A_END, B_END
 from entrenar.lora.initial import Pair, principal
-from entrenar.lora.spec import LoraSpec
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,8 @@ def adapter_of_pairs(layers: Mapping[str, Pair], like: PeftAdapter | None = None
 
 def _scaled(adapter: PeftAdapter, layer: str) -> Pair:
     """The factors of a layer on the CPU, with the scale in B."""
-    spec = LoraSpec(
-        rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora, rank_pattern=adapter.rank_pattern,
-        alpha_pattern=adapter.alpha_pattern,
-    )  # fmt: skip
     a, b = adapter.factors[layer]
-    return a.float().cpu(), b.float().cpu() * spec.for_layer(layer).scale
+    return a.float().cpu(), b.float().cpu() * adapter.for_layer(layer).scale
 
 
 def _combine_layer(

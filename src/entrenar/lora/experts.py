@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.files.lora_options import LayerSpec
 from entrenar.layers.adapted_linear import Member
 from entrenar.layers.quantized_experts import ExpertProjection
 from entrenar.lora.low_rank import AdapterLayer, draw
-from entrenar.lora.spec import LayerSpec
 from entrenar.quant.tensor import QuantizedTensor
 
 

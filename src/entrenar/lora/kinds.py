@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from entrenar.files.lora_options import LayerSpec
 from entrenar.layers.quantized_experts import ExpertProjection
 from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.embedding import EmbeddingLoRALayer
@@ -14,7 +15,6 @@ from entrenar.lora.experts import ExpertLoRALayer
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.qlora_layer import QLoRALayer
-from entrenar.lora.spec import LayerSpec
 
 
 @dataclass(frozen=True)

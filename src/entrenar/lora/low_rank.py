@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
+from entrenar.files.lora_options import LayerSpec
 from entrenar.files.peft_tensors import A_END, B_END
 from entrenar.layers.adapted_linear import Member, adapted_linears, low_rank
 from entrenar.layers.quantized_linear import in_compute_dtype
 from entrenar.layers.weight_stand_in import held_weight
-from entrenar.lora.spec import LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True)

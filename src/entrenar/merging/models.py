@@ -22,6 +22,7 @@ from entrenar.files.peft import PeftAdapter, read_adapter
 from entrenar.files.prequantized import PrequantizedWeight, PrequantizedWeights, open_prequantized
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
+from entrenar.lora.fusing import delta_range
 from entrenar.lora.matching import check_complete, is_all_linear
 from entrenar.lora.spec import config_layers, spec_of
 from entrenar.merging.layers import Layers, layers_of, split_layer
@@ -85,7 +86,6 @@ class AdaptedSource:
     """A weight with its adapter laid over: W + scale · B·A, the rows of a piece at a time."""
 
     base: Source
-    columns: int
     a: Tensor  # (rank, d_in) float32
     b: Tensor  # (d_out, rank) float32, times the scale
 
@@ -102,9 +102,7 @@ class AdaptedSource:
     def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:
         """(count,) float32."""
         piece = self.base.read(start, count, scratch, (role, "adapted"))
-        first, end = start // self.columns, -(-(start + count) // self.columns)
-        delta = (self.b[first:end] @ self.a).view(-1)
-        return piece.float() + delta[start - first * self.columns :][:count]
+        return piece.float() + delta_range(self.a, self.b, start, count)
 
 
 @dataclass(frozen=True)
@@ -281,7 +279,7 @@ def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
                 f"{where} has A and B of shapes {tuple(a.shape)} and {tuple(b.shape)} at {layer}, where the weight is "
                 f"{weight.shape}"
             )
-        source = AdaptedSource(weight.source, a.shape[1], a.float(), b.float() * spec.for_layer(layer).scale)
+        source = AdaptedSource(weight.source, a.float(), b.float() * spec.for_layer(layer).scale)
         tensors[name] = InputTensor(weight.shape, weight.dtype, source, weight.bytes)
     if not is_all_linear(spec.targets):
         layers = [name.removesuffix(".weight") for name, own in tensors.items() if len(own.shape) == 2]

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from entrenar.core.config import Section
+from entrenar.files.lora_options import Bias
 from entrenar.lora.spec import LoraSpec
 from entrenar.opening.compute import DEVICES
 
@@ -133,7 +134,7 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    """The adapter; see lora/spec.py."""
+    """The adapter; see files/lora_options.py."""
 
     rank: Positive = 16
     alpha: NotNegative = 32.0
@@ -145,7 +146,7 @@ class LoraSection(Section):
     init: str = "default"
     rank_pattern: dict[str, Positive] = Field(default_factory=dict)
     alpha_pattern: dict[str, NotNegative] = Field(default_factory=dict)
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: Bias = "none"
     modules_to_save: list[str] = Field(default_factory=list)
     new_tokens: list[str] = Field(default_factory=list)
 

@@ -78,10 +78,7 @@ def run(request: ExportRequest, *, on_verified: OnVerified | None = None, say: S
         elif request.kind == "gguf":
             _gguf(request, type, on_verified, say)
         else:
-            export_safetensors(
-                request.model, request.output, adapter=request.adapter, type=type, quantize=request.quantize,
-                base=request.base, lossy=request.lossy, text=request.text,
-            )  # fmt: skip
+            export_safetensors(request, type)
     return request.output
 
 

@@ -21,6 +21,31 @@ BASES = ("dequantized", "original")
 _SUFFIX = ".gguf"
 
 
+@dataclass(frozen=True)
+class Exclusive:
+    """Options of a request that only one kind of output has; `refusal`: what is said where `{kind}` is another."""
+
+    kind: str
+    options: tuple[str, ...]
+    refusal: str
+
+
+EXCLUSIVE = (
+    Exclusive(
+        "safetensors", ("base", "lossy", "text"),
+        "base, lossy and text are for safetensors, not for {kind}: leave them out",
+    ),
+    Exclusive(
+        "gguf", ("verifies", "verify_on", "calibrate_on"),
+        "what is calibrated and verified is a GGUF's model, not {kind}: leave it out",
+    ),
+    Exclusive(
+        "gguf-adapter", ("ollama",),
+        "an Ollama Modelfile goes with a GGUF adapter, not with {kind}: choose --to gguf-adapter",
+    ),
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
     """The arguments of `recipes.export.export`, as they were given; `to` and `type` None: the output's name decides."""
@@ -84,16 +109,13 @@ class ExportRequest:
             return False
 
     def _check_options(self, kind: str, type: str) -> None:
-        if kind != "safetensors" and (self.base or self.lossy or self.text):
-            raise InputError(f"base, lossy and text are for safetensors, not for {kind}: leave them out")
+        for row in EXCLUSIVE:
+            if kind != row.kind and any(getattr(self, option) not in (None, False) for option in row.options):
+                raise InputError(row.refusal.format(kind=kind))
         if self.base is not None and self.base not in BASES:
             raise InputError(f"there is no base {self.base!r}: choose {' or '.join(BASES)}")
-        if kind != "gguf" and (self.verifies or self.verify_on is not None or self.calibrate_on is not None):
-            raise InputError(f"what is calibrated and verified is a GGUF's model, not {kind}: leave it out")
         if self.calibrate_on is not None and "_k" not in type:
             raise InputError(f"nothing in {type} is calibrated: only mixtures of q4_k, q5_k, q6_k are")
-        if self.ollama and kind != "gguf-adapter":
-            raise InputError(f"an Ollama Modelfile goes with a GGUF adapter, not with {kind}: choose --to gguf-adapter")
 
 
 def chosen_kind(output: Path, to: str | None) -> str:

@@ -18,53 +18,42 @@ from entrenar.opening.adapted import open_model
 from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
 from entrenar.opening.load import load
 from entrenar.opening.source import open_source, with_tokenizer_of
-from entrenar.recipes.export_request import BASES
+from entrenar.recipes.export_request import ExportRequest
 
 
-def export_safetensors(
-    model: str,
-    output: Path,
-    *,
-    adapter: str | None,
-    type: str,
-    quantize: str | None = None,
-    base: str | None = None,
-    lossy: bool = False,
-    text: str | None = None,
-) -> Fidelity:
-    """Write `model`, fused with `adapter`, as a directory with its fidelity.json.
+def export_safetensors(request: ExportRequest, type: str) -> Fidelity:
+    """Write a model, fused with its adapter, as a directory with its fidelity.json.
 
-    Args:
+    Of the request, which is checked:
         base: `dequantized`, the model that was trained (the default of 16 and 32 bits), or `original`, the weights as
             the files have them (the default of 4 bits).
         text: rows to measure loss and KL on, the written model against the live one.
     """
-    if base is not None and base not in BASES:
-        raise InputError(f"there is no base {base!r}: choose {' or '.join(BASES)}")
-    source, held = open_source(model), _held(adapter, quantize)
+    model, adapter, base = request.model, request.adapter, request.base
+    source, format = open_source(model), _base_format(adapter, request.quantize)
     if source.prequantized:
         if base == "original":
             raise InputError(f"{model} holds quantized weights alone, no original ones: leave base out")
-        base, held = "dequantized", None
-    chosen = base or ("original" if type in FOUR_BIT or held is None else "dequantized")
+        base, format = "dequantized", None
+    chosen = base or ("original" if type in FOUR_BIT or format is None else "dequantized")
     read = read_adapter(Path(adapter)) if adapter else None
     if adapter is not None:
         source = with_tokenizer_of(source, Path(adapter), largest_token(Path(adapter)))
-    streamed = StreamedModel(source, read, held if chosen == "dequantized" else None)
+    streamed = StreamedModel(source, read, format if chosen == "dequantized" else None)
     on_text = None
-    if text is not None:
-        dataset = _rows(text, source.tokenizer)
-        on_text = partial(_measured, dataset, source.tokenizer, lambda: open_model(model, adapter, quantize)[0])
-    return export_streamed(source, streamed, output, type, chosen, lossy=lossy, on_text=on_text)
+    if request.text is not None:
+        dataset = _rows(request.text, source.tokenizer)
+        on_text = partial(_measured, dataset, source.tokenizer, lambda: open_model(model, adapter, request.quantize)[0])
+    return export_streamed(source, streamed, request.output, type, chosen, lossy=request.lossy, on_text=on_text)
 
 
-def _held(adapter: str | None, quantize: str | None) -> BaseFormat | None:
+def _base_format(adapter: str | None, quantize: str | None) -> BaseFormat | None:
     """How the base is held under the adapter, as asked, else as the adapter says; None: as its files have it."""
     if quantize is not None:
-        held = BaseFormat(format=quantize, block_size=64, double_quant=False)
+        format = BaseFormat(format=quantize, block_size=64, double_quant=False)
     else:
-        held = read_adapter(Path(adapter)).base_format if adapter else None
-    return None if held is None or held.format in (UNQUANTIZED, AS_STORED) else held
+        format = read_adapter(Path(adapter)).base_format if adapter else None
+    return None if format is None or format.format in (UNQUANTIZED, AS_STORED) else format
 
 
 def _rows(text: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -79,9 +68,9 @@ def _measured(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, open_live: Callable[[], PreTrainedModel], written: Path
 ) -> dict[str, float]:
     """Loss and perplexity of the live and the written model, and KL(live ‖ written), in nats per token."""
-    live, (made, _) = open_live(), load(str(written))
+    live, (exported, _) = open_live(), load(str(written))
     pad = padding_id(live, tokenizer.pad_token_id)
-    losses = {name: perplexity(each, dataset, 4, pad) for name, each in (("live", live), ("written", made))}
-    found = {f"{name}_loss": measured.loss for name, measured in losses.items()}
-    found |= {f"{name}_perplexity": measured.perplexity for name, measured in losses.items()}
-    return found | {"kl": kl_divergence(made, live, dataset, 4, pad), "tokens": losses["live"].tokens}
+    losses = {name: perplexity(model, dataset, 4, pad) for name, model in (("live", live), ("written", exported))}
+    figures = {f"{name}_loss": measured.loss for name, measured in losses.items()}
+    figures |= {f"{name}_perplexity": measured.perplexity for name, measured in losses.items()}
+    return figures | {"kl": kl_divergence(exported, live, dataset, 4, pad), "tokens": losses["live"].tokens}

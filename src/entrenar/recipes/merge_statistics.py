@@ -99,6 +99,7 @@ def _fuse(model: "PreTrainedModel") -> None:
     from torch import nn
 
     from entrenar.lora.attach import adapted_layers
+    from entrenar.lora.fusing import fused_weight
 
     for name, layer in list(adapted_layers(model)):
         if layer.is_transposed:
@@ -108,7 +109,7 @@ def _fuse(model: "PreTrainedModel") -> None:
             )
         bias = layer.base_bias()
         linear = nn.Linear(layer.d_in, layer.d_out, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(layer.merge_to_f32().to(model.dtype), requires_grad=False)
+        linear.weight = nn.Parameter(fused_weight(layer).to(model.dtype), requires_grad=False)
         if bias is not None:
             linear.bias = nn.Parameter(bias, requires_grad=False)
         model.set_submodule(name, linear)
