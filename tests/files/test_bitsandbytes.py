@@ -16,10 +16,9 @@ from entrenar.core.errors import InputError
 from entrenar.files.bitsandbytes import (
     BitsandbytesWeight,
     BitsandbytesWeights,
-    Layout,
-    four_bit_tensors,
     is_bitsandbytes,
 )
+from entrenar.files.bitsandbytes_output import FourBitLayout
 from entrenar.files.safetensors import SafetensorsCheckpoint, write_checkpoint
 from entrenar.quant.tensor import quantize
 
@@ -34,9 +33,9 @@ def stored_weight(directory: Path, kind: str) -> BitsandbytesWeight:
         codes = (values / largest[:, None] * 127).round().to(torch.int8)
         save_file({"x.weight": codes, "x.SCB": largest}, directory / "model.safetensors")
     else:
-        layout = Layout(kind[:3], 64, double_quant="nested" in kind, dtype=torch.bfloat16)
+        layout = FourBitLayout(kind[:3], 64, double_quant="nested" in kind, dtype=torch.bfloat16)
         packed = quantize(values, format=kind[:3], double_quant=layout.double_quant)
-        tensors = four_bit_tensors("x.weight", SHAPE, layout, lambda: packed)
+        tensors = layout.tensors("x.weight", SHAPE, lambda: packed)
         write_checkpoint(directory, tensors, torch.bfloat16, 1 << 30)
     return BitsandbytesWeights(SafetensorsCheckpoint(directory)).weight("x.weight")
 
@@ -69,8 +68,8 @@ def nested_tensors() -> dict[str, torch.Tensor]:
     """A weight of bitsandbytes' as its file holds it: nf4, nested, (24, 64)."""
     values = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
     packed = quantize(values, format="nf4", double_quant=True)
-    layout = Layout("nf4", 64, double_quant=True, dtype=torch.float32)
-    return {tensor.name: tensor.make() for tensor in four_bit_tensors("x.weight", (24, 64), layout, lambda: packed)}
+    layout = FourBitLayout("nf4", 64, double_quant=True, dtype=torch.float32)
+    return {tensor.name: tensor.make() for tensor in layout.tensors("x.weight", (24, 64), lambda: packed)}
 
 
 STATE = "x.weight.quant_state.bitsandbytes__nf4"

@@ -70,7 +70,11 @@ def is_toy(names: Iterable[str]) -> bool:
 
 
 TOY = PrequantizedKind(
-    methods=("toy",), recognises=is_toy, claims=lambda name, names: name + SCALE in names, open=ToyWeights
+    describes=lambda section: section.get("quant_method") == "toy",
+    recognises=is_toy,
+    claims=lambda name, names: name + SCALE in names,
+    weight_of=lambda name: name.removesuffix(SCALE),
+    open=ToyWeights,
 )
 
 

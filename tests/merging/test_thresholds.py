@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entrenar.merging import stack as stacks
 from entrenar.merging import thresholds
-from entrenar.merging.stack import Scratch, Stack, TensorSource
+from entrenar.merging.stack import MemoryReader, Scratch, Stack
 from entrenar.merging.thresholds import largest
 from entrenar.ops.merge.masks import magnitude_bits
 
@@ -27,9 +27,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def of_one(x: Tensor, base: Tensor | None, counts: list[int]) -> list[tuple[int, int]]:
     """(bits, ties) of every k."""
-    source = None if base is None else TensorSource(base)
+    source = None if base is None else MemoryReader(base)
     stack = Stack(
-        name="t", shape=(len(x),), models=[TensorSource(x)], base=source, labels=["a"], scratch=Scratch()
+        name="t", shape=(len(x),), models=[MemoryReader(x)], base=source, labels=["a"], scratch=Scratch()
     )  # fmt: skip
     (found,) = largest(stack, lambda piece: [(piece.models[0], piece.base)], [counts])
     return [(one.bits, one.ties) for one in found]
@@ -86,7 +86,7 @@ def test_a_sample_that_misleads_changes_nothing(change: Callable[[Tensor], Tenso
 def test_a_sample_that_misleads_costs_the_counting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thresholds, "_counted", lambda *_: [["counted"]])
     stack = Stack(
-        name="t", shape=(N,), models=[TensorSource(BLIND["smaller"](normal()))], base=None, labels=["a"],
+        name="t", shape=(N,), models=[MemoryReader(BLIND["smaller"](normal()))], base=None, labels=["a"],
         scratch=Scratch(),
     )  # fmt: skip
     assert largest(stack, lambda piece: [(piece.models[0], None)], [[N // 2]]) == [["counted"]]

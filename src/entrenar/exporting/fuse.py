@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.streaming import StreamedModel
-from entrenar.files.lazy_tensor import LazyTensor, Packed
+from entrenar.files.lazy_tensor import GGUFBlocks, LazyTensor
 from entrenar.files.peft import BaseFormat
 from entrenar.layers.quantized_embedding import QuantizedEmbedding
 from entrenar.layers.quantized_linear import QuantizedLinear
@@ -47,18 +47,18 @@ def source_tensors(source: ModelSource, format: str | None) -> list[LazyTensor]:
     model = StreamedModel(source, None, base)
 
     def lazy(name: str) -> LazyTensor:
-        packed = None
+        blocks = None
         if source.gguf and len(model.shape(name)) == 2 and not (format and name in model.base.linear):
-            packed = Packed(source.gguf.type_of(name), source.gguf.blocks(name).read)
-        return LazyTensor(name, model.shape(name), lambda: model.fused(name).weight, packed=packed)
+            blocks = GGUFBlocks(source.gguf.type_of(name), source.gguf.blocks(name).read)
+        return LazyTensor(name, model.shape(name), lambda: model.fused(name).weight, blocks=blocks)
 
     return [lazy(name) for name in model.names()]
 
 
 def _on_cpu(tensor: LazyTensor) -> LazyTensor:
-    make, packed = tensor.make, tensor.packed
-    moved = packed and Packed(packed.type, lambda: packed.make().cpu())
-    return replace(tensor, make=lambda: make().cpu(), packed=moved)
+    make, blocks = tensor.make, tensor.blocks
+    moved = blocks and GGUFBlocks(blocks.type, lambda: blocks.make().cpu())
+    return replace(tensor, make=lambda: make().cpu(), blocks=moved)
 
 
 def _walk(module: nn.Module, prefix: str, seen: set[int]) -> Iterator[LazyTensor]:
@@ -97,7 +97,7 @@ def _fused_weight(name: str, module: nn.Module) -> LazyTensor | None:
     """The weight of an adapted or quantized layer, or of one with rows of its own; None for any other module."""
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         stored = module.quantized_weight
-        return LazyTensor(name, stored.shape, lambda: fused_weight(module), packed=_packed(stored))
+        return LazyTensor(name, stored.shape, lambda: fused_weight(module), blocks=_blocks(stored))
     if isinstance(module, AdapterLayer):
         shape = (module.d_in, module.d_out) if module.is_transposed else (module.d_out, module.d_in)
         return LazyTensor(name, shape, lambda: fused_weight(module))
@@ -106,8 +106,8 @@ def _fused_weight(name: str, module: nn.Module) -> LazyTensor | None:
     return None
 
 
-def _packed(weight: QuantizedTensor) -> Packed | None:
-    return Packed(weight.format, lambda: weight.parts["codes"]) if weight.format in AS_STORED_FORMATS else None
+def _blocks(weight: QuantizedTensor) -> GGUFBlocks | None:
+    return GGUFBlocks(weight.format, lambda: weight.parts["codes"]) if weight.format in AS_STORED_FORMATS else None
 
 
 def _plain(name: str, parameter: Tensor) -> LazyTensor:

@@ -1,4 +1,4 @@
-"""Write a fused model of a family of gguf_families.py as GGUF, in any type of gguf_types.py, tensor by tensor."""
+"""Write a fused model of a family of gguf/families.py as GGUF, in any type of gguf/types.py, tensor by tensor."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from entrenar.core.atomic import atomic_file, refuse_existing
 from entrenar.core.errors import InputError, listing
-from entrenar.files.lazy_tensor import LazyTensor, Packed, as_float
+from entrenar.files.lazy_tensor import GGUFBlocks, LazyTensor, as_float
 from entrenar.gguf.config import check_exportable, metadata_from_config
 from entrenar.gguf.families import Family, family_of
 from entrenar.gguf.rope import rope_tensors
@@ -61,7 +61,7 @@ def write_gguf(
 
     Args:
         fused: the model's tensors under their transformers names. keys: see above.
-        type: one of gguf_types.py's, llama.cpp's mixtures; see there for what falls back to another.
+        type: one of gguf/types.py's, llama.cpp's mixtures; see there for what falls back to another.
         importance: transformers' name of a weight → (columns,) float32, how much an error in each column counts; K
             types use it.
         check: called with the finished file before it gets its name; what it raises leaves nothing behind.
@@ -114,8 +114,8 @@ def _renamed(tensor: LazyTensor, config: PretrainedConfig, family: Family) -> La
     def ordered(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return lambda: family.to_gguf(tensor.name, make(), config)
 
-    packed = tensor.packed and Packed(tensor.packed.type, ordered(tensor.packed.make))
-    return LazyTensor(name, tensor.shape, ordered(tensor.make), packed=packed)
+    blocks = tensor.blocks and GGUFBlocks(tensor.blocks.type, ordered(tensor.blocks.make))
+    return LazyTensor(name, tensor.shape, ordered(tensor.make), blocks=blocks)
 
 
 def _model_keys(config: PretrainedConfig) -> Metadata:
@@ -164,8 +164,8 @@ def _template_keys(templates: Mapping[str, str]) -> Metadata:
 
 def _encode(tensor: LazyTensor, type: str, importance: Tensor | None) -> Tensor:
     """The tensor's bytes, (..., bytes a row) uint8; blocks that are of the type already are taken as they are."""
-    if tensor.packed is not None and tensor.packed.type == type:
-        return tensor.packed.make()
+    if tensor.blocks is not None and tensor.blocks.type == type:
+        return tensor.blocks.make()
     values = tensor.make()
     if type in FLOAT_TYPES:
         return as_float(tensor.name, values, FLOAT_TYPES[type]).contiguous().view(torch.uint8)

@@ -13,16 +13,14 @@ from entrenar.core.atomic import atomic_directory
 from entrenar.core.errors import InputError
 from entrenar.exporting.fidelity import REPORT_NAME, Fidelity, ModuleFidelity, measure, weighted_survival
 from entrenar.exporting.streaming import StreamedModel
-from entrenar.files.bitsandbytes import Layout, four_bit_tensors, quantization_config
 from entrenar.files.lazy_tensor import LazyTensor, as_float
+from entrenar.files.prequantized import WRITTEN
 from entrenar.files.safetensors import write_checkpoint
 from entrenar.opening.source import ModelSource
-from entrenar.quant.tensor import QuantizedTensor, quantize
+from entrenar.quant.tensor import QuantizedTensor
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 MAX_SHARD_BYTES = 5 * 10**9
-# Scales are searched for and doubly quantized: 4.127 bits a weight, and the least error that bitsandbytes' layout has.
-FOUR_BIT = {"nf4": Layout("nf4", 64, double_quant=True, dtype=torch.bfloat16)}
 _TRIED_LAYERS = 3
 _ENOUGH = 0.75  # of a trained change; the original base, which is written without being asked, keeps 0.87 to 0.92
 
@@ -43,21 +41,17 @@ class _Writer:
         shape, buffer = self.model.shape(name), self.model.base.buffer(name)
         if buffer is not None:
             return [LazyTensor(name, shape, buffer.read, dtype=buffer.dtype)]
-        if self.type in FOUR_BIT and name in self.model.base.linear:
-            layout = FOUR_BIT[self.type]
-            return four_bit_tensors(name, (shape[0], shape[1]), layout, lambda: self.four_bit(name))
+        if self.type in WRITTEN and name in self.model.base.linear:
+            return WRITTEN[self.type].tensors(name, (shape[0], shape[1]), lambda: self.quantized(name))
         return [LazyTensor(name, shape, lambda: self._float(name))]
 
-    def four_bit(self, name: str) -> QuantizedTensor:
+    def quantized(self, name: str) -> QuantizedTensor:
         """A weight, fused and quantized."""
-        fused, layout = self.model.fused(name), FOUR_BIT[self.type]
-        made = quantize(
-            fused.weight.to(torch.bfloat16) if fused.before is None else fused.weight,
-            format=layout.format, block_size=layout.block_size, double_quant=layout.double_quant, search=True,
-            name=name,
-        )  # fmt: skip
-        self.measured.append(measure(name, fused, made.dequantize()))
-        return made
+        fused = self.model.fused(name)
+        weight = fused.weight.to(torch.bfloat16) if fused.before is None else fused.weight
+        quantized = WRITTEN[self.type].quantize(name, weight)
+        self.measured.append(measure(name, fused, quantized.dequantize()))
+        return quantized
 
     def _float(self, name: str) -> Tensor:
         fused = self.model.fused(name)
@@ -89,13 +83,13 @@ def export_streamed(
         InputError: a 4-bit type in which most of the change would be lost, unless `lossy`: the share that would
             survive is named. A number that the type does not hold.
     """
-    if type in FOUR_BIT and model.base.experts:
+    if type in WRITTEN and model.base.experts:
         raise InputError(
             f"{type} of a mixture of experts is not written: transformers fuses the experts, for which bitsandbytes' "
             "layout has no place; choose bf16, f16 or f32"
         )
     writer = _Writer(model, type)
-    if type in FOUR_BIT and base == "dequantized" and not lossy:
+    if type in WRITTEN and base == "dequantized" and not lossy:
         _refuse_loss(writer)
     with atomic_directory(directory) as temporary:
         dtype = FLOATS.get(type, torch.bfloat16)
@@ -111,7 +105,7 @@ def _refuse_loss(writer: _Writer) -> None:
         name for name in writer.model.names() if writer.model.is_adapted(name) and name in writer.model.base.linear
     ]
     for name in names[:_TRIED_LAYERS]:
-        writer.four_bit(name)
+        writer.quantized(name)
     share = weighted_survival(writer.measured)
     writer.measured.clear()
     if share is not None and share < _ENOUGH:
@@ -127,10 +121,10 @@ def _write_config(directory: Path, source: ModelSource, model: StreamedModel, ty
     config.dtype = FLOATS.get(type, torch.bfloat16)
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
-    if type in FOUR_BIT:
+    if type in WRITTEN:
         head = model.base.meta.get_output_embeddings()
         skipped = [name for name, module in model.base.meta.named_modules() if module is head]
-        config.quantization_config = quantization_config(FOUR_BIT[type], skipped)
+        config.quantization_config = WRITTEN[type].config(skipped)
     config.get_text_config().vocab_size = model.vocabulary
     if model.is_untied:
         config.get_text_config().tie_word_embeddings = False

@@ -1,1 +1,2 @@
-"""Containers, reader and writer side by side: safetensors, GGUF, PEFT adapter directory, JSON lines."""
+"""Containers, reader and writer side by side: safetensors, PEFT's adapter directories, JSON lines; and checkpoints that
+come quantized (`prequantized`), whoever quantized them."""

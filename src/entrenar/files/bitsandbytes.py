@@ -1,4 +1,4 @@
-"""bitsandbytes' checkpoints: 4-bit weights (nf4, fp4, plain or double quantized) and LLM.int8, both ways.
+"""bitsandbytes' checkpoints, read: 4-bit weights (nf4, fp4, plain or double quantized) and LLM.int8.
 
 A 4-bit weight `W` (out, in) is `W` U8 (numel / 2, 1), or the same bytes stored as another type (`quant_storage`), with
 `W.absmax`, `W.quant_map` (16,), with double quantization also `W.nested_absmax` and `W.nested_quant_map` (256,), and
@@ -6,12 +6,10 @@ A 4-bit weight `W` (out, in) is `W` U8 (numel / 2, 1), or the same bytes stored 
 An int8 weight is `W` I8 (out, in) with `SCB` F32 (out,) beside it: W = q · SCB / 127. Nothing is quantized again.
 """
 
-import json
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,20 +17,14 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.files.bitsandbytes_state import BESIDE, STATE, QuantState, four_bit_parts, read_state
-from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.ops.blocks import block_count
-from entrenar.quant.codebooks import codebook, dynamic_map
 from entrenar.quant.registry import get_format
-from entrenar.quant.scales import GROUP, as_bytes, as_float
+from entrenar.quant.scales import GROUP, as_bytes
 from entrenar.quant.tensor import QuantizedTensor
 
-_NESTED_STATE = {"nested_blocksize": GROUP, "nested_dtype": "float32"}
-# As wide as any number that JSON writes for an offset: the header is written before the offset is known.
-_OFFSET_ROOM = 26
-_SCALE_BYTES = 4  # held as float32, as an offset is
-_CPU = torch.device("cpu")
+_SCALE_BYTES = 4  # in memory they are float32, as an offset is
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +126,8 @@ class BitsandbytesWeights:
             InputError: the state of a weight is not one.
         """
         states = {name: self._state(name) for name in self._states}
-        found = {name: (str(state.quant_type), state.shape) for name, state in states.items()}
-        return found | {name: ("int8", self.checkpoint.tensors[name].shape) for name in self._int8}
+        four_bit = {name: (str(state.quant_type), state.shape) for name, state in states.items()}
+        return four_bit | {name: ("int8", self.checkpoint.tensors[name].shape) for name in self._int8}
 
     def bytes_of(self, name: str) -> int:
         """Bytes of a quantized weight that is read; InputError as `weight`."""
@@ -190,88 +182,18 @@ def is_bitsandbytes(names: Iterable[str]) -> bool:
     return any(STATE in name or name.rpartition(".")[2] == "SCB" for name in names)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a 4-bit weight is to be written; `dtype`: what it is dequantized to."""
-
-    format: str
-    block_size: int
-    double_quant: bool
-    dtype: torch.dtype
+def describes(section: Mapping[str, Any]) -> bool:
+    """Whether what a config.json says of its quantization is this; old ones do not name it."""
+    method = section.get("quant_method") or section.get("quant_algo")
+    if method:
+        return method == "bitsandbytes"
+    return any(str(key).startswith(("load_in_", "bnb_")) for key in section)
 
 
-def four_bit_tensors(
-    name: str, shape: tuple[int, int], layout: Layout, make: Callable[[], QuantizedTensor]
-) -> list[LazyTensor]:
-    """The tensors of one 4-bit weight, in the order they are to be written; `make` is called once, for the first."""
-    count = shape[0] * shape[1]
-    blocks = block_count(count, layout.block_size)
-    held = _Held(make)
-    text = len(_state_text(shape, layout, None))
-    lazy = partial(_lazy, held)
-    plain = [
-        lazy(name, (block_count(count, 2), 1), torch.uint8, lambda q: q.parts["codes"].view(-1, 1)),
-        lazy(f"{name}.quant_map", (16,), torch.float32, lambda q: codebook(q.format, _CPU)),
-    ]
-    state = lazy(
-        f"{name}{STATE}{layout.format}", (text,), torch.uint8, lambda q: _state_bytes(shape, layout, q), last=True
-    )
-    if not layout.double_quant:
-        return [*plain, lazy(f"{name}.absmax", (blocks,), torch.float32, lambda q: as_float(q.parts["scales"])), state]
-    groups = (block_count(blocks, GROUP),)
-    return [
-        *plain,
-        lazy(f"{name}.absmax", (blocks,), torch.uint8, lambda q: q.parts["scales"]),
-        lazy(f"{name}.nested_absmax", groups, torch.float32, lambda q: as_float(q.parts["nested_scales"])),
-        lazy(f"{name}.nested_quant_map", (256,), torch.float32, lambda _: dynamic_map(_CPU)),
-        state,
-    ]
-
-
-def quantization_config(layout: Layout, skipped: list[str]) -> dict[str, Any]:
-    """What config.json says of a 4-bit checkpoint; `skipped`: modules that stay in 16 bits."""
-    return {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False,
-        "bnb_4bit_quant_type": layout.format, "bnb_4bit_use_double_quant": layout.double_quant,
-        "bnb_4bit_compute_dtype": _dtype_name(layout), "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skipped,
-    }  # fmt: skip
-
-
-class _Held:
-    """A weight that is made for the first of its tensors and let go after the last."""
-
-    def __init__(self, make: Callable[[], QuantizedTensor]) -> None:
-        self._make, self._weight = make, None
-
-    def take(self, use: Callable[[QuantizedTensor], Tensor], last: bool) -> Tensor:
-        weight = self._weight or self._make()
-        self._weight = None if last else weight
-        return use(weight)
-
-
-def _lazy(
-    held: _Held, name: str, shape: tuple[int, ...], dtype: torch.dtype, use: Callable[[QuantizedTensor], Tensor],
-    last: bool = False,
-) -> LazyTensor:  # fmt: skip
-    return LazyTensor(name, shape, lambda: held.take(use, last), dtype=dtype)
-
-
-def _state_text(shape: tuple[int, int], layout: Layout, offset: float | None) -> str:
-    state: dict[str, Any] = {
-        "quant_type": layout.format, "blocksize": layout.block_size, "dtype": _dtype_name(layout), "shape": list(shape),
-    }  # fmt: skip
-    if not layout.double_quant:
-        return json.dumps(state)
-    # JSON allows spaces after its value.
-    text = json.dumps(state | _NESTED_STATE | {"nested_offset": 0.0 if offset is None else offset})
-    return text.ljust(len(json.dumps(state | _NESTED_STATE | {"nested_offset": 0.0})) + _OFFSET_ROOM)
-
-
-def _state_bytes(shape: tuple[int, int], layout: Layout, weight: QuantizedTensor) -> Tensor:
-    offset = as_float(weight.parts["offset"]).item() if layout.double_quant else None
-    return torch.tensor(list(_state_text(shape, layout, offset).encode()), dtype=torch.uint8)
-
-
-def _dtype_name(layout: Layout) -> str:
-    return str(layout.dtype).removeprefix("torch.")
+def weight_of(name: str) -> str:
+    """The weight that a tensor is a part of; any other tensor itself."""
+    weight, separator, _ = name.partition(".weight.")
+    if separator:
+        return f"{weight}.weight"
+    owner, _, leaf = name.rpartition(".")
+    return f"{owner}.weight" if leaf in ("SCB", "weight_format") else name

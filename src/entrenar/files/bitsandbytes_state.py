@@ -145,9 +145,9 @@ class _Parts:
             )
         return self._checkpoint.stored(name)
 
-    def check_size(self, part: str, found: int, wanted: int, what: str) -> None:
-        if found != wanted:
-            self._refuse(part, f"has {found} {what} where its quant_state asks for {wanted}")
+    def check_size(self, part: str, actual: int, wanted: int, what: str) -> None:
+        if actual != wanted:
+            self._refuse(part, f"has {actual} {what} where its quant_state asks for {wanted}")
 
     def check_type(self, part: str, allowed: tuple[torch.dtype, ...]) -> None:
         if self.get(part).dtype not in allowed:

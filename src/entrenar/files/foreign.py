@@ -82,9 +82,9 @@ def refuse_foreign(directory: Path, config: Mapping[str, Any], tensors: Mapping[
             where the config says that plain numbers are quantized.
     """
     said, names = _said(config), sorted(tensors)
-    found = next((each for each in _found(tensors, names) if not _is_read(each[1], names)), None)
-    if found is not None:
-        tool, name = found
+    foreign = next((pair for pair in _quantized(tensors, names) if not _is_read(pair[1], names)), None)
+    if foreign is not None:
+        tool, name = foreign
         raise InputError(
             f"{directory} is quantized as {said or tool}, which is not read ({name} holds codes, as "
             f"{tensors[name].dtype}): take the original, in 16 or 32 bits"
@@ -107,16 +107,17 @@ def _said(config: Mapping[str, Any]) -> str | None:
 
 
 def _method(stated: Mapping[str, Any]) -> str | None:
-    if method := stated.get("quant_method") or stated.get("quant_algo"):
-        return None if any(method in kind.methods for kind in PREQUANTIZED) else str(method)[:40]
-    if "bits" in stated and "group_size" in stated:
+    method = stated.get("quant_method") or stated.get("quant_algo")
+    if not method and "bits" in stated and "group_size" in stated:
         return "mlx"
-    if any(str(key).startswith(("load_in_", "bnb_")) for key in stated):
-        return None  # bitsandbytes' of before there were others
+    if any(kind.describes(stated) for kind in PREQUANTIZED):
+        return None
+    if method:
+        return str(method)[:40]
     return "something that it does not name" if any(stated.values()) else None
 
 
-def _found(tensors: Mapping[str, TensorInfo], names: list[str]) -> Iterator[tuple[str, str]]:
+def _quantized(tensors: Mapping[str, TensorInfo], names: list[str]) -> Iterator[tuple[str, str]]:
     """Tool and name of every tensor that holds codes; of each module the best known first."""
     for owner, leaves in _modules(tensors).items():
         before = f"{owner}." if owner else ""
@@ -132,11 +133,11 @@ def _found(tensors: Mapping[str, TensorInfo], names: list[str]) -> Iterator[tupl
 
 def _modules(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     """Module → last part of a name → its tensor."""
-    found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        found[owner][leaf] = info
-    return found
+        modules[owner][leaf] = info
+    return modules
 
 
 def _unknown_tool(name: str, info: TensorInfo, beside: Iterable[str], names: list[str]) -> str | None:

@@ -11,7 +11,7 @@ from entrenar.core.errors import InputError
 
 
 @dataclass(frozen=True)
-class Packed:
+class GGUFBlocks:
     """The bytes that a GGUF holds a tensor in, of a type (`q4_k`, …): (rows, bytes of a row) uint8, made when asked."""
 
     type: str
@@ -22,7 +22,7 @@ class Packed:
 class LazyTensor:
     """Name, shape and a function that makes the data.
 
-    `dtype`: what it is written as, None: as others in its file; `packed`: the same numbers as GGUF blocks, if they are
+    `dtype`: what it is written as, None: as others in its file; `blocks`: the same numbers as GGUF blocks, if they are
     there as such too.
     """
 
@@ -30,7 +30,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
     dtype: torch.dtype | None = None
-    packed: Packed | None = None
+    blocks: GGUFBlocks | None = None
 
     @property
     def numel(self) -> int:

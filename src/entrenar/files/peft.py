@@ -134,12 +134,12 @@ def _unwrapped(layers: LayerTensors, parameters: Sequence[str], source: Path) ->
     for module in dict.fromkeys(name.removesuffix(_WRAPPED) for name in layers):
         holds = module.rpartition(".")[2] == _EXPERTS
         chosen = [leaf for leaf in EXPERT_PARAMETERS if holds and _is_named(f"{module}.{leaf}", parameters)]
-        own = [name for name in (module + _WRAPPED, module) if name in layers]  # the innermost first
-        if len(own) != max(len(chosen), 1) or module not in layers:
-            count = f"{len(own)} pairs of factors at {module}"
+        pairs = [name for name in (module + _WRAPPED, module) if name in layers]  # the innermost first
+        if len(pairs) != max(len(chosen), 1) or module not in layers:
+            count = f"{len(pairs)} pairs of factors at {module}"
             raise InputError(f"{source} has {count}, of which its target_parameters name {listing(chosen) or 'none'}")
         names = [f"{module}.{leaf}" for leaf in chosen] or [module]
-        named |= {name: layers[where] for name, where in zip(names, own, strict=True)}
+        named |= {name: layers[where] for name, where in zip(names, pairs, strict=True)}
     return named
 
 

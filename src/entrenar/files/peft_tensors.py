@@ -85,14 +85,14 @@ def is_within(parameter: str, modules: Sequence[str]) -> bool:
 
 def embedding_rows(shapes: Mapping[str, Sequence[int]]) -> int:
     """The most rows that an embedding's or a head's own weight has among tensors (name → shape); 0: there is none."""
-    found = 0
+    rows = 0
     for name, shape in shapes.items():
         for end in (_BASE_WEIGHT, _ORIGINAL, _COPY, ".weight"):
             if name.endswith(end):
                 owner = name.removesuffix(end).rpartition(".")[2]
-                found = max(found, *shape[:1]) if owner in _EMBEDDINGS and shape else found
+                rows = max(rows, *shape[:1]) if owner in _EMBEDDINGS and shape else rows
                 break
-    return found
+    return rows
 
 
 def file_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -112,40 +112,40 @@ def read_tensors(file: Path, modules_to_save: Sequence[str] | None = None, bias:
             or factors that are no matrices.
     """
     checkpoint = SafetensorsCheckpoint(file)
-    found, strange = AdapterTensors(), []
+    adapter, strange = AdapterTensors(), []
     for key in checkpoint.names():
         name = key.removeprefix(_PREFIX)
         end = next((end for end in _SUFFIXES if name.endswith(end)), None)
         if name == key or (end is not None and len(name) == len(end)):
             strange.append(key)
         elif end is not None:
-            found.layers.setdefault(name.removesuffix(end), {})[end.removeprefix(".")] = _read(checkpoint, key)
-        elif (place := _place(name, found, modules_to_save, bias)) is None:
+            adapter.layers.setdefault(name.removesuffix(end), {})[end.removeprefix(".")] = _read(checkpoint, key)
+        elif (place := _place(name, adapter, modules_to_save, bias)) is None:
             strange.append(key)
         else:
             _put(*place, _read(checkpoint, key), file)
-    _check_keys(file, found, strange)
-    _check_shapes(file, found)
-    return found
+    _check_keys(file, adapter, strange)
+    _check_shapes(file, adapter)
+    return adapter
 
 
 def _place(
-    name: str, found: AdapterTensors, modules_to_save: Sequence[str] | None, bias: str
+    name: str, adapter: AdapterTensors, modules_to_save: Sequence[str] | None, bias: str
 ) -> tuple[dict[str, Tensor], str] | None:
     """Where a tensor that is no part of a layer's adapter belongs, and under which name; None: nowhere."""
     if name.endswith(_ROWS):
-        return found.saved, name
+        return adapter.saved, name
     for end in (_BASE_WEIGHT, _ORIGINAL):
         if name.endswith(end):
-            return found.base, f"{name.removesuffix(end)}.weight"
+            return adapter.base, f"{name.removesuffix(end)}.weight"
     if name.endswith(_COPY):
-        return found.saved, f"{name.removesuffix(_COPY)}.weight"
+        return adapter.saved, f"{name.removesuffix(_COPY)}.weight"
     if bias != "none" and name.rpartition(".")[2] == "bias":
-        return found.saved, name.replace(_BASE_BIAS, ".bias")
+        return adapter.saved, name.replace(_BASE_BIAS, ".bias")
     if modules_to_save is None or is_within(name, modules_to_save):
-        return found.saved, name
+        return adapter.saved, name
     owner, _, leaf = name.rpartition(".")
-    return (found.base, name) if leaf == "weight" and owner.rpartition(".")[2] in _EMBEDDINGS else None
+    return (adapter.base, name) if leaf == "weight" and owner.rpartition(".")[2] in _EMBEDDINGS else None
 
 
 def _put(where: dict[str, Tensor], name: str, tensor: Tensor, file: Path) -> None:
@@ -166,24 +166,24 @@ def _read(checkpoint: SafetensorsCheckpoint, key: str) -> Tensor:
     return tensor
 
 
-def _check_keys(file: Path, found: AdapterTensors, strange: list[str]) -> None:
+def _check_keys(file: Path, adapter: AdapterTensors, strange: list[str]) -> None:
     if strange:
         raise InputError(
             f"{file} has keys that are not {_PREFIX}<layer>.lora_A|B.weight or another part of an adapter that its "
             f"config names: {listing(sorted(strange), 3)}"
         )
-    stretched = [layer for layer, parts in found.layers.items() if parts.keys() > {*EMBEDDING_ENDS}]
+    stretched = [layer for layer, parts in adapter.layers.items() if parts.keys() > {*EMBEDDING_ENDS}]
     if stretched:
         raise InputError(f"{file} has DoRA over an embedding, {listing(stretched)}, which this version does not read")
-    halves = [layer for layer, parts in found.layers.items() if parts.keys() not in _TOGETHER]
-    if halves or not (found.layers or found.saved):
+    halves = [layer for layer, parts in adapter.layers.items() if parts.keys() not in _TOGETHER]
+    if halves or not (adapter.layers or adapter.saved):
         what = f"only one of lora_A and lora_B for {listing(halves, 3)}" if halves else "no tensors"
         raise InputError(f"{file} has {what}: save the adapter again")
 
 
-def _check_shapes(file: Path, found: AdapterTensors) -> None:
+def _check_shapes(file: Path, adapter: AdapterTensors) -> None:
     """InputError for factors that are empty or no matrices, as those of a sharded training that nobody gathered."""
-    for layer, parts in found.layers.items():
+    for layer, parts in adapter.layers.items():
         for end, tensor in parts.items():
             wanted = 1 if end == MAGNITUDE_END else 2
             if tensor.dim() != wanted or not tensor.numel():

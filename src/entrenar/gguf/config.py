@@ -1,4 +1,4 @@
-"""A GGUF's hyper-parameters, from a transformers config and back, for every family of gguf_families.py."""
+"""A GGUF's hyper-parameters, from a transformers config and back, for every family of families.py."""
 
 import math
 import re
@@ -49,7 +49,7 @@ def config_from_metadata(
     """A transformers config from GGUF keys.
 
     Args:
-        rope: the file's rotary divisors by their names, see gguf_rope.py.
+        rope: the file's rotary divisors by their names, see rope.py.
 
     Raises:
         InputError: an architecture that is not known, a key that is missing, or has a value that is not computed with,
@@ -102,12 +102,12 @@ def check_layers(metadata: Mapping[str, Any], names: Iterable[str], source: str)
             f"{source} is a mixture of experts ({experts[0]}), which this version does not read from GGUF: load the "
             "model's Hugging Face directory"
         )
-    held = {int(match[1]) for match in map(_LAYER.match, names) if match}
+    layers = {int(match[1]) for match in map(_LAYER.match, names) if match}
     said = keys.get("block_count")
-    if said is not None and held != set(range(said)):
+    if said is not None and layers != set(range(said)):
         raise InputError(
-            f"{source} says {said} layers ({family.architecture}.block_count), but holds tensors of {len(held)}, the "
-            f"last of number {max(held, default=None)} (the first is 0): fetch it again"
+            f"{source} says {said} layers ({family.architecture}.block_count), but holds tensors of {len(layers)}, the "
+            f"last of number {max(layers, default=None)} (the first is 0): fetch it again"
         )
 
 
@@ -201,8 +201,8 @@ def _shared_arguments(keys: dict[str, Any], family: Family) -> dict[str, Any]:
         "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
         "rope_parameters": {"rope_theta": keys.get("rope.freq_base", 10000.0)} | scaling_arguments(keys),
     }
-    own = head != evenly or hasattr(CONFIG_MAPPING[family.model_types[0]], "head_dim")
-    return arguments | ({"head_dim": head} if own else {})
+    is_stated = head != evenly or hasattr(CONFIG_MAPPING[family.model_types[0]], "head_dim")
+    return arguments | ({"head_dim": head} if is_stated else {})
 
 
 def _same(one: Any, other: Any) -> bool:

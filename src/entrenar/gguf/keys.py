@@ -1,4 +1,4 @@
-"""What a family of gguf_families.py has in its GGUF keys beside what all have, both ways.
+"""What a family of families.py has in its GGUF keys beside what all have, both ways.
 
 One function writes the keys, without the architecture's prefix, from a config; one reads the arguments of a config.
 Where llama.cpp knows something by heart (a pattern of layers, a scale), reading says the same, so that a config that

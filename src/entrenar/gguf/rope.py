@@ -62,8 +62,8 @@ def attention_factor(config: PretrainedConfig) -> float:
     rope, text = rope_parameters(config), config.to_dict()
     original = rope["original_max_position_embeddings"]
     scale = rope.get("factor") or text["max_position_embeddings"] / original
-    own = rope.get("attention_factor")
-    return own or (math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0)
+    stated = rope.get("attention_factor")
+    return stated or (math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0)
 
 
 def scaling_keys(config: PretrainedConfig) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def scaling_keys(config: PretrainedConfig) -> dict[str, Any]:
         return keys
     return keys | {
         "rope.scaling.original_context_length": _original_context(config, rope),
-        # llama.cpp multiplies by YaRN's own factor of the scores without being told.
+        # Without a key llama.cpp multiplies the scores by YaRN's factor; the key is what comes on top of it.
         "rope.scaling.attn_factor": _yarn_attention(rope) / _yarn_scale(rope["factor"]),
     }
 
@@ -140,8 +140,8 @@ def _set(config: PretrainedConfig, changes: dict[str, Any]) -> None:
 def _set_llama3(config: PretrainedConfig, factors: Tensor, source: str) -> None:
     """Llama 3.x's divisors, of which only `factor` varies."""
     _set(config, {"rope_type": "llama3", "factor": factors.max().item(), **_LLAMA3_ROPE})
-    made = _llama3_factors(config, rope_parameters(config))
-    if made.shape != factors.shape or not torch.allclose(made, factors.float(), rtol=1e-4):
+    expected = _llama3_factors(config, rope_parameters(config))
+    if expected.shape != factors.shape or not torch.allclose(expected, factors.float(), rtol=1e-4):
         raise InputError(f"{source} has rotary factors that are not Llama 3's: load the model's Hugging Face directory")
 
 
@@ -162,7 +162,7 @@ def _set_longrope(config: PretrainedConfig, tensors: Mapping[str, Tensor], said:
 
 
 def _llama3_factors(config: PretrainedConfig, rope: dict[str, Any]) -> Tensor:
-    """Long wavelengths are divided by `factor`, short ones kept, those between interpolated (Llama 3.1 release)."""
+    """Long wavelengths are divided by `factor`, short ones stay, those between are interpolated (Llama 3.1 release)."""
     dim = head_dim(config)
     frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     wavelength = 2 * math.pi / frequency

@@ -68,9 +68,9 @@ def _open_parts(path: Path) -> list[GGUFFile]:
 
 
 def _check_tensors(model: GGUFModel) -> None:
-    held = sum(len(part.tensors) for part in model.parts)
-    if held != len(model.tensors):
+    count = sum(len(part.tensors) for part in model.parts)
+    if count != len(model.tensors):
         raise InputError(f"the parts of {model.path} hold a tensor twice: they are not of one model")
-    said = model.metadata.get("split.tensors.count", held)
-    if said != held:
-        raise InputError(f"the parts of {model.path} hold {held} tensors, but the first says {said}: fetch them again")
+    said = model.metadata.get("split.tensors.count", count)
+    if said != count:
+        raise InputError(f"the parts of {model.path} hold {count} tensors, but the first says {said}: fetch them again")

@@ -77,8 +77,8 @@ def _merges(metadata: dict[str, Any], vocab: dict[str, int], source: str) -> lis
         cut = merge.find(" ", 1)
         if cut > 0:
             merges.setdefault((merge[:cut], merge[cut + 1 :]))
-    made = {left + right for left, right in merges}
-    happen = [pair for pair in merges if all(len(part) == 1 or part in made for part in pair)]
+    joined = {left + right for left, right in merges}
+    happen = [pair for pair in merges if all(len(part) == 1 or part in joined for part in pair)]
     parts = {part for pair in happen for part in pair}
     undone = {
         (left, right)
@@ -150,15 +150,15 @@ def _wrap(
 
 def _chat_template(metadata: dict[str, Any], source: str) -> str | dict[str, str] | None:
     """The file's one template; where it has others under names (`tool_use`), all by name, as transformers has them."""
-    found = {
+    templates = {
         key.removeprefix(_TEMPLATE).removeprefix(".") or "default": value
         for key, value in metadata.items()
         if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
     }
-    for template in found.values():
+    for template in templates.values():
         if not isinstance(template, str):
             raise InputError(f"{source} has a chat template that is no text: export it again")
-    return found if found.keys() - {"default"} else found.get("default")
+    return templates if templates.keys() - {"default"} else templates.get("default")
 
 
 def _add_ends(backend: Tokenizer, special: SpecialTokens, bos: bool, eos: bool) -> None:

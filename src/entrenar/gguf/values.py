@@ -3,7 +3,7 @@ our model classes compute.
 
 The lists are derived: every key of llama.cpp's table (llama-arch.cpp of llama-cpp-python 0.3.36) was set to other
 values in a tiny file of every family, and llama.cpp was asked for logits. What changes them, or is refused there, is
-an argument of a config (gguf_config.py, gguf_keys.py) or stands here; tests/interop/test_gguf_keys.py asks again.
+an argument of a config (config.py, keys.py) or stands here; tests/interop/test_gguf_keys.py asks again.
 """
 
 import math
@@ -42,13 +42,14 @@ def checked_keys(keys: Mapping[str, Any], architecture: str, source: str) -> dic
     Raises:
         InputError: another type, a size that is none, numbers that differ from layer to layer, layers without end.
     """
-    found = dict(keys)
-    _check("block_count", found, _is_size, f"a number of layers, 1 to {MOST_LAYERS}", architecture, source)
-    if found.get("block_count", 0) > MOST_LAYERS:
-        raise InputError(f"{source} says {found['block_count']} layers: llama.cpp and this version read {MOST_LAYERS}")
+    checked = dict(keys)
+    _check("block_count", checked, _is_size, f"a number of layers, 1 to {MOST_LAYERS}", architecture, source)
+    layers = checked.get("block_count", 0)
+    if layers > MOST_LAYERS:
+        raise InputError(f"{source} says {layers} layers: llama.cpp and this version read {MOST_LAYERS}")
     for key in _A_LAYER:
-        if isinstance(found.get(key), list):
-            found[key] = _one_for_all(found, key, architecture, source)
+        if isinstance(checked.get(key), list):
+            checked[key] = _one_for_all(checked, key, architecture, source)
     for names, test, wanted in (
         (_SIZES, _is_size, f"a whole number from 1 to {_MOST}"),
         (_COUNTS, _is_count, f"a whole number from 0 to {_MOST}"),
@@ -60,8 +61,8 @@ def checked_keys(keys: Mapping[str, Any], architecture: str, source: str) -> dic
         (("rope.scaling.type",), lambda value: value in _SCALINGS, f"one of {', '.join(_SCALINGS)}"),
     ):
         for key in names:
-            _check(key, found, test, wanted, architecture, source)
-    return found
+            _check(key, checked, test, wanted, architecture, source)
+    return checked
 
 
 def _check(key: str, keys: Mapping[str, Any], test: Any, wanted: str, architecture: str, source: str) -> None:

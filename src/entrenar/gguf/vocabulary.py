@@ -133,12 +133,12 @@ def _looks_special(token: str) -> bool:
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> tuple[dict[str, int], list[int]]:
     """The file's named ids, and the ends of an answer that got no name: beside eos there are eot and eom."""
-    found: dict[str, Any] = {
+    named: dict[str, Any] = {
         "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id,
         "seperator": tokenizer.sep_token_id, "padding": tokenizer.pad_token_id, "cls": tokenizer.cls_token_id,
         "mask": tokenizer.mask_token_id,
     }  # fmt: skip
-    special = {name: index for name, index in found.items() if isinstance(index, int)}
+    special = {name: index for name, index in named.items() if isinstance(index, int)}
     turn_end = turn_end_id(tokenizer)
     wanted = dict.fromkeys([turn_end, *ends] if turn_end is not None else ends)
     others = [index for index in wanted if index != special.get("eos")]
@@ -147,16 +147,16 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> tup
 
 def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Name → template, named as the file can name them; InputError where two would have one name."""
-    found: Any = tokenizer.chat_template
-    if found is None:
+    stored: Any = tokenizer.chat_template
+    if stored is None:
         return {}
-    if isinstance(found, str):
-        return {"default": found}
+    if isinstance(stored, str):
+        return {"default": stored}
     templates: dict[str, str] = {}
-    pairs = found.items() if isinstance(found, Mapping) else ((one["name"], one["template"]) for one in found)
+    pairs = stored.items() if isinstance(stored, Mapping) else ((one["name"], one["template"]) for one in stored)
     for name, template in pairs:
         key = "".join(char if char.isascii() and char.isalnum() else "_" for char in name)
         if key in templates:
-            raise InputError(f"the chat templates {listing(list(dict(found)))} would have one name in a GGUF: {key!r}")
+            raise InputError(f"the chat templates {listing(list(dict(stored)))} would have one name in a GGUF: {key!r}")
         templates[key] = template
     return templates

@@ -118,10 +118,12 @@ def _metaspace(state: dict[str, Any]) -> bool:
 
 def _steps(state: dict[str, Any]) -> set[str]:
     """The names of a normalizer's steps; those that every GGUF's SentencePiece has are not counted."""
-    found = state.get("normalizer")
-    steps = found["normalizers"] if found and found["type"] == "Sequence" else [found] if found else []
-    own = ({"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
-    return {_named(step) for step in steps if step not in own}
+    normalizer = state.get("normalizer")
+    steps = [normalizer] if normalizer else []
+    if normalizer and normalizer["type"] == "Sequence":
+        steps = normalizer["normalizers"]
+    everywhere = ({"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    return {_named(step) for step in steps if step not in everywhere}
 
 
 def _named(step: Mapping[str, Any]) -> str:

@@ -21,11 +21,11 @@ from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stream import one_openmp_thread_each
 from entrenar.merging.journal import NAME as JOURNAL
 from entrenar.merging.journal import Journal, Note
-from entrenar.merging.models import StoredSource
+from entrenar.merging.models import StoredReader
 from entrenar.merging.output import OutputFiles
 from entrenar.merging.place import clear, commit, disk_full, own_directory, working_directory
 from entrenar.merging.plan import MergePlan, PlannedTensor
-from entrenar.merging.stack import PIECE_ELEMENTS, Piece, Scratch, Source, Stack
+from entrenar.merging.stack import PIECE_ELEMENTS, Piece, Scratch, Stack, TensorReader
 from entrenar.ops.merge.masks import count_non_finite
 from entrenar.ops.merge.sums import add_gram
 
@@ -152,12 +152,12 @@ def _copy_buffer(tensor: PlannedTensor, files: OutputFiles, scratch: Scratch) ->
     """Integers and truth values say which, not how much: they are copied, and have to be the same in every model."""
     labels = [*tensor.labels, "the base model"]
     first, *others = [one.source for one in (*tensor.models, *([tensor.base] if tensor.base else []))]
-    assert isinstance(first, StoredSource)
+    assert isinstance(first, StoredReader)
     for start in range(0, tensor.numel, PIECE_ELEMENTS):
         count = min(PIECE_ELEMENTS, tensor.numel - start)
         piece = first.raw(start, count, scratch, 0)
         for label, other in zip(labels[1:], others, strict=False):
-            if not isinstance(other, StoredSource) or not torch.equal(other.raw(start, count, scratch, 1), piece):
+            if not isinstance(other, StoredReader) or not torch.equal(other.raw(start, count, scratch, 1), piece):
                 raise InputError(
                     f"{tensor.name} holds {str(tensor.dtype).removeprefix('torch.')} values that differ between "
                     f"{labels[0]} and {label}, and such values are not merged: remove it from one"
@@ -166,9 +166,9 @@ def _copy_buffer(tensor: PlannedTensor, files: OutputFiles, scratch: Scratch) ->
     return [[0.0] * (len(tensor.models) + 1)] * (len(tensor.models) + 1)
 
 
-def _measured_source(measured: Measured, label: str, name: str) -> Source | None:
+def _measured_source(measured: Measured, label: str, name: str) -> TensorReader | None:
     checkpoint = measured.get(label)
-    return StoredSource(checkpoint.stored(name)) if checkpoint and name in checkpoint.tensors else None
+    return StoredReader(checkpoint.stored(name)) if checkpoint and name in checkpoint.tensors else None
 
 
 class _Watch:

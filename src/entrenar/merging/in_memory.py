@@ -8,7 +8,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError, listing
 from entrenar.merging.registry import Method, method_named
-from entrenar.merging.stack import Scratch, Stack, TensorSource
+from entrenar.merging.stack import MemoryReader, Scratch, Stack
 
 StateDict = Mapping[str, Tensor]
 Models = Mapping[str, Tensor] | Mapping[str, StateDict] | Sequence[Tensor] | Sequence[StateDict]
@@ -125,7 +125,7 @@ def _spread(name: str, value: Any, labels: list[str]) -> list[Any]:
 
 def _merge_one(
     row: Method, name: str, inputs: dict[str, Tensor], base: Tensor | None, options: dict[str, Any],
-    seed: int, dtype: torch.dtype | None, scratch: Scratch, statistics: Sequence[TensorSource | None],
+    seed: int, dtype: torch.dtype | None, scratch: Scratch, statistics: Sequence[MemoryReader | None],
 ) -> Tensor:  # fmt: skip
     every = [*inputs.values(), *([] if base is None else [base])]
     shapes = {tuple(tensor.shape) for tensor in every}
@@ -145,9 +145,9 @@ def _merge_one(
     return out
 
 
-def _source(tensor: Tensor) -> TensorSource:
+def _source(tensor: Tensor) -> MemoryReader:
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return TensorSource(flat if flat.is_floating_point() and flat.dtype.itemsize > 1 else flat.float())
+    return MemoryReader(flat if flat.is_floating_point() and flat.dtype.itemsize > 1 else flat.float())
 
 
 def run(row: Method, stack: Stack, options: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

@@ -1,7 +1,7 @@
 """The models of a merge: a Hugging Face directory or id, or a GGUF; each perhaps with an adapter, `model+adapter`.
 
-Weights that bitsandbytes or a GGUF holds in blocks are dequantized as they are read, piece by piece. Only headers are
-read here. transformers is not needed for directories.
+Weights that come quantized, in a checkpoint or a GGUF, are dequantized as they are read, piece by piece. Only headers
+are read here. transformers is not needed for directories.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from entrenar.lora.fusing import delta_range
 from entrenar.lora.matching import check_complete, is_all_linear
 from entrenar.lora.spec import config_layers, spec_of
 from entrenar.merging.layers import Layers, layers_of, split_layer
-from entrenar.merging.stack import Scratch, Source
+from entrenar.merging.stack import Scratch, TensorReader
 
 _NOT_WEIGHTS = ("rotary_emb.inv_freq", "masked_bias")  # buffers that some old checkpoints carry along
 _AS_THEY_ARE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -35,7 +35,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
-class StoredSource:
+class StoredReader:
     """A tensor in a file; types other than plain floats are widened as they are read."""
 
     stored: StoredTensor
@@ -61,8 +61,8 @@ class StoredSource:
 
 
 @dataclass(frozen=True)
-class PackedSource:
-    """A weight that bitsandbytes quantized, dequantized as it is read."""
+class PrequantizedReader:
+    """A weight of a checkpoint that comes quantized, dequantized as it is read."""
 
     weight: PrequantizedWeight
 
@@ -76,16 +76,16 @@ class PackedSource:
         """Any element may start a piece."""
         return 1
 
-    def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:  # noqa: ARG002 - Source's
+    def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:  # noqa: ARG002 - TensorReader's
         """(count,) float32."""
         return self.weight.read_range(start, count)
 
 
 @dataclass(frozen=True)
-class AdaptedSource:
+class AdaptedReader:
     """A weight with its adapter laid over: W + scale · B·A, the rows of a piece at a time."""
 
-    base: Source
+    base: TensorReader
     a: Tensor  # (rank, d_in) float32
     b: Tensor  # (d_out, rank) float32, times the scale
 
@@ -111,7 +111,7 @@ class InputTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    source: Source
+    source: TensorReader
     bytes: int
 
     @property
@@ -237,7 +237,7 @@ def _tensors(stored: dict[str, StoredTensor]) -> dict[str, InputTensor]:
     return {
         name: InputTensor(tensor.shape, source.dtype if tensor.dtype in _WIDENED else tensor.dtype, source, tensor.size)
         for name, tensor in stored.items()
-        for source in (StoredSource(tensor),)
+        for source in (StoredReader(tensor),)
     }
 
 
@@ -245,7 +245,7 @@ def _dequantized_tensors(weights: PrequantizedWeights, stored: dict[str, StoredT
     formats = weights.formats()
     plain = _tensors({name: stored[name] for name in weights.names() if name in stored and name not in formats})
     return plain | {
-        name: InputTensor(weight.shape, weight.dtype, PackedSource(weight), weights.bytes_of(name))
+        name: InputTensor(weight.shape, weight.dtype, PrequantizedReader(weight), weights.bytes_of(name))
         for name in formats
         for weight in (weights.weight(name),)
     }
@@ -279,7 +279,7 @@ def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
                 f"{where} has A and B of shapes {tuple(a.shape)} and {tuple(b.shape)} at {layer}, where the weight is "
                 f"{weight.shape}"
             )
-        source = AdaptedSource(weight.source, a.float(), b.float() * spec.for_layer(layer).scale)
+        source = AdaptedReader(weight.source, a.float(), b.float() * spec.for_layer(layer).scale)
         tensors[name] = InputTensor(weight.shape, weight.dtype, source, weight.bytes)
     if not is_all_linear(spec.targets):
         layers = [name.removesuffix(".weight") for name, own in tensors.items() if len(own.shape) == 2]

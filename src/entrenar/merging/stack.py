@@ -19,7 +19,7 @@ PIECE_ELEMENTS = 1 << 20  # of every input; larger ones leave the cache, smaller
 SAMPLES, SAMPLE_ELEMENTS = 16, 1 << 13  # pieces of a sample, and elements of each
 
 
-class Source(Protocol):
+class TensorReader(Protocol):
     """One input tensor of a model."""
 
     @property
@@ -53,7 +53,7 @@ class Scratch:
 
 
 @dataclass(frozen=True)
-class TensorSource:
+class MemoryReader:
     """A tensor in memory."""
 
     flat: Tensor  # (n,)
@@ -68,7 +68,7 @@ class TensorSource:
         """Any element may start a piece."""
         return 1
 
-    def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:  # noqa: ARG002 - Source's
+    def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:  # noqa: ARG002 - TensorReader's
         """A view."""
         return self.flat[start : start + count]
 
@@ -109,13 +109,13 @@ class Stack:
 
     name: str
     shape: tuple[int, ...]
-    models: Sequence[Source]
-    base: Source | None
+    models: Sequence[TensorReader]
+    base: TensorReader | None
     labels: Sequence[str]
     scratch: Scratch
     seed: int = 0
     whole_rows: bool = False
-    statistics: Sequence[Source | None] = ()
+    statistics: Sequence[TensorReader | None] = ()
 
     @property
     def numel(self) -> int:

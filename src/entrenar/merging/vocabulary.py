@@ -23,7 +23,7 @@ _MOST_TOKENS = 1 << 26
 
 
 @dataclass
-class _AlignedSource:
+class _AlignedReader:
     """An embedding in the result's order of tokens, made in memory when it is first read."""
 
     vocabulary: "Vocabulary"
@@ -33,7 +33,7 @@ class _AlignedSource:
     step: int = 1
     _flat: Tensor | None = None
 
-    def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:  # noqa: ARG002 - Source's
+    def read(self, start: int, count: int, scratch: Scratch, role: Hashable) -> Tensor:  # noqa: ARG002 - TensorReader's
         """A view."""
         if self._flat is None:
             self._flat = self.vocabulary.rows_of(self.label, self.name).to(self.dtype).reshape(-1)
@@ -62,7 +62,7 @@ class Vocabulary:
         if tensor.shape[0] == self.rows and self._is_own(label):
             return tensor
         shape = (self.rows, *tensor.shape[1:])
-        return InputTensor(shape, tensor.dtype, _AlignedSource(self, label, name, tensor.source.dtype), tensor.bytes)
+        return InputTensor(shape, tensor.dtype, _AlignedReader(self, label, name, tensor.source.dtype), tensor.bytes)
 
     def _is_own(self, label: str) -> bool:
         ids = self.vocabularies[label]

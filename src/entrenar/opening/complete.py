@@ -34,12 +34,12 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         if not computed:
             continue
         # Initialised again as well are those that the files hold.
-        kept = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False) if name not in computed}
+        saved = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False) if name not in computed}
         first, second = (_initialised(model, module, computed, start) for start in (0, 1))
         uncomputed = [name for name in computed if not torch.equal(first[name], second[name])]
         if uncomputed:
             raise InputError(f"{type(model).__name__} has buffers that cannot be computed here: {listing(uncomputed)}")
-        for name, buffer in (second | kept).items():
+        for name, buffer in (second | saved).items():
             module._buffers[name] = buffer.to(device)
 
 

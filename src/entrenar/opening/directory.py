@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from entrenar.core.documents import LIMIT, read_json
 from entrenar.core.errors import InputError
 from entrenar.files.foreign import refuse_foreign
+from entrenar.files.prequantized import weight_of
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.opening.plausible import check_sizes
 
@@ -31,10 +32,10 @@ def check_files(directory: Path) -> None:
     """InputError if something in a directory is neither a file nor a directory, or is too large to be read whole."""
     try:
         with os.scandir(directory) as entries:
-            found = sorted((entry.name, entry.stat()) for entry in entries if Path(entry.path).exists())
+            files = sorted((entry.name, entry.stat()) for entry in entries if Path(entry.path).exists())
     except OSError as error:
         raise InputError(f"{directory} cannot be read: {error.strerror}") from None
-    for name, status in found:
+    for name, status in files:
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise InputError(f"{directory / name} is no file but a pipe, a device or a socket: take it away")
         if name.endswith(_READ_WHOLE) and status.st_size > LIMIT:
@@ -106,13 +107,4 @@ def with_prefix(checkpoint: SafetensorsCheckpoint, config: PretrainedConfig) -> 
     except Exception:  # whoever builds it says why
         return checkpoint
     state = model.state_dict().keys()
-    return checkpoint.renamed(lambda name: f"{prefix}.{name}" if f"{prefix}.{_weight_of(name)}" in state else name)
-
-
-def _weight_of(name: str) -> str:
-    """The weight that a tensor of bitsandbytes' lies beside; any other tensor itself."""
-    weight, separator, _ = name.partition(".weight.")
-    if separator:
-        return f"{weight}.weight"
-    owner, _, leaf = name.rpartition(".")
-    return f"{owner}.weight" if leaf in ("SCB", "weight_format") else name
+    return checkpoint.renamed(lambda name: f"{prefix}.{name}" if f"{prefix}.{weight_of(name)}" in state else name)

@@ -30,18 +30,18 @@ def match_tensors(model: PreTrainedModel, source: ModelSource) -> dict[str, Stor
             a tied tensor with values of its own.
     """
     _check_names(model, source)
-    names, packed = set(source.weights.names()), source.prequantized.formats() if source.prequantized else {}
-    found: dict[str, StoredTensor] = {}
+    names, formats = set(source.weights.names()), source.prequantized.formats() if source.prequantized else {}
+    stored: dict[str, StoredTensor] = {}
     buffers = saved_buffers(model)
     for name, shape in _wanted(model, names).items():
         if name in names:
-            found[name] = source.weights.stored(name)
-            if name not in packed:
-                _check_fits(f"{source.path}: {name}", found[name], shape, is_buffer=name in buffers)
-            elif packed[name][1] != shape:
-                raise InputError(f"{source.path}: {name} has shape {packed[name][1]} but the config says {shape}")
+            stored[name] = source.weights.stored(name)
+            if name not in formats:
+                _check_fits(f"{source.path}: {name}", stored[name], shape, is_buffer=name in buffers)
+            elif formats[name][1] != shape:
+                raise InputError(f"{source.path}: {name} has shape {formats[name][1]} but the config says {shape}")
     _check_tied(model, source)
-    return dict(sorted(found.items(), key=lambda item: (str(item[1].file.path), item[1].start)))
+    return dict(sorted(stored.items(), key=lambda item: (str(item[1].file.path), item[1].start)))
 
 
 def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -98,16 +98,16 @@ def _other_names(model: PreTrainedModel, source: ModelSource, missing: list[str]
     """What to say where the files have other names than the model."""
     kind = type(model).__name__
     renamed = _renamed_by_transformers(model, unexpected)
-    found = next((name for name in unexpected if renamed.get(name) in missing), None)
-    if found is not None and type(model.config.get_text_config()) is not type(model.config):
+    example = next((name for name in unexpected if renamed.get(name) in missing), None)
+    if example is not None and type(model.config.get_text_config()) is not type(model.config):
         return (
             f"{source.path} is a {kind}, a model of several kinds of input, whose files name their tensors otherwise; "
             "such models are not read: take a checkpoint of its language model alone"
         )
-    if found is not None:
+    if example is not None:
         return (
-            f"{source.path} names its tensors otherwise than {kind}: {found} is {renamed[found]} there. transformers "
-            "renames them as it loads them, which is not done here: load it there and save it with "
+            f"{source.path} names its tensors otherwise than {kind}: {example} is {renamed[example]} there. "
+            "transformers renames them as it loads them, which is not done here: load it there and save it with "
             "save_pretrained(…, save_original_format=False)"
         )
     longer = next(((name, end) for end in missing for name in unexpected if name.endswith(f".{end}")), None)

@@ -170,11 +170,11 @@ class PieceQuantizer:
         return QuantizedTensor(self._format.name, self._shape, self._dtype, self._block_size, parts, self._search)
 
 
-def as_stored_tensor(packed: Tensor, type: str) -> QuantizedTensor:
-    """A weight as a GGUF holds it: packed (rows, bytes of a row) uint8 of one of AS_STORED_FORMATS, not converted."""
+def as_stored_tensor(blocks: Tensor, type: str) -> QuantizedTensor:
+    """A weight as a GGUF holds it: blocks (rows, bytes of a row) uint8 of one of AS_STORED_FORMATS, not converted."""
     dtype = FLOAT_TYPES.get(type, torch.float32)
-    shape = (packed.shape[0], columns_of(packed, type))
-    return QuantizedTensor(type, shape, dtype, GGUF_BLOCK_SIZES[type], {"codes": packed})
+    shape = (blocks.shape[0], columns_of(blocks, type))
+    return QuantizedTensor(type, shape, dtype, GGUF_BLOCK_SIZES[type], {"codes": blocks})
 
 
 def quantize_4bit(

@@ -10,9 +10,10 @@ from entrenar.core.errors import InputError
 from entrenar.data.dataset import Dataset, load_dataset
 from entrenar.evaluation.perplexity import kl_divergence, perplexity
 from entrenar.exporting.fidelity import Fidelity
-from entrenar.exporting.safetensors_output import FOUR_BIT, export_streamed
+from entrenar.exporting.safetensors_output import export_streamed
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.peft import BaseFormat, largest_token, read_adapter
+from entrenar.files.prequantized import WRITTEN
 from entrenar.models.head import padding_id
 from entrenar.opening.adapted import open_model
 from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
@@ -35,7 +36,7 @@ def export_safetensors(request: ExportRequest, type: str) -> Fidelity:
         if base == "original":
             raise InputError(f"{model} holds quantized weights alone, no original ones: leave base out")
         base, format = "dequantized", None
-    chosen = base or ("original" if type in FOUR_BIT or format is None else "dequantized")
+    chosen = base or ("original" if type in WRITTEN or format is None else "dequantized")
     read = read_adapter(Path(adapter)) if adapter else None
     if adapter is not None:
         source = with_tokenizer_of(source, Path(adapter), largest_token(Path(adapter)))

@@ -85,15 +85,15 @@ def extract_adapter(
 
 def _read(model: PreTrainedModel, source: ModelSource) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
     """Tensor → its shape, and how it is read as float32; one that is quantized is dequantized."""
-    packed = source.prequantized.formats() if source.prequantized else {}
+    formats = source.prequantized.formats() if source.prequantized else {}
 
     def dequantized(name: str) -> Tensor:
         assert source.prequantized is not None
         return source.prequantized.weight(name).read().dequantize()
 
     return {
-        name: (packed[name][1], partial(dequantized, name))
-        if name in packed
+        name: (formats[name][1], partial(dequantized, name))
+        if name in formats
         else (stored.shape, partial(_float, stored))
         for name, stored in match_tensors(model, source).items()
     }

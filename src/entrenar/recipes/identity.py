@@ -35,9 +35,9 @@ def _tensors(source: ModelSource) -> list[tuple[str, StoredTensor]]:
     """Every tensor as its bytes stand in the file."""
     if source.gguf is not None:
         return [(name, source.gguf.blocks(name)) for name in sorted(source.gguf.names())]
-    packed = source.prequantized
-    if packed is not None:
-        return [(name, packed.checkpoint.stored(name)) for name in sorted(packed.checkpoint.names())]
+    if source.prequantized is not None:
+        checkpoint = source.prequantized.checkpoint
+        return [(name, checkpoint.stored(name)) for name in sorted(checkpoint.names())]
     return [(name, source.weights.stored(name)) for name in sorted(source.weights.names())]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.merging.methods.linear import linear
-from entrenar.merging.stack import Combine, Options, Piece, Source, Stack
+from entrenar.merging.stack import Combine, Options, Piece, Stack, TensorReader
 
 _RIDGE = 1e-6  # of the mean of a diagonal: directions that no input has are averaged
 
@@ -81,7 +81,7 @@ def _shares(stack: Stack, options: Options) -> tuple[float, ...]:
     return tuple(weight / sum(weights) for weight in weights)
 
 
-def _needed(stack: Stack, index: int, source: Source | None) -> Source:
+def _needed(stack: Stack, index: int, source: TensorReader | None) -> TensorReader:
     if source is None:
         raise InputError(
             f"nothing was measured about {stack.name} in {stack.labels[index]}: its weights are not those of a model "
