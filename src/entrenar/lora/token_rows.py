@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError, listing
 from entrenar.lora.matching import has_suffix
 
-ROWS = "token_adapter.trainable_tokens_delta"  # peft's name; they are whole rows
 Indices = Mapping[str, Sequence[int]]
 """End of a module's name (`embed_tokens`, `lm_head`; "": the embedding) → the tokens whose rows are trained."""
 
