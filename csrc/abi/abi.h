@@ -48,7 +48,8 @@ struct SourceView {
     int64_t codebook_bytes;
 };
 
-// One product of the sum, as ops/linear/multiply.py passes it: A (rows, inner) bfloat16, rows `a_stride` elements apart.
+// One product of the sum, as ops/linear/multiply.py passes it: A (rows, inner) bfloat16, rows `a_stride` elements
+// apart.
 struct TermView {
     const void* a;
     int64_t a_bytes, a_stride, inner;
