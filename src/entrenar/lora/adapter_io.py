@@ -157,8 +157,12 @@ def _check_base(model: nn.Module, base: Mapping[str, Tensor], source: str) -> No
     """InputError when the base's own weights, which peft writes beside an adapted embedding, are not the model's."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in base.items():
-        own = parameters.get(name)
-        if own is None or own.shape != tensor.shape or not torch.equal(own.float(), tensor.to(own.dtype).float()):
+        weight = parameters.get(name)
+        if (
+            weight is None
+            or weight.shape != tensor.shape
+            or not torch.equal(weight.float(), tensor.to(weight.dtype).float())
+        ):
             raise InputError(f"{source} was trained on another base: its {name} is not this model's")
 
 

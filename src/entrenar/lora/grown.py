@@ -31,11 +31,11 @@ def make_room(model: nn.Module, adapter: PeftAdapter, source: str) -> None:
     check_tokens(adapter, embedding.num_embeddings, source)
     names = [f"{name}.weight" for part in (embedding, head) for name, module in model.named_modules() if module is part]
     tied, before = head is not None and is_tied(embedding, head), embedding.num_embeddings
-    found = new_rows(names, adapter, before, source, tied=tied)
+    grown = new_rows(names, adapter, before, source, tied=tied)
     resize_vocabulary(model, adapter.needs_rows)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, rows in found.items():
+        for name, rows in grown.items():
             parameters[name][before:] = rows.to(parameters[name])
 
 

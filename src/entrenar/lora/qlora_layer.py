@@ -87,8 +87,8 @@ class QLoRALayer(LinearAdapter):
 
     def member(self) -> Member:
         """The layer, dropout aside, as layers/adapted_linear.py takes it."""
-        base, own = self.base, self._parameters
-        weight, bias, a, b = base.linear_weight(), base._parameters.get("bias"), own["lora_a"], own["lora_b"]
+        base, factors = self.base, self._parameters
+        weight, bias, a, b = base.linear_weight(), base._parameters.get("bias"), factors["lora_a"], factors["lora_b"]
         scale = self.scale
         return self._member.get((*ids(weight, bias, a, b), scale), lambda: Member(weight, bias, a, b, scale))
 
@@ -112,8 +112,8 @@ class QLoRALayer(LinearAdapter):
 
     def set_base(self, weight: Tensor) -> None:
         """Hold another weight (d_out, d_in), from any device, in the base's format."""
-        held = self.base_weight_quantized
-        self.base = QuantizedLinear(requantize(weight, held).to(held.device), self.base.bias)
+        stored = self.base_weight_quantized
+        self.base = QuantizedLinear(requantize(weight, stored).to(stored.device), self.base.bias)
 
     @property
     def base_bytes(self) -> int:
