@@ -51,13 +51,13 @@ class _Writer:
     def four_bit(self, name: str) -> QuantizedTensor:
         """A weight, fused and quantized."""
         fused, layout = self.model.fused(name), FOUR_BIT[self.type]
-        made = quantize(
+        quantized = quantize(
             fused.weight.to(torch.bfloat16) if fused.before is None else fused.weight,
             format=layout.format, block_size=layout.block_size, double_quant=layout.double_quant, search=True,
             name=name,
         )  # fmt: skip
-        self.measured.append(measure(name, fused, made.dequantize()))
-        return made
+        self.measured.append(measure(name, fused, quantized.dequantize()))
+        return quantized
 
     def _float(self, name: str) -> Tensor:
         fused = self.model.fused(name)
