@@ -207,6 +207,13 @@ def test_a_magnitude_must_be_there_exactly_when_the_config_says_dora(tmp_path: P
     assert f"use_dora = {dora}" in refusal(directory(tmp_path, pair() | extra, use_dora=dora))
 
 
+@pytest.mark.parametrize("name", [f"{LAYER}.weight", f"{LAYER.rpartition('.')[2]}.weight"])
+def test_a_parameter_of_a_plain_layer_is_refused_for_what_it_is(tmp_path: Path, name: str) -> None:
+    told = refusal(directory(tmp_path, target_modules=None, target_parameters=[name]))
+    assert f"adapts {name} as a parameter (target_parameters)" in told
+    assert f"train {LAYER} as a layer (target_modules)" in told
+
+
 def test_loftq_without_what_it_took_is_refused(tmp_path: Path) -> None:
     assert "loftq" in refusal(directory(tmp_path, init_lora_weights="loftq"))
 

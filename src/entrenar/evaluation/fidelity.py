@@ -33,10 +33,10 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids[None, :-1].to(model.device), use_cache=False).logits[0].float().log_softmax(-1).cpu()
 
 
-def fidelity(step: str, live: Tensor, found: Tensor, ids: Tensor) -> ExportStep:
+def fidelity(step: str, live: Tensor, other: Tensor, ids: Tensor) -> ExportStep:
     """Compare log-probabilities (T − 1, V) with the live model's, on ids (T,)."""
-    kl = F.kl_div(found, live, reduction="none", log_target=True).sum(-1).mean().item()
-    loss = F.nll_loss(found, ids[1:]).item()
+    kl = F.kl_div(other, live, reduction="none", log_target=True).sum(-1).mean().item()
+    loss = F.nll_loss(other, ids[1:]).item()
     return ExportStep(step, kl, math.exp(loss) if loss < _LARGEST_LOSS else math.inf)
 
 

@@ -79,8 +79,8 @@ def input_products(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[LazyT
                 model(input_ids=ids[None].to(model.device), use_cache=False)
         return {name: totals[leaders[name]] / tokens for name in names}
 
-    made = _in_groups({name: (modules[name].in_features,) * 2 for name in leaders}, run)
-    return [LazyTensor(f"{tensor.name}.weight", tensor.shape, tensor.make) for tensor in made]
+    matrices = _in_groups({name: (modules[name].in_features,) * 2 for name in leaders}, run)
+    return [LazyTensor(f"{tensor.name}.weight", tensor.shape, tensor.make) for tensor in matrices]
 
 
 @contextmanager
@@ -94,8 +94,8 @@ def _watching(modules: Mapping[str, nn.Module], note: Callable[[str, Tensor], No
     try:
         yield
     finally:
-        for each in hooks:
-            each.remove()
+        for handle in hooks:
+            handle.remove()
 
 
 def _shared_inputs(model: PreTrainedModel, modules: Mapping[str, nn.Linear], ids: Tensor) -> dict[str, str]:
@@ -116,16 +116,16 @@ def _shared_inputs(model: PreTrainedModel, modules: Mapping[str, nn.Linear], ids
 
 def _in_groups(shapes: Mapping[str, tuple[int, ...]], run: _Run) -> list[LazyTensor]:
     """Float32 tensors of these names and shapes, in their order; the first of a group to be made runs for all of it."""
-    held: dict[str, Tensor] = {}
+    group_tensors: dict[str, Tensor] = {}
     group_of: dict[str, tuple[str, ...]] = {}
     for group in _grouped(shapes):
         group_of |= dict.fromkeys(group, group)
 
     def make(name: str) -> Tensor:
-        if name not in held:
-            held.clear()
-            held.update(run(group_of[name]))
-        return held.pop(name)
+        if name not in group_tensors:
+            group_tensors.clear()
+            group_tensors.update(run(group_of[name]))
+        return group_tensors.pop(name)
 
     return [LazyTensor(name, shape, partial(make, name)) for name, shape in shapes.items()]
 
@@ -134,11 +134,11 @@ def _grouped(shapes: Mapping[str, tuple[int, ...]]) -> Iterable[tuple[str, ...]]
     group: list[str] = []
     size = 0
     for name, shape in shapes.items():
-        own = 4 * torch.Size(shape).numel()
-        if group and size + own > GROUP_BYTES:
+        bytes_of_one = 4 * torch.Size(shape).numel()
+        if group and size + bytes_of_one > GROUP_BYTES:
             yield tuple(group)
             group, size = [], 0
         group.append(name)
-        size += own
+        size += bytes_of_one
     if group:
         yield tuple(group)

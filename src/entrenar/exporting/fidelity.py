@@ -77,10 +77,10 @@ def fidelity_table(path: Path) -> list[str]:
     """The table of an export's directory; nothing for an export without a report or without a change."""
     if not (path / REPORT_NAME).is_file():
         return []
-    found = json.loads((path / REPORT_NAME).read_text(encoding="utf-8"))
-    modules = [ModuleFidelity(**module) for module in found["modules"]]
-    lines = Fidelity(found["base"], found["type"], modules).table() if modules else []
-    return [*lines, *(f"{key}: {value:.6g}" for key, value in (found["text"] or {}).items())]
+    report = json.loads((path / REPORT_NAME).read_text(encoding="utf-8"))
+    modules = [ModuleFidelity(**module) for module in report["modules"]]
+    lines = Fidelity(report["base"], report["type"], modules).table() if modules else []
+    return [*lines, *(f"{key}: {value:.6g}" for key, value in (report["text"] or {}).items())]
 
 
 def weighted_survival(modules: Iterable[ModuleFidelity]) -> float | None:

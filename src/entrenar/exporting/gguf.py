@@ -78,11 +78,11 @@ def write_gguf(
     file_type, shape = FILE_TYPES[type], _choice(config, tensors)
     weights = _of_columns(importance or {}, family, shape.tied)
     typed = [(tensor, type_of(tensor.name, tensor.shape, file_type, shape)) for tensor in tensors]
-    made = {"general.file_type": int(file_type.number), "general.quantization_version": gguf.GGML_QUANT_VERSION}
+    general = {"general.file_type": int(file_type.number), "general.quantization_version": gguf.GGML_QUANT_VERSION}
     with atomic_file(path) as temporary:
         write_gguf_file(
             temporary,
-            {**keys, **made},
+            {**keys, **general},
             [
                 GGUFTensor(tensor.name, tensor.shape, kind, partial(_encode, tensor, kind, weights.get(tensor.name)))
                 for tensor, kind in typed
@@ -145,12 +145,12 @@ def vocabulary_metadata(
         "add_eos_token": words.adds_eos or None, "add_space_prefix": words.adds_space_prefix,
         **{f"{name}_token_id": index for name, index in words.special_ids.items()},
     }  # fmt: skip
-    found: Metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
-    found |= _template_keys(words.chat_templates)
-    check_same_ids(tokenizer, found, say)
+    written: Metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
+    written |= _template_keys(words.chat_templates)
+    check_same_ids(tokenizer, written, say)
     if words.unmarked_ends:
         say(f"a GGUF has keys for three ends of an answer; {listing(words.unmarked_ends)} must be known by its text")
-    return found
+    return written
 
 
 def _template_keys(templates: Mapping[str, str]) -> Metadata:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError, listing
 from entrenar.exporting.base_tensors import BaseTensors, BaseWeight
 from entrenar.files.peft import PeftAdapter
+from entrenar.files.peft_tensors import ROWS_END
 from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.attach import adapt, adaptable_names, expected_layers, refuse_breaking
 from entrenar.lora.fusing import Fused, fuse, fuse_expert
@@ -21,7 +22,7 @@ from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.matching import check_complete, named_by
 from entrenar.lora.saved import check_saved
 from entrenar.lora.spec import spec_of
-from entrenar.lora.token_rows import ROWS, extended, shared_rows
+from entrenar.lora.token_rows import extended, shared_rows
 from entrenar.models.experts import ExpertWeight
 
 
@@ -110,7 +111,7 @@ class Overlay:
         known = {*adaptable_names(base.meta)} | projections
         shapes = {name: tuple(p.shape) for name, p in base.meta.named_parameters(remove_duplicate=False)}
         shapes |= {name: (self.vocabulary, *shapes[name][1:]) for name in base.ends}
-        rows = {f"{name.removesuffix('weight')}{ROWS}" for name in self._rows}
+        rows = {f"{name.removesuffix('weight')}{ROWS_END}" for name in self._rows}
         unknown = [name for name in layers if name not in known]
         unknown += [n for n, tensor in saved.items() if shapes.get(n) != tuple(tensor.shape) and n not in rows]
         if unknown:
@@ -145,7 +146,7 @@ class Overlay:
         )
         trained: dict[str, tuple[list[int], Tensor]] = {}
         for name, tokens in chosen.items():
-            rows = adapter.tensors.saved.get(f"{name}.{ROWS}")
+            rows = adapter.tensors.saved.get(f"{name}.{ROWS_END}")
             if rows is None or len(rows) != len(tokens):
                 raise InputError(f"the adapter has no rows for {len(tokens)} tokens of {name}: save it again")
             trained |= {f"{path}.weight": (tokens, rows) for path in (names if shares else [name])}

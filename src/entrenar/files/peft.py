@@ -19,6 +19,7 @@ from entrenar.files.peft_tensors import (
     A_END,
     MAGNITUDE_END,
     PLAIN_ENDS,
+    WRAPPED,
     AdapterTensors,
     LayerTensors,
     embedding_rows,
@@ -36,7 +37,7 @@ _BASE_KEY = "entrenar.base_format"
 # Parameters that are adapted as such (peft's target_parameters), in the order in which peft wraps their module: the
 # first is innermost. Here each counts as a layer of its own.
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
-_EXPERTS, _WRAPPED = "experts", ".base_layer"
+_EXPERTS = "experts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,12 @@ def _is_named(layer: str, targets: Sequence[str]) -> bool:
     return any(layer == target or layer.endswith(f".{target}") for target in targets)
 
 
+def _is_of(target: str, module: str) -> bool:
+    """Whether a name of target_parameters can be that of a parameter of the module."""
+    owner, _, leaf = target.rpartition(".")
+    return bool(leaf) and _is_named(module, [owner] if owner else [])
+
+
 def _wrapped(layers: LayerTensors, parameters: Sequence[str]) -> LayerTensors:
     """Layers that are parameters under peft's keys: those of their module, with a `base_layer` for each one around."""
     named: LayerTensors = {}
@@ -119,7 +126,7 @@ def _wrapped(layers: LayerTensors, parameters: Sequence[str]) -> LayerTensors:
         module, _, leaf = name.rpartition(".")
         if leaf in EXPERT_PARAMETERS and _is_named(name, parameters):
             around = EXPERT_PARAMETERS[EXPERT_PARAMETERS.index(leaf) + 1 :]
-            name = module + _WRAPPED * sum(f"{module}.{other}" in layers for other in around)
+            name = module + WRAPPED * sum(f"{module}.{other}" in layers for other in around)
         named[name] = parts
     return named
 
@@ -128,13 +135,20 @@ def _unwrapped(layers: LayerTensors, parameters: Sequence[str], source: Path) ->
     """The reverse; which parameters of a module are meant, the targets say.
 
     Raises:
-        InputError: a module has more or fewer pairs of factors than the targets name of it.
+        InputError: a module has more or fewer pairs of factors than the targets name of it, or is no mixture's experts.
     """
     named: LayerTensors = {}
-    for module in dict.fromkeys(name.removesuffix(_WRAPPED) for name in layers):
+    for module in dict.fromkeys(name.removesuffix(WRAPPED) for name in layers):
         holds = module.rpartition(".")[2] == _EXPERTS
         chosen = [leaf for leaf in EXPERT_PARAMETERS if holds and _is_named(f"{module}.{leaf}", parameters)]
-        pairs = [name for name in (module + _WRAPPED, module) if name in layers]  # the innermost first
+        others = [target for target in parameters if not chosen and _is_of(target, module)]
+        if others:
+            raise InputError(
+                f"{source} adapts {listing(others)} as a parameter (target_parameters), which is read for the "
+                f"{' and '.join(EXPERT_PARAMETERS)} of a mixture's experts alone: train {module} as a layer "
+                "(target_modules)"
+            )
+        pairs = [name for name in (module + WRAPPED, module) if name in layers]  # the innermost first
         if len(pairs) != max(len(chosen), 1) or module not in layers:
             count = f"{len(pairs)} pairs of factors at {module}"
             raise InputError(f"{source} has {count}, of which its target_parameters name {listing(chosen) or 'none'}")

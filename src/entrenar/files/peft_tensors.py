@@ -18,14 +18,15 @@ from entrenar.files.lazy_tensor import LazyTensor
 from entrenar.files.safetensors import SafetensorsCheckpoint, write_file
 
 _PREFIX = "base_model.model."
-# The ends of a layer's keys; the sets in which they belong together.
+# The ends of a layer's keys; the sets in which they belong together. No other file spells out a word of PEFT's keys.
 A_END, B_END, MAGNITUDE_END = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 PLAIN_ENDS = {A_END, B_END}
 EMBEDDING_ENDS = ("lora_embedding_A", "lora_embedding_B")
 _SUFFIXES = tuple(f".{end}" for end in (A_END, B_END, MAGNITUDE_END, *EMBEDDING_ENDS))
 _TOGETHER = (PLAIN_ENDS, {*PLAIN_ENDS, MAGNITUDE_END}, {*EMBEDDING_ENDS})
-_BASE_BIAS, _BASE_WEIGHT = ".base_layer.bias", ".base_layer.weight"
-_ROWS = ".token_adapter.trainable_tokens_delta"  # of chosen tokens, see lora/token_rows.py
+WRAPPED = ".base_layer"  # the module that an adapted one is laid over
+_BASE_BIAS, _BASE_WEIGHT = f"{WRAPPED}.bias", f"{WRAPPED}.weight"
+ROWS_END = "token_adapter.trainable_tokens_delta"  # whole rows of chosen tokens, see lora/token_rows.py
 # What peft's save_embedding_layers leaves of a module in modules_to_save: the copy once more, and the base's own.
 _COPY, _ORIGINAL = ".modules_to_save.weight", ".original_module.weight"
 # Embeddings and heads, whose base weights peft writes beside an adapter when the vocabulary has another size.
@@ -133,7 +134,7 @@ def _place(
     name: str, adapter: AdapterTensors, modules_to_save: Sequence[str] | None, bias: str
 ) -> tuple[dict[str, Tensor], str] | None:
     """Where a tensor that is no part of a layer's adapter belongs, and under which name; None: nowhere."""
-    if name.endswith(_ROWS):
+    if name.endswith(f".{ROWS_END}"):
         return adapter.saved, name
     for end in (_BASE_WEIGHT, _ORIGINAL):
         if name.endswith(end):

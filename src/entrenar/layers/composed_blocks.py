@@ -17,6 +17,7 @@ from entrenar import native
 from entrenar.layers.adapted_composed import backward_composed, forward_composed, rows_of
 from entrenar.layers.adapted_native import Member, Used, factors_of, with_factors
 from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Norm, Rotation
+from entrenar.ops.elementwise import gated_activation, rms_norm, rotary  # noqa: F401 - registered when imported
 from entrenar.ops.registration import compute
 
 _Saved = list[Tensor | None]

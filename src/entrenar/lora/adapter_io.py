@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import BaseFormat, LayerTensors, PeftAdapter, read_adapter, write_adapter
-from entrenar.files.peft_tensors import A_END, B_END, MAGNITUDE_END
+from entrenar.files.peft_tensors import A_END, B_END, MAGNITUDE_END, ROWS_END
 from entrenar.layers.quantized_embedding import QuantizedEmbedding
 from entrenar.layers.quantized_experts import ExpertProjection
 from entrenar.lora.attach import (
@@ -34,7 +34,7 @@ from entrenar.lora.plain import as_plain
 from entrenar.lora.saved import saved_modules
 from entrenar.lora.spec import LoraSpec, spec_of
 from entrenar.lora.tensors import adapter_tensors, set_tensors
-from entrenar.lora.token_rows import ROWS, TokenRows
+from entrenar.lora.token_rows import TokenRows
 from entrenar.quant.registry import AS_STORED_FORMATS
 
 
@@ -157,8 +157,12 @@ def _check_base(model: nn.Module, base: Mapping[str, Tensor], source: str) -> No
     """InputError when the base's own weights, which peft writes beside an adapted embedding, are not the model's."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in base.items():
-        own = parameters.get(name)
-        if own is None or own.shape != tensor.shape or not torch.equal(own.float(), tensor.to(own.dtype).float()):
+        weight = parameters.get(name)
+        if (
+            weight is None
+            or weight.shape != tensor.shape
+            or not torch.equal(weight.float(), tensor.to(weight.dtype).float())
+        ):
             raise InputError(f"{source} was trained on another base: its {name} is not this model's")
 
 
@@ -179,7 +183,9 @@ def _base_format(layers: Mapping[str, AdapterLayer]) -> BaseFormat | None:
 def _bias(trained: Mapping[str, Tensor], saved: Mapping[str, nn.Module], layers: Mapping[str, AdapterLayer]) -> str:
     """Which of peft's words says what biases are trained beside `saved` modules."""
     inside = tuple(f"{path}." for path in saved)
-    owners = {name.rpartition(".")[0] for name in trained if not name.startswith(inside) and not name.endswith(ROWS)}
+    owners = {
+        name.rpartition(".")[0] for name in trained if not name.startswith(inside) and not name.endswith(ROWS_END)
+    }
     if not owners:
         return "none"
     return "lora_only" if owners <= layers.keys() else "all"

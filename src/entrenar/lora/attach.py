@@ -14,7 +14,7 @@ from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.lora.experts import ExpertLoRALayer
 from entrenar.lora.initial import Original, Starter, fresh_start
 from entrenar.lora.kinds import incompatible, kind_of
-from entrenar.lora.lora_layer import LoRALayer
+from entrenar.lora.linear_adapter import LinearAdapter
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.matching import (
     ALL_LINEAR,
@@ -26,7 +26,6 @@ from entrenar.lora.matching import (
     saved_whole,
     unused,
 )
-from entrenar.lora.qlora_layer import QLoRALayer
 from entrenar.lora.saved import trainable_copies
 from entrenar.lora.spec import LoraSpec, config_layers
 from entrenar.lora.token_rows import embedding_and_head, is_tied, rows_for, token_rows
@@ -240,7 +239,7 @@ def adapt(name: str, module: nn.Module, spec: LoraSpec, start: Starter) -> Adapt
     assert kind is not None  # match_targets yields nothing else
     try:
         layer = kind.adapt(module, spec.for_layer(name))
-        if not isinstance(layer, LoRALayer | QLoRALayer):
+        if not isinstance(layer, LinearAdapter):
             if spec.dora:
                 raise InputError("DoRA is for linear layers: leave it out of the targets")
             if isinstance(layer, ExpertLoRALayer) and spec.init != "default":

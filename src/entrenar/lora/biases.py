@@ -30,6 +30,6 @@ def copies_with_trained_bias(model: nn.Module, replaced: Sequence[str]) -> dict[
 def _copy(module: nn.Module) -> nn.Module:
     bias = module.get_parameter("bias")
     shared = {id(parameter): parameter for parameter in module.parameters() if parameter is not bias}
-    made = copy.deepcopy(module, dict(shared))
-    made.bias = nn.Parameter(bias.detach().clone(), requires_grad=True)
-    return made
+    copied = copy.deepcopy(module, dict(shared))
+    copied.bias = nn.Parameter(bias.detach().clone(), requires_grad=True)
+    return copied

@@ -15,6 +15,7 @@ from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import AdapterTensors, LayerTensors, PeftAdapter
 from entrenar.files.peft_tensors import A_END, B_END
 from entrenar.lora.initial import Pair, principal
+from entrenar.lora.spec import of_scale_one
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,11 @@ def combine(
 
 def adapter_of_pairs(layers: Mapping[str, Pair], like: PeftAdapter | None = None) -> PeftAdapter:
     """An adapter of scale 1 from factors; its base is that of `like`."""
-    ranks = {name: len(a) for name, (a, _) in layers.items()}
-    rank = max(ranks.values())
-    pattern = {name: own for name, own in ranks.items() if own != rank}
     tensors: LayerTensors = {name: {A_END: a, B_END: b} for name, (a, b) in layers.items()}
     return PeftAdapter(
-        rank=rank, alpha=float(rank), dropout=0.0, targets=list(layers), rank_pattern=pattern,
-        alpha_pattern={name: float(own) for name, own in pattern.items()}, tensors=AdapterTensors(tensors),
-        base_model=like.base_model if like else None, base_format=like.base_format if like else None,
+        **of_scale_one({name: len(a) for name, (a, _) in layers.items()}), dropout=0.0, targets=list(layers),
+        tensors=AdapterTensors(tensors), base_model=like.base_model if like else None,
+        base_format=like.base_format if like else None,
     )  # fmt: skip
 
 
@@ -138,9 +136,9 @@ def _dare_ties(
 def _largest(delta: Tensor, density: float) -> Tensor:
     """The `density` share of largest magnitude, zeros elsewhere."""
     count = int(density * delta.numel())
-    kept = torch.zeros(delta.numel())
-    kept[delta.abs().flatten().topk(count).indices] = 1
-    return delta * kept.view(delta.shape)
+    mask = torch.zeros(delta.numel())
+    mask[delta.abs().flatten().topk(count).indices] = 1
+    return delta * mask.view(delta.shape)
 
 
 def _dropped(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:

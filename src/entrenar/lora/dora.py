@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from entrenar.files.peft_tensors import MAGNITUDE_END
 from entrenar.layers.adapted_linear import adapted_linears, low_rank
 from entrenar.layers.quantized_linear import in_compute_dtype
-from entrenar.lora.lora_layer import LoRALayer
+from entrenar.lora.linear_adapter import LinearAdapter
 from entrenar.lora.low_rank import AdapterLayer, check_input
-from entrenar.lora.qlora_layer import QLoRALayer
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -31,7 +30,7 @@ class DoRALayer(AdapterLayer):
         plain: the layer it is made over, whose factors it shares; its base is held as it is.
     """
 
-    def __init__(self, plain: LoRALayer | QLoRALayer) -> None:
+    def __init__(self, plain: LinearAdapter) -> None:
         super().__init__()
         self.rank, self.alpha, self.dropout, self.scale = plain.rank, plain.alpha, plain.dropout, plain.scale
         self.d_in, self.d_out, self.rslora = plain.d_in, plain.d_out, plain.rslora
@@ -48,7 +47,7 @@ class DoRALayer(AdapterLayer):
     @property
     def bias(self) -> Tensor | None:
         """The bias (d_out,)."""
-        return self.plain.bias
+        return self.plain.base_bias()
 
     @property
     def runs_alone(self) -> bool:
@@ -92,7 +91,3 @@ class DoRALayer(AdapterLayer):
     def merge_to_f32(self) -> Tensor:
         """W', (d_out, d_in) float32."""
         return self.plain.merge_to_f32() * (self.lora_magnitude.detach() / self.row_norms())[:, None]
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows of this layer."""
-        return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scale={self.scale:g}"

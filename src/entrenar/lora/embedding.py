@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from entrenar.files.peft_tensors import EMBEDDING_ENDS
-from entrenar.lora.low_rank import AdapterLayer, delta, draw, init_factors
+from entrenar.lora.low_rank import AdapterLayer, draw, init_factors
 
 
 class EmbeddingLoRALayer(AdapterLayer):
@@ -47,11 +47,3 @@ class EmbeddingLoRALayer(AdapterLayer):
     def base_to_f32(self) -> Tensor:
         """The base's weight as (d_out, d_in) float32."""
         return self.base.weight.detach().float().t()
-
-    def merge_to_f32(self) -> Tensor:
-        """W + scale·B·A as (d_out, d_in) float32."""
-        return self.base_to_f32() + delta(self)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows of this layer."""
-        return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scale={self.scale:g}"

@@ -52,8 +52,8 @@ class ExpertLoRALayer(AdapterLayer):
         parts = b.split([stack.d_out for stack in self.base.each()], dim=1)
         halves = [part.unbind(0) for part in parts]
         return [
-            tuple(Member(one.weight, None, own, half[e], self.scale) for one, half in zip(plain, halves, strict=True))
-            for e, (plain, own) in enumerate(zip(self.base.members(), a.unbind(0), strict=True))
+            tuple(Member(one.weight, None, first, half[e], self.scale) for one, half in zip(plain, halves, strict=True))
+            for e, (plain, first) in enumerate(zip(self.base.members(), a.unbind(0), strict=True))
         ]
 
     def base_bias(self) -> Tensor | None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import PeftAdapter
-from entrenar.lora.token_rows import ROWS, embedding_and_head, is_tied, resize_vocabulary
+from entrenar.files.peft_tensors import ROWS_END
+from entrenar.lora.token_rows import embedding_and_head, is_tied, resize_vocabulary
 
 _GAP = 1 << 16  # rows that a vocabulary may have been padded by
 
@@ -30,17 +31,17 @@ def make_room(model: nn.Module, adapter: PeftAdapter, source: str) -> None:
     check_tokens(adapter, embedding.num_embeddings, source)
     names = [f"{name}.weight" for part in (embedding, head) for name, module in model.named_modules() if module is part]
     tied, before = head is not None and is_tied(embedding, head), embedding.num_embeddings
-    found = new_rows(names, adapter, before, source, tied=tied)
+    grown = new_rows(names, adapter, before, source, tied=tied)
     resize_vocabulary(model, adapter.needs_rows)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, rows in found.items():
+        for name, rows in grown.items():
             parameters[name][before:] = rows.to(parameters[name])
 
 
 def check_tokens(adapter: PeftAdapter, before: int, source: str) -> None:
     """InputError for tokens without rows in the file, or so far beyond the model's that they are no next ones."""
-    rows = {len(tensor) for name, tensor in adapter.tensors.saved.items() if name.endswith(ROWS)}
+    rows = {len(tensor) for name, tensor in adapter.tensors.saved.items() if name.endswith(ROWS_END)}
     for name, tokens in adapter.token_indices.items():
         if len(tokens) not in rows or max(tokens) >= before + len(tokens) + _GAP:
             raise InputError(

@@ -17,14 +17,14 @@ from entrenar.core.errors import InputError
 from entrenar.files.peft import TAKEN_NAME, PeftAdapter
 from entrenar.files.peft_config import CHANGES_BASE
 from entrenar.files.peft_tensors import A_END, B_END
+from entrenar.lora.linear_adapter import LinearAdapter
 from entrenar.lora.lora_layer import LoRALayer
 from entrenar.lora.low_rank import draw
-from entrenar.lora.qlora_layer import QLoRALayer
 
 # A layer's name → its weight (d_out, d_in) before it was quantized.
 Original = Callable[[str], Tensor]
 # Starts the factors of a layer, given its name, and its base with them.
-Starter = Callable[[str, LoRALayer | QLoRALayer], None]
+Starter = Callable[[str, LinearAdapter], None]
 # What a base does to a weight: (d_out, d_in) float32 → the same as the base will hold it.
 Rounding = Callable[[Tensor], Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -115,7 +115,7 @@ def fresh_start(init: str, original: Original | None) -> Starter:
     row = get_initial(init)
 
     @torch.no_grad()
-    def start(name: str, layer: LoRALayer | QLoRALayer) -> None:
+    def start(name: str, layer: LinearAdapter) -> None:
         if row.redraw is not None:
             row.redraw(layer.lora_a, layer.rank)
         if row.start is None:
@@ -149,7 +149,7 @@ def start_again(adapter: PeftAdapter, original: Original | None) -> Starter:
         return fresh_start(init, original)
 
     @torch.no_grad()
-    def start(name: str, layer: LoRALayer | QLoRALayer) -> None:
+    def start(name: str, layer: LinearAdapter) -> None:
         if name not in adapter.taken:
             raise InputError(f"the adapter's {TAKEN_NAME} lacks this layer")
         taken = adapter.taken[name]
@@ -159,7 +159,7 @@ def start_again(adapter: PeftAdapter, original: Original | None) -> Starter:
     return start
 
 
-def _weight_before(name: str, layer: LoRALayer | QLoRALayer, original: Original | None) -> Tensor:
+def _weight_before(name: str, layer: LinearAdapter, original: Original | None) -> Tensor:
     """The weight (d_out, d_in) float32 of a layer before it was quantized."""
     if isinstance(layer, LoRALayer):
         return layer.base_to_f32().cpu()
@@ -171,7 +171,7 @@ def _weight_before(name: str, layer: LoRALayer | QLoRALayer, original: Original 
     return original(name).float()
 
 
-def _take(layer: LoRALayer | QLoRALayer, init: str, weight: Tensor, taken: Pair) -> None:
+def _take(layer: LinearAdapter, init: str, weight: Tensor, taken: Pair) -> None:
     """Make W − B₀·A₀ the base, and remember what was taken: it is needed to make that base again."""
     a, b = taken
     if a.shape != layer.lora_a.shape or b.shape != layer.lora_b.shape:

@@ -4,19 +4,12 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.layers.adapted_linear import Member
-from entrenar.lora.low_rank import (
-    AdapterLayer,
-    MemoryStats,
-    adapted_forward,
-    delta,
-    init_factors,
-    memory_stats,
-    outside,
-)
+from entrenar.lora.linear_adapter import LinearAdapter
+from entrenar.lora.low_rank import init_factors, outside
 from entrenar.ops.linear.weight import DenseWeight
 
 
-class LoRALayer(AdapterLayer):
+class LoRALayer(LinearAdapter):
     """y = x·W₀ᵀ + bias + scale·B(A(x)), scale = alpha / rank; W₀ (d_out, d_in) is frozen, A and B are trained.
 
     Args:
@@ -57,25 +50,12 @@ class LoRALayer(AdapterLayer):
         """The weight for code outside the layer, see `outside`."""
         return outside(self, self.base_weight.dtype, self.base_weight.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X (..., d_in) → (..., d_out), computed in the dtype of x; a merged layer runs its base alone."""
-        return adapted_forward(self, x)
-
     def member(self) -> Member:
         """The layer, dropout aside, as layers/adapted_linear.py takes it."""
         weight = DenseWeight(self.base_weight)
         if self.is_merged:
             return Member(weight, self.bias)
         return Member(weight, self.bias, self.lora_a, self.lora_b, self.scale)
-
-    @property
-    def runs_alone(self) -> bool:
-        """While dropout is at work or the bias is trained."""
-        return self.is_dropping or (self.bias is not None and self.bias.requires_grad)
-
-    def trainable_params(self) -> list[nn.Parameter]:
-        """[A, B]."""
-        return [self.lora_a, self.lora_b]
 
     def merge(self) -> None:
         """Add scale·B·A into `base_weight`; the weight before is kept: `unmerge` is exact. Twice is an error."""
@@ -89,10 +69,6 @@ class LoRALayer(AdapterLayer):
         if self._unmerged is None:
             raise InputError("this layer is not merged: there is nothing to undo")
         self.base_weight.data, self._unmerged = self._unmerged, None
-
-    def merge_to_f32(self) -> Tensor:
-        """W₀ + scale·B·A, (d_out, d_in) float32, whether merged or not."""
-        return self.base_to_f32() + delta(self)
 
     def base_bias(self) -> Tensor | None:
         """The bias (d_out,)."""
@@ -110,10 +86,7 @@ class LoRALayer(AdapterLayer):
         """Hold another weight (d_out, d_in) as the base is held; a Parameter of its own, not the one given before."""
         self.base_weight = nn.Parameter(weight.to(self.base_weight), requires_grad=False)
 
-    def memory_stats(self) -> MemoryStats:
-        """Bytes of base and adapter."""
-        return memory_stats(self, self.base_weight.numel() * self.base_weight.element_size())
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows of this layer."""
-        return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scale={self.scale:g}"
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the base's weight."""
+        return self.base_weight.numel() * self.base_weight.element_size()

@@ -38,7 +38,7 @@ class MemoryStats:
 
 
 class AdapterLayer(nn.Module):
-    """The interface of an adapted layer: what attach, save, fuse and export ask of it. It holds no computation.
+    """The interface of an adapted layer: what attach, save, fuse and export ask of it. Subclasses say how they compute.
 
     `is_transposed`: the module it stands for keeps its weight as (d_in, d_out), as GPT-2's Conv1D does.
     """
@@ -94,8 +94,12 @@ class AdapterLayer(nn.Module):
         raise NotImplementedError
 
     def merge_to_f32(self) -> Tensor:
-        """Base + scale·B·A, (d_out, d_in) float32."""
-        raise NotImplementedError
+        """Base + scale·B·A, (d_out, d_in) float32, whether a layer is merged or not."""
+        return self.base_to_f32() + delta(self)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of this layer."""
+        return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scale={self.scale:g}"
 
 
 def init_factors(

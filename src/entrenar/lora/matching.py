@@ -66,24 +66,24 @@ def _layer_of(name: str, pattern: Sequence[str] | str | None) -> int | None:
 
 def saved_whole(names: Iterable[str], saved: Sequence[str]) -> list[str]:
     """The paths of the modules that `modules_to_save` names, without what lies within one of them."""
-    found: list[str] = []
+    paths: list[str] = []
     inside: tuple[str, ...] = ()
     for name in names:  # parents come first
         if name and any(name.endswith(word) for word in saved) and not name.startswith(inside):
-            found.append(name)
+            paths.append(name)
             inside = (*inside, f"{name}.")
-    return found
+    return paths
 
 
-def check_complete(found: Sequence[str], expected: Iterable[str], source: str) -> None:
+def check_complete(layers: Sequence[str], expected: Iterable[str], source: str) -> None:
     """InputError unless the layers that an adapter's file has are those that its config names.
 
     peft leaves the first kind without an adapter (its warning: missing adapter keys), and what the file has beyond its
     config unused.
     """
-    wanted, have = list(expected), set(found)
+    wanted, have = list(expected), set(layers)
     missing = [name for name in wanted if name not in have]
-    beyond = [name for name in found if name not in set(wanted)]
+    beyond = [name for name in layers if name not in set(wanted)]
     if missing:
         raise InputError(
             f"{source} has no factors for {len(missing)} layers of this model that its config names, so it is "

@@ -11,7 +11,7 @@ import torch
 from entrenar.core.errors import InputError
 from entrenar.files.peft import AdapterTensors, PeftAdapter
 from entrenar.files.peft_tensors import A_END, B_END
-from entrenar.lora.spec import spec_of
+from entrenar.lora.spec import of_scale_one, spec_of
 
 
 def as_plain(adapter: PeftAdapter) -> PeftAdapter:
@@ -34,10 +34,5 @@ def as_plain(adapter: PeftAdapter) -> PeftAdapter:
             B_END: torch.cat([b * scales[name], -taken[B_END]], dim=1),
         }
     ranks = {name: len(parts[A_END]) for name, parts in layers.items() if name in scales}
-    rank = max(ranks.values())
-    pattern = {name: own for name, own in ranks.items() if own != rank}
-    return replace(
-        adapter, rank=rank, alpha=float(rank), rank_pattern=pattern, rslora=False, init=True, taken={},
-        alpha_pattern={name: float(own) for name, own in pattern.items()},
-        tensors=AdapterTensors(layers, adapter.tensors.saved),
-    )  # fmt: skip
+    tensors = AdapterTensors(layers, adapter.tensors.saved)
+    return replace(adapter, **of_scale_one(ranks), rslora=False, init=True, taken={}, tensors=tensors)

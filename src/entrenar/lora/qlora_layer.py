@@ -2,26 +2,19 @@
 
 from typing import NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from entrenar.core.errors import InputError
 from entrenar.layers.adapted_linear import Member
 from entrenar.layers.quantized_linear import QuantizedLinear
+from entrenar.lora.linear_adapter import LinearAdapter
 from entrenar.lora.lora_layer import LoRALayer
-from entrenar.lora.low_rank import (
-    AdapterLayer,
-    MemoryStats,
-    adapted_forward,
-    delta,
-    init_factors,
-    memory_stats,
-    outside,
-)
+from entrenar.lora.low_rank import init_factors, outside
 from entrenar.native.cached import Cached, ids
 from entrenar.quant.tensor import QuantizedTensor, quantize, requantize
 
 
-class QLoRALayer(AdapterLayer):
+class QLoRALayer(LinearAdapter):
     """y = x·dequantize(W)ᵀ + bias + scale·B(A(x)); W is never changed in place, and only its packed bytes are kept.
 
     Args:
@@ -92,35 +85,18 @@ class QLoRALayer(AdapterLayer):
         """The bias (d_out,)."""
         return self.base.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """X (..., d_in) → (..., d_out), computed in the dtype of x."""
-        return adapted_forward(self, x)
-
     def member(self) -> Member:
         """The layer, dropout aside, as layers/adapted_linear.py takes it."""
-        base, own = self.base, self._parameters
-        weight, bias, a, b = base.linear_weight(), base._parameters.get("bias"), own["lora_a"], own["lora_b"]
+        base, factors = self.base, self._parameters
+        weight, bias, a, b = base.linear_weight(), base._parameters.get("bias"), factors["lora_a"], factors["lora_b"]
         scale = self.scale
         return self._member.get((*ids(weight, bias, a, b), scale), lambda: Member(weight, bias, a, b, scale))
-
-    @property
-    def runs_alone(self) -> bool:
-        """While dropout is at work or the bias is trained."""
-        return self.is_dropping or (self.base.bias is not None and self.base.bias.requires_grad)
-
-    def trainable_params(self) -> list[nn.Parameter]:
-        """[A, B]."""
-        return [self.lora_a, self.lora_b]
 
     def merge(self) -> NoReturn:
         """Not possible in place; the error names `merge_to_f32`."""
         raise InputError(
             "a quantized base is never changed in place: merge_to_f32() gives the merged weight in float32"
         )
-
-    def merge_to_f32(self) -> Tensor:
-        """dequantize(W) + scale·B·A, (d_out, d_in) float32."""
-        return self.base_to_f32() + delta(self)
 
     def base_bias(self) -> Tensor | None:
         """The bias (d_out,)."""
@@ -136,13 +112,10 @@ class QLoRALayer(AdapterLayer):
 
     def set_base(self, weight: Tensor) -> None:
         """Hold another weight (d_out, d_in), from any device, in the base's format."""
-        held = self.base_weight_quantized
-        self.base = QuantizedLinear(requantize(weight, held).to(held.device), self.base.bias)
+        stored = self.base_weight_quantized
+        self.base = QuantizedLinear(requantize(weight, stored).to(stored.device), self.base.bias)
 
-    def memory_stats(self) -> MemoryStats:
-        """Bytes of base and adapter."""
-        return memory_stats(self, self.base_weight_quantized.memory_bytes)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows of this layer."""
-        return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank}, scale={self.scale:g}"
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the packed base."""
+        return self.base_weight_quantized.memory_bytes

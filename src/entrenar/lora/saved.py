@@ -45,11 +45,11 @@ def trainable_copies(
         raise InputError(f"{listing(twice, 3)} cannot be a target and in modules_to_save: choose one")
     if not keeps_ties:
         return {name: _trainable(name, module, {}) for name, module in named.items()}
-    own = {id(parameter) for module in named.values() for parameter in module.parameters()}
+    trained = {id(parameter) for module in named.values() for parameter in module.parameters()}
     tied = {
         name: module
         for name, module in modules.items()
-        if name not in named and name not in adapted and any(id(p) in own for p in module.parameters(recurse=False))
+        if name not in named and name not in adapted and any(id(p) in trained for p in module.parameters(recurse=False))
         and not any(name.startswith(f"{one}.") for one in named)
     }  # fmt: skip
     memo: dict[int, Any] = {}
@@ -86,11 +86,11 @@ def _trainable(name: str, module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for parameter in module.parameters():  # the memo gives tied copies one parameter
         if id(parameter) not in memo:
             memo[id(parameter)] = nn.Parameter(parameter.detach().float().clone(), requires_grad=True)
-    made = copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
     if dtype != torch.float32:
-        made.forward = MethodType(partial(_forward_in_float32, dtype=dtype), made)
-    _SAVED_WHOLE.hang(made, True)
-    return made
+        copied.forward = MethodType(partial(_forward_in_float32, dtype=dtype), copied)
+    _SAVED_WHOLE.hang(copied, True)
+    return copied
 
 
 def _forward_in_float32(self: nn.Module, *inputs: Any, dtype: torch.dtype, **options: Any) -> Any:

@@ -85,10 +85,10 @@ class Adapters:
         seed: int = 0,
     ) -> float:
         """Make one adapter of several, `name`, and return the share that its rank lost; see lora/combine.py."""
-        adapters = {each: held.adapter for each, held in self._sets.items()}
-        found = combine(adapters, weights, method, rank=rank, density=density, seed=seed)
-        self.add(found.adapter, name)
-        return found.error
+        adapters = {known: one.adapter for known, one in self._sets.items()}
+        combined = combine(adapters, weights, method, rank=rank, density=density, seed=seed)
+        self.add(combined.adapter, name)
+        return combined.error
 
     def save(self, name: str, directory: str | Path) -> None:
         """Write the adapter `name` as it was loaded or combined, as a PEFT directory."""

@@ -1,7 +1,8 @@
 """What an adapter is to be, before there is a model: its options, checked, and how its factors start."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from entrenar.core.errors import InputError
 from entrenar.files.lora_options import BIASES, LoraOptions
@@ -57,6 +58,14 @@ def _check_ranks(adapter: PeftAdapter, spec: LoraSpec) -> None:
                 f"the adapter has A and B of shapes {tuple(a.shape)} and {tuple(b.shape)} at {name}, and its config "
                 f"gives that layer the rank {rank}: they do not belong together"
             )
+
+
+def of_scale_one(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The options `rank`, `alpha` and their patterns by which every layer has its rank, and a scale of 1."""
+    rank = max(ranks.values())
+    others = {name: number for name, number in ranks.items() if number != rank}
+    alphas = {name: float(number) for name, number in others.items()}
+    return {"rank": rank, "alpha": float(rank), "rank_pattern": others, "alpha_pattern": alphas}
 
 
 def config_layers(names: Sequence[str], spec: LoraOptions) -> list[str]:

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
 from entrenar.files.peft import AdapterTensors, LayerTensors
+from entrenar.files.peft_tensors import ROWS_END
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.saved import is_saved
-from entrenar.lora.token_rows import ROWS, TokenRows
+from entrenar.lora.token_rows import TokenRows
 
 
 def adapter_tensors(model: nn.Module) -> AdapterTensors:
@@ -58,7 +59,7 @@ def outermost(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module
 
 def _whole(module: nn.Module) -> dict[str, nn.Parameter]:
     if isinstance(module, TokenRows):  # a head's that are the embedding's are written once
-        return {} if module.is_tied else {ROWS: module.rows}
+        return {} if module.is_tied else {ROWS_END: module.rows}
     if is_saved(module):
         return dict(module.named_parameters())
     named = module.named_parameters(recurse=isinstance(module, AdapterLayer))

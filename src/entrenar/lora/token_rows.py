@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError, listing
 from entrenar.lora.matching import has_suffix
 
-ROWS = "token_adapter.trainable_tokens_delta"  # peft's name; they are whole rows
 Indices = Mapping[str, Sequence[int]]
 """End of a module's name (`embed_tokens`, `lm_head`; "": the embedding) → the tokens whose rows are trained."""
 
@@ -54,13 +53,13 @@ class TokenRows(nn.Module):
 
     def _look_up(self, ids: Tensor) -> Tensor:
         plain, places = self.base(ids), self.get_buffer("_places")[ids]
-        own = F.embedding(places.clamp(min=0), self.rows) * getattr(self.base, "embed_scale", 1.0)
-        return torch.where((places >= 0).unsqueeze(-1), own.to(plain.dtype), plain)
+        trained = F.embedding(places.clamp(min=0), self.rows) * getattr(self.base, "embed_scale", 1.0)
+        return torch.where((places >= 0).unsqueeze(-1), trained.to(plain.dtype), plain)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         plain, chosen, bias = self.base(hidden), self.get_buffer("_chosen"), cast(Any, self.base).bias
-        own = F.linear(hidden, self.rows.to(hidden.dtype), None if bias is None else bias[chosen].to(hidden.dtype))
-        return plain.index_copy(-1, chosen, own.to(plain.dtype))
+        trained = F.linear(hidden, self.rows.to(hidden.dtype), None if bias is None else bias[chosen].to(hidden.dtype))
+        return plain.index_copy(-1, chosen, trained.to(plain.dtype))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
@@ -104,10 +103,10 @@ def token_rows(
         outside = [token for token in tokens if not 0 <= token < len(cast(Tensor, parts[name].weight))]
         if outside or len(set(tokens)) < len(tokens):
             raise InputError(f"{name} has no row of its own for each of the tokens {listing([*map(str, tokens)], 5)}")
-    made = {name: TokenRows(parts[name], tokens) for name, tokens in chosen.items()}
+    wrapped = {name: TokenRows(parts[name], tokens) for name, tokens in chosen.items()}
     if shares:
-        made[names[1]] = TokenRows(parts[names[1]], chosen[names[0]], made[names[0]].rows)
-    return {**made}
+        wrapped[names[1]] = TokenRows(parts[names[1]], chosen[names[0]], wrapped[names[0]].rows)
+    return {**wrapped}
 
 
 def shared_rows(
@@ -184,8 +183,8 @@ def _check_plain(name: str, part: nn.Module) -> None:
 def embedding_and_head(model: Any) -> tuple[Any, Any]:
     """The modules of a model of transformers, without rows of their own around them; None for a head that is not."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    own = [part.base if isinstance(part, TokenRows) else part for part in (embedding, head)]
-    return own[0], own[1]
+    bare = [part.base if isinstance(part, TokenRows) else part for part in (embedding, head)]
+    return bare[0], bare[1]
 
 
 def is_tied(embedding: Any, head: Any) -> bool:

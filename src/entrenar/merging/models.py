@@ -258,7 +258,7 @@ def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
             "over: export the model with it (--to safetensors) and merge the result"
         )
     spec, tensors = spec_of(adapter), dict(model.tensors)
-    grown = [n for n, own in adapter.tensors.base.items() if n in tensors and own.shape != tensors[n].shape]
+    grown = [n for n, weight in adapter.tensors.base.items() if n in tensors and weight.shape != tensors[n].shape]
     if grown:
         raise InputError(
             f"the adapter {where} brings another {listing(grown)} than the model's, as of a vocabulary that has grown: "
@@ -282,7 +282,7 @@ def _adapted(model: InputModel, adapter: PeftAdapter, where: str) -> InputModel:
         source = AdaptedReader(weight.source, a.float(), b.float() * spec.for_layer(layer).scale)
         tensors[name] = InputTensor(weight.shape, weight.dtype, source, weight.bytes)
     if not is_all_linear(spec.targets):
-        layers = [name.removesuffix(".weight") for name, own in tensors.items() if len(own.shape) == 2]
+        layers = [name.removesuffix(".weight") for name, tensor in tensors.items() if len(tensor.shape) == 2]
         check_complete(list(adapter.factors), config_layers(layers, spec), f"the adapter {where}")
     digest = hashlib.blake2b(model.fingerprint.encode(), digest_size=16)
     for layer, (a, b) in sorted(adapter.factors.items()):

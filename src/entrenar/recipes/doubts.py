@@ -101,8 +101,8 @@ def _of_validation(data: PreparedData) -> Iterator[str]:
 
 def _of_disk(config: RunConfig, plan: Plan, adapter_bytes: int) -> Iterator[str]:
     """One more checkpoint than are kept is there for a moment."""
-    kept = (plan.keep_checkpoints if plan.checkpoint_every else 0) + bool(plan.eval_every) + 1
-    needed = adapter_bytes * (1 + _STEP_PARTS * kept)
+    count = (plan.keep_checkpoints if plan.checkpoint_every else 0) + bool(plan.eval_every) + 1
+    needed = adapter_bytes * (1 + _STEP_PARTS * count)
     place = next((p for p in (Path(config.output), *Path(config.output).absolute().parents) if p.is_dir()), Path("/"))
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -102,10 +102,10 @@ def _gguf(request: ExportRequest, type: str, on_verified: OnVerified | None, say
     if on_verified is not None:
         held_out(tokenizer, request.verify_on)  # a text that does not serve is told before any work
         check = lambda written: on_verified(verify(loaded, tokenizer, written, request.verify_on))  # noqa: E731
-    found = calibrate(loaded, tokenizer, request.calibrate_on) if request.calibrate_on is not None else None
-    if found is not None:
-        keys |= found.keys
-    importance = found.importance if found is not None else None
+    calibration = calibrate(loaded, tokenizer, request.calibrate_on) if request.calibrate_on is not None else None
+    if calibration is not None:
+        keys |= calibration.keys
+    importance = calibration.importance if calibration is not None else None
     write_gguf(fused_tensors(loaded), loaded.config, keys, request.output, type, importance, check)
 
 
@@ -115,10 +115,10 @@ def _keys(source: ModelSource, config: PretrainedConfig, say: Say) -> Metadata:
     if copied and config.vocab_size == source.config.vocab_size:
         return copied
     ends = getattr(source.generation, "eos_token_id", None)
-    made = metadata(
+    described = metadata(
         config, source.tokenizer, ends if isinstance(ends, list) else [ends] if ends is not None else [], say
     )
-    return {**copied, **made, **source.provenance}
+    return {**copied, **described, **source.provenance}
 
 
 def _adapter_alone(request: ExportRequest, say: Say) -> None:

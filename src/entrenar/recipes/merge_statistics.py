@@ -62,8 +62,8 @@ def measured(plan: MergePlan, output: Path, texts: Mapping[str, str]) -> Iterato
         own_directory(directory)
     try:
         with disk_full(output):
-            found = {label: _measure(plan, plan.models[label], directory, text) for label, text in texts.items()}
-        yield found
+            statistics = {label: _measure(plan, plan.models[label], directory, text) for label, text in texts.items()}
+        yield statistics
     except InputError:
         discard(directory)
         raise
@@ -73,8 +73,8 @@ def measured(plan: MergePlan, output: Path, texts: Mapping[str, str]) -> Iterato
 def _measure(plan: MergePlan, model: InputModel, directory: Path, text: str) -> SafetensorsCheckpoint:
     """One model's statistics, from the disk if they are there."""
     key = repr((model.label, model.fingerprint, plan.method.statistic, text))
-    found = directory / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-    if not found.is_dir():
+    stored = directory / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    if not stored.is_dir():
         import torch
 
         from entrenar.evaluation.weight_statistics import input_products, squared_gradients
@@ -89,9 +89,9 @@ def _measure(plan: MergePlan, model: InputModel, directory: Path, text: str) -> 
         _fuse(loaded)
         rows = text_rows(tokenizer, text, "the text", f"measure {model.label} on", row=ROW, most=MAX_ROWS)
         make = squared_gradients if plan.method.statistic == "squared gradients" else input_products
-        with atomic_directory(found) as temporary:
+        with atomic_directory(stored) as temporary:
             write_checkpoint(temporary, make(loaded, rows), torch.float32, _SHARD_BYTES)
-    return SafetensorsCheckpoint(found)
+    return SafetensorsCheckpoint(stored)
 
 
 def _fuse(model: "PreTrainedModel") -> None:

@@ -55,8 +55,8 @@ def write_result(directory: RunDirectory, result: TrainResult) -> None:
 def _result_of_log(directory: RunDirectory, here: Mapping[str, str]) -> TrainResult:
     try:
         rows = [parse_json(json.dumps(row), str(directory.metrics), _Logged) for row in read_metrics(directory.metrics)]
-        made = [row for row in rows if row.loss is not None and row.tokens is not None]
-        last, losses = made[-1], [row.eval_loss for row in made if isinstance(row.eval_loss, float)]
+        steps = [row for row in rows if row.loss is not None and row.tokens is not None]
+        last, losses = steps[-1], [row.eval_loss for row in steps if isinstance(row.eval_loss, float)]
     except (InputError, IndexError):
         raise InputError(
             f"{directory.adapter} is a finished run's adapter, but neither {RESULT_NAME} nor {METRICS_NAME} beside it "

@@ -52,9 +52,9 @@ def verify(
     with fused(live):
         steps.append(fidelity("fused", reference, log_probabilities(live, ids), ids))
     written, _ = load(str(gguf), AS_STORED, dtype="float32")
-    found = log_probabilities(written, ids)
-    if reference.isfinite().all() and not found.isfinite().all():
+    quantized = log_probabilities(written, ids)
+    if reference.isfinite().all() and not quantized.isfinite().all():
         raise EntrenarError(
             "the written GGUF answers with a NaN or an infinity, so it was removed: choose another type"
         )
-    return [*steps, fidelity("quantized", reference, found, ids)]
+    return [*steps, fidelity("quantized", reference, quantized, ids)]
