@@ -1,9 +1,10 @@
 """The seam for checkpoints that come quantized: a second, tiny kind is opened, loaded, planned, merged and exported."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from transformers import AutoModelForCausalLM
 
 import entrenar
 from entrenar.core.errors import InputError
-from entrenar.files.prequantized import PREQUANTIZED, PrequantizedKind
+from entrenar.files.lazy_tensor import LazyTensor
+from entrenar.files.prequantized import PREQUANTIZED, WRITTEN, PrequantizedKind
 from entrenar.files.safetensors import SafetensorsCheckpoint
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.layers.quantized_linear import QuantizedLinear
+from entrenar.opening.as_stored import weights_as_stored
+from entrenar.opening.build import build_on_meta
 from entrenar.opening.source import open_source
 from entrenar.planning.fixed import base_bytes
-from entrenar.quant.scales import as_bytes
+from entrenar.quant.scales import as_bytes, as_float
 from entrenar.quant.tensor import QuantizedTensor
 from entrenar.recipes.config import ModelSection
 
@@ -76,6 +80,25 @@ TOY = PrequantizedKind(
     weight_of=lambda name: name.removesuffix(SCALE),
     open=ToyWeights,
 )
+
+
+class ToyLayout:
+    """The same written."""
+
+    def quantize(self, name: str, weight: Tensor) -> QuantizedTensor:
+        scale = weight.float().abs().amax(1) / 127
+        codes = (weight.float() / scale[:, None]).round().to(torch.int8).view(torch.uint8).flatten()
+        shape = (weight.shape[0], weight.shape[1])
+        return QuantizedTensor("int8", shape, torch.float32, shape[1], {"codes": codes, "scales": as_bytes(scale)})
+
+    def tensors(self, name: str, shape: tuple[int, int], make: Callable[[], QuantizedTensor]) -> list[LazyTensor]:
+        return [
+            LazyTensor(name, shape, lambda: make().parts["codes"].view(torch.int8).view(shape), dtype=torch.int8),
+            LazyTensor(name + SCALE, (shape[0],), lambda: as_float(make().parts["scales"]), dtype=torch.float32),
+        ]
+
+    def config(self, skipped: list[str]) -> dict[str, Any]:
+        return {"quant_method": "toy", "skipped": skipped}
 
 
 @pytest.fixture
@@ -145,3 +168,41 @@ def test_registered_it_serves_everywhere(toy: tuple[Path, dict[str, Tensor]], tm
         written = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).state_dict()
         for name, weight in plain.items():
             torch.testing.assert_close(written[name], weight.float(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_its_layout_writes_its_reader_reads(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WRITTEN, "nf4", ToyLayout())
+    entrenar.export(str(tiny_model_dir), tmp_path / "toy", to="safetensors", type="nf4")
+    written, plain = (entrenar.load(path, dtype="float32")[0] for path in (tmp_path / "toy", tiny_model_dir))
+    weights = dict(plain.named_parameters())
+    layers = {name: module for name, module in written.named_modules() if isinstance(module, QuantizedLinear)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        weight = weights[f"{name}.weight"].bfloat16().float()
+        step = weight.abs().amax(1, keepdim=True) / 127
+        assert ((layer.quantized_weight.dequantize() - weight).abs() <= step * 0.501).all()
+
+
+@pytest.mark.usefixtures("registered")
+def test_names_without_the_models_prefix_take_their_scales_along(toy: tuple[Path, dict[str, Tensor]]) -> None:
+    directory, plain = toy
+    file = directory / "model.safetensors"
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    model, _ = entrenar.load(directory, dtype="float32")
+    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, QuantizedLinear)
+    torch.testing.assert_close(layer.quantized_weight.dequantize(), plain["model.layers.0.self_attn.q_proj.weight"])
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_second_quantization_is_refused_by_loading_and_planning(
+    toy: tuple[Path, dict[str, Tensor]],
+) -> None:
+    source = open_source(str(toy[0]))
+    with pytest.raises(InputError, match="is quantized as int8 already"):
+        entrenar.load(toy[0], "nf4")
+    with pytest.raises(InputError, match="is quantized as int8 already"):
+        weights_as_stored(build_on_meta(source, torch.float32), source, "nf4", torch.float32)
