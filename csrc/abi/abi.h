@@ -81,7 +81,7 @@ struct GroupView {
     const void* residual;  // (M, O) bfloat16, added to the only member's result, or null
     int64_t residual_bytes;
     void* u;  // x·Aᵀ of all members and zeros behind it, hidden_elements() bfloat16: a forward writes it, a backward
-              // reads it; null: room is found, and it is made again
+              // reads it; null: it is computed again, in scratch
     int64_t u_bytes;
     int64_t tokens, inner, count;
     const MemberView* members;
@@ -122,8 +122,8 @@ struct NormView {
 };
 
 // Forward: `out` is the result, and what of x, gate, up, product, u and down_u (of gate and up, and of down) has a
-// buffer is kept there for the backward. Backward: `out` is the gradient of the result, `dh` that of h; what was not
-// kept is made again.
+// buffer is saved there for the backward. Backward: `out` is the gradient of the result, `dh` that of h; what was not
+// saved is computed again.
 struct MlpBlockView {
     int64_t tokens, hidden, inner;
     NormView norm;
@@ -133,8 +133,8 @@ struct MlpBlockView {
 };
 
 // Forward: `out` is the result, and what of x, q, k, v, o, lse, u and output_u (of q, k and v, and of output) has a
-// buffer is kept there for the backward. Backward: `out` is the gradient of the result, `dh` that of h; what was not
-// kept is made again. q and k are kept rotated, or, where they have norms, as they came from their layers.
+// buffer is saved there for the backward. Backward: `out` is the gradient of the result, `dh` that of h; what was not
+// saved is computed again. q and k are saved rotated, or, where they have norms, as they came from their layers.
 struct AttentionBlockView {
     int64_t batch, tokens, hidden, heads, kv_heads, width;
     NormView norm, q_norm, k_norm;
@@ -191,7 +191,7 @@ ENTRENAR_API int entrenar_set_path(const char* name);
 ENTRENAR_API int entrenar_keep_freed_memory();
 ENTRENAR_API void entrenar_use_huge_pages();
 ENTRENAR_API void entrenar_use_gomp(entrenar::GompParallel parallel);
-ENTRENAR_API int entrenar_scratch(int64_t bytes, void** found);
+ENTRENAR_API int entrenar_scratch(int64_t bytes, void** address);
 ENTRENAR_API int entrenar_cross_entropy(void* logits, int64_t logits_bytes, const void* labels, int64_t labels_bytes,
                                         void* losses, int64_t losses_bytes, int64_t rows, int64_t columns,
                                         float softcap, int gradient, int dtype, int threads);
@@ -239,7 +239,7 @@ ENTRENAR_API int entrenar_merge_histogram(const void* x, int64_t x_bytes, int x_
                                           void* counts, int64_t counts_bytes);
 ENTRENAR_API int entrenar_merge_between(const void* x, int64_t x_bytes, int x_dtype, const void* base,
                                         int64_t base_bytes, int base_dtype, int64_t count, int64_t first, int64_t last,
-                                        void* out, int64_t out_bytes, void* found, int64_t found_bytes);
+                                        void* out, int64_t out_bytes, void* totals, int64_t totals_bytes);
 ENTRENAR_API int entrenar_merge_keep_top(const void* x, int64_t x_bytes, int x_dtype, const void* base,
                                          int64_t base_bytes, int base_dtype, int64_t count, int64_t threshold,
                                          void* ties, int64_t ties_bytes, int outside, void* mask, int64_t mask_bytes);
@@ -252,8 +252,8 @@ ENTRENAR_API int entrenar_merge_keep_by_rank(const void* x, int64_t x_bytes, int
 ENTRENAR_API int entrenar_merge_absolute_sums(const void* x, int64_t x_bytes, int x_dtype, const void* base,
                                               int64_t base_bytes, int base_dtype, const void* mask, int64_t mask_bytes,
                                               int64_t count, void* sums, int64_t sums_bytes);
-ENTRENAR_API int entrenar_merge_non_finite(const void* x, int64_t x_bytes, int x_dtype, int64_t count, void* found,
-                                           int64_t found_bytes);
+ENTRENAR_API int entrenar_merge_non_finite(const void* x, int64_t x_bytes, int x_dtype, int64_t count, void* total,
+                                           int64_t total_bytes);
 ENTRENAR_API int entrenar_merge_weighted_sum(const void* inputs, int64_t inputs_bytes, const void* coefficients,
                                              int64_t coefficients_bytes, int64_t n, int64_t count, void* out,
                                              int64_t out_bytes, int out_dtype);

@@ -162,7 +162,7 @@ void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, c
         Sum sum = into(member.padded_rank(), member.view->weight.rows, member.view->db, member.view->rank, kFloat32,
                        member.view->scale);
         sum.out.transposed = true;
-        sum.out.kept = member.view->rank;
+        sum.out.row_limit = member.view->rank;
         sum.terms.push_back({u + member.offset * padded, padded, group.view.tokens, false, &grads[i]});
         sums->push_back(std::move(sum));
     }
@@ -171,7 +171,7 @@ void add_gradients_of_b(const Group& group, const uint16_t* u, int64_t padded, c
 // What a backward makes on its way: v and u (M, R), each with zeros behind it, and both transposed, (R, padded). u may
 // be the forward's.
 struct Hidden {
-    uint16_t *v, *u, *v_turned, *u_turned, *packed;
+    uint16_t *v, *u, *v_transposed, *u_transposed, *packed;
     int64_t padded;
 
     static int64_t plain_elements(const Group& group) { return group.view.tokens * group.width + kStep; }
@@ -180,13 +180,14 @@ struct Hidden {
     // False if there is no memory.
     bool make(const Group& group) {
         padded = divide_up(group.view.tokens, kStep) * kStep;
-        const int64_t plain = plain_elements(group), turned = padded * group.width;
+        const int64_t plain = plain_elements(group), transposed = padded * group.width;
         const int64_t strips = 2 * group.width / kStrip;
         v = reinterpret_cast<uint16_t*>(
-            thread_scratch((2 * (plain + turned) + strips * packed_strip(group)) * 2, Scratch::call));
+            thread_scratch((2 * (plain + transposed) + strips * packed_strip(group)) * 2, Scratch::call));
         if (v == nullptr) return false;
-        u = v + plain, v_turned = u + plain, u_turned = v_turned + turned, packed = u_turned + turned;
-        for (uint16_t* each : {v, u}) std::memset(each + plain - kStep, 0, kStep * 2);
+        u = v + plain, v_transposed = u + plain, u_transposed = v_transposed + transposed,
+        packed = u_transposed + transposed;
+        for (uint16_t* product : {v, u}) std::memset(product + plain - kStep, 0, kStep * 2);
         if (group.view.u != nullptr) u = static_cast<uint16_t*>(group.view.u);
         return true;
     }
@@ -197,7 +198,7 @@ struct Hidden {
             const int64_t column = item % strips * kStrip;
             transpose_rows(group.kernel, (item < strips ? v : u) + column, group.width, group.view.tokens, kStrip,
                            padded, packed + item * packed_strip(group),
-                           (item < strips ? v_turned : u_turned) + column * padded);
+                           (item < strips ? v_transposed : u_transposed) + column * padded);
         });
     }
 };
@@ -206,22 +207,22 @@ int backward(const Group& group) {
     if (group.width == 0)
         return group.view.dx == nullptr ? kOk
                                         : multiply_sums(group.kernel, {input_gradient(group, nullptr)}, group.threads);
-    Hidden made;
-    if (!made.make(group)) return kNoMemory;
+    Hidden hidden;
+    if (!hidden.make(group)) return kNoMemory;
     const Weight stacked = group.stacked_a(), x = plain_source(group.view.x, group.view.tokens, group.view.inner);
     std::vector<Sum> first;
-    if (group.view.u == nullptr) first.push_back(hidden_product(group, stacked, made.u));
-    add_passed_back(group, made.v, &first);
+    if (group.view.u == nullptr) first.push_back(hidden_product(group, stacked, hidden.u));
+    add_passed_back(group, hidden.v, &first);
     if (const int error = multiply_sums(group.kernel, first, group.threads)) return error;
-    made.transpose(group);
+    hidden.transpose(group);
     std::vector<Weight> grads;
     for (const Member& member : group.members) {
         grads.push_back(plain_source(member.view->y, group.view.tokens, member.view->weight.rows));
     }
     std::vector<Sum> second;
-    if (group.view.dx != nullptr) second.push_back(input_gradient(group, made.v));
-    second.push_back(gradients_of_a(group, made.v_turned, made.padded, x));
-    add_gradients_of_b(group, made.u_turned, made.padded, grads, &second);
+    if (group.view.dx != nullptr) second.push_back(input_gradient(group, hidden.v));
+    second.push_back(gradients_of_a(group, hidden.v_transposed, hidden.padded, x));
+    add_gradients_of_b(group, hidden.u_transposed, hidden.padded, grads, &second);
     return multiply_sums(group.kernel, second, group.threads);
 }
 

@@ -84,9 +84,9 @@ void softmax(const float* scores, int64_t first, int64_t last, int64_t columns, 
     __m512 total = _mm512_setzero_ps();
     over_range(first, last, [&](int64_t c, __mmask16 mask) {
         const __m512 power = power_of_two(_mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, scores + c), factor, centre));
-        const __m512 kept = _mm512_maskz_mov_ps(mask, power);
-        total = _mm512_add_ps(total, kept);
-        store_bf16(p + c, kept);
+        const __m512 weights = _mm512_maskz_mov_ps(mask, power);
+        total = _mm512_add_ps(total, weights);
+        store_bf16(p + c, weights);
     });
     zero_outside(p, first, last, columns);
     const float added = _mm512_reduce_add_ps(total);

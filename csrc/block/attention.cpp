@@ -86,9 +86,10 @@ int check(const AttentionBlockView& view, Pass pass) {
                    {view.v, sizes.keys, 2, inputs},
                    {view.o, sizes.queries, 2, false},
                    {view.lse, sizes.rows * view.heads, 4, false}};
-    for (const auto& each : buffers) {
-        if (each.buffer.data == nullptr && !each.needed) continue;
-        if (const int error = check_buffer(each.buffer.data, each.buffer.bytes, each.elements, each.bytes))
+    for (const auto& required : buffers) {
+        if (required.buffer.data == nullptr && !required.needed) continue;
+        if (const int error =
+                check_buffer(required.buffer.data, required.buffer.bytes, required.elements, required.bytes))
             return error;
     }
     if (const int error = check_hidden(view.u, view.members, 3, sizes.rows)) return error;
@@ -120,7 +121,7 @@ AttentionView attention_of(const AttentionBlockView& view, const Values& values)
             heads_of(view, values.v, view.kv_heads)};
 }
 
-// from (B, T, heads, D) → to, turned by the angles of its position, or back.
+// from (B, T, heads, D) → to, rotated by the angles of its position, or back.
 int rotate(const AttentionBlockView& view, const void* from, void* to, int64_t heads, bool back, int threads) {
     const HeadsView in = heads_of(view, from, heads);
     return rotary(from, in.bytes, view.cos.data, view.cos.bytes, view.sin.data, view.sin.bytes, to, in.bytes,
@@ -194,8 +195,8 @@ Values place_values(const AttentionBlockView& view, const Sizes& sizes, Pieces* 
 
 void want_values(const AttentionBlockView& view, const Sizes& sizes, Pieces* pieces) {
     pieces->want(view.x, sizes.hidden);
-    for (const BufferView* kept : {&view.q, &view.o}) pieces->want(*kept, sizes.queries);
-    for (const BufferView* kept : {&view.k, &view.v}) pieces->want(*kept, sizes.keys);
+    for (const BufferView* buffer : {&view.q, &view.o}) pieces->want(*buffer, sizes.queries);
+    for (const BufferView* buffer : {&view.k, &view.v}) pieces->want(*buffer, sizes.keys);
     pieces->want(view.lse, sizes.rows * view.heads * 2);
     if (!changes(view)) return;
     pieces->want(sizes.queries);

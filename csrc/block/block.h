@@ -38,11 +38,11 @@ public:
     uint16_t* take(int64_t elements);
 
     // The caller's buffer where there is one, else a piece: wanted, then placed.
-    void want(const BufferView& kept, int64_t elements) {
-        if (kept.data == nullptr) want(elements);
+    void want(const BufferView& buffer, int64_t elements) {
+        if (buffer.data == nullptr) want(elements);
     }
-    uint16_t* place(const BufferView& kept, int64_t elements) {
-        return kept.data ? static_cast<uint16_t*>(kept.data) : take(elements);
+    uint16_t* place(const BufferView& buffer, int64_t elements) {
+        return buffer.data ? static_cast<uint16_t*>(buffer.data) : take(elements);
     }
 
 private:

@@ -28,9 +28,9 @@ int check(const MlpBlockView& view, bool backward) {
     if (view.x.data != nullptr) {
         if (const int error = check_buffer(view.x.data, view.x.bytes, narrow, 2)) return error;
     }
-    for (const BufferView* kept : {&view.gate, &view.up, &view.product}) {
-        if (kept->data == nullptr) continue;
-        if (const int error = check_buffer(kept->data, kept->bytes, wide, 2)) return error;
+    for (const BufferView* buffer : {&view.gate, &view.up, &view.product}) {
+        if (buffer->data == nullptr) continue;
+        if (const int error = check_buffer(buffer->data, buffer->bytes, wide, 2)) return error;
     }
     if (const int error = check_hidden(view.u, view.members, 2, view.tokens)) return error;
     return check_hidden(view.down_u, view.members + 2, 1, view.tokens);
@@ -47,7 +47,7 @@ struct Needs {
 
 void want_values(const MlpBlockView& view, int64_t narrow, int64_t wide, Pieces* pieces) {
     pieces->want(view.x, narrow);
-    for (const BufferView* kept : {&view.gate, &view.up, &view.product}) pieces->want(*kept, wide);
+    for (const BufferView* buffer : {&view.gate, &view.up, &view.product}) pieces->want(*buffer, wide);
 }
 
 Values place_values(const MlpBlockView& view, int64_t narrow, int64_t wide, Pieces* pieces) {

@@ -64,10 +64,10 @@ ENTRENAR_API int entrenar_dequantize_codebook(const void* packed, int64_t packed
                                               int dtype, int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
-    const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
+    const ScaleBuffers block_scales{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
     CodebookWeight weight;
-    if (const int error =
-            read_codebook_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
+    if (const int error = read_codebook_weight(packed, packed_bytes, block_scales, codebook, codebook_bytes, block_size,
+                                               count, &weight)) {
         return error;
     }
     if (const int error = check_buffer(out, out_bytes, count, dtype_bytes(dtype))) return error;
@@ -92,10 +92,10 @@ ENTRENAR_API int entrenar_dequantize_codebook_panel(const void* packed, int64_t 
                                                     int64_t panel_columns, int64_t block_size, int dtype, int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
-    const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
+    const ScaleBuffers block_scales{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
     CodebookWeight weight;
-    if (const int error =
-            read_codebook_weight(packed, packed_bytes, held, codebook, codebook_bytes, block_size, count, &weight)) {
+    if (const int error = read_codebook_weight(packed, packed_bytes, block_scales, codebook, codebook_bytes, block_size,
+                                               count, &weight)) {
         return error;
     }
     int64_t elements = 0, reach = 0;

@@ -39,8 +39,8 @@ struct Buckets {
             const __m512i next = index(_mm512_mul_ps(load16<kDtype>(in + k * kBytes16<kDtype>), reciprocal));
             at = _mm512_or_si512(at, _mm512_slli_epi32(next, 8 * k));
         }
-        const __m512i found = _mm512_permutexvar_epi8(in_order(), _mm512_permutexvar_epi8(at, codes));
-        return _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(found, _mm512_set1_epi16(0x0110)));
+        const __m512i nibbles = _mm512_permutexvar_epi8(in_order(), _mm512_permutexvar_epi8(at, codes));
+        return _mm512_cvtepi16_epi8(_mm512_maddubs_epi16(nibbles, _mm512_set1_epi16(0x0110)));
     }
 
     // Byte 16k + j of the result comes from byte k of lane j.

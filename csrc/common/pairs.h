@@ -107,9 +107,9 @@ inline void widen_in_order(const void* in, int64_t count, float* out) {
     map_pairs<kFrom, 1, 0>(&in, nullptr, count, 0.0f, [=](int64_t at, const Pair* from, Pair*) ENTRENAR_INLINE {
         store_floats(out + at, from[0]);
         if constexpr ((kFrom == kBfloat16) != (kDtype == kBfloat16)) {
-            float found[kPair];
-            std::memcpy(found, out + at, sizeof found);
-            for (int i = 0; i < kPair; ++i) out[at + place_of<kDtype>(i)] = found[place_of<kFrom>(i)];
+            float pair[kPair];
+            std::memcpy(pair, out + at, sizeof pair);
+            for (int i = 0; i < kPair; ++i) out[at + place_of<kDtype>(i)] = pair[place_of<kFrom>(i)];
         }
     });
 }

@@ -41,9 +41,9 @@ char* thread_scratch(int64_t bytes, Scratch kind) {
 }  // namespace entrenar
 
 // Where `bytes` bytes of this thread's scratch for blocks lie: until its next request, a block's included.
-ENTRENAR_API int entrenar_scratch(int64_t bytes, void** found) {
+ENTRENAR_API int entrenar_scratch(int64_t bytes, void** address) {
     using namespace entrenar;
     if (bytes < 0 || bytes > int64_t{1} << 56) return kBadSize;
-    *found = thread_scratch(bytes, Scratch::block);
-    return *found ? kOk : kNoMemory;
+    *address = thread_scratch(bytes, Scratch::block);
+    return *address ? kOk : kNoMemory;
 }

@@ -87,9 +87,9 @@ SoftmaxSums read_row(const char* logits, int64_t columns, int64_t label, float s
 template <int kDtype>
 inline void write_tile(const float* exponentials, int64_t count, float factor, void* logits) {
     void* const to[] = {logits};
-    map_pairs<kDtype, 0, 1>(nullptr, to, count, 0.0f, [&](int64_t at, const Pair*, Pair* made) ENTRENAR_INLINE {
+    map_pairs<kDtype, 0, 1>(nullptr, to, count, 0.0f, [&](int64_t at, const Pair*, Pair* results) ENTRENAR_INLINE {
         const Pair e = load_floats(exponentials + at);
-        made[0] = {e.a * factor, e.b * factor};
+        results[0] = {e.a * factor, e.b * factor};
     });
 }
 
@@ -103,10 +103,10 @@ template <int kDtype>
 inline void write_capped_tile(const float* z, int64_t count, const SoftmaxSums& sums, float softcap, void* logits) {
     const float inverse_total = static_cast<float>(1.0 / sums.total), inverse_cap = 1.0f / softcap;
     void* const to[] = {logits};
-    map_pairs<kDtype, 0, 1>(nullptr, to, count, 0.0f, [&](int64_t at, const Pair*, Pair* made) ENTRENAR_INLINE {
-        const Pair held = load_floats(z + at);
-        made[0] = {capped_gradient(held.a, sums.largest, inverse_total, inverse_cap),
-                   capped_gradient(held.b, sums.largest, inverse_total, inverse_cap)};
+    map_pairs<kDtype, 0, 1>(nullptr, to, count, 0.0f, [&](int64_t at, const Pair*, Pair* results) ENTRENAR_INLINE {
+        const Pair capped = load_floats(z + at);
+        results[0] = {capped_gradient(capped.a, sums.largest, inverse_total, inverse_cap),
+                      capped_gradient(capped.b, sums.largest, inverse_total, inverse_cap)};
     });
 }
 

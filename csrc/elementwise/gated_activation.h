@@ -17,16 +17,16 @@ struct Activated {
     Floats factor, slope;
 };
 
-// σ(v) = e^v / (1 + e^v) and σ(−v) = 1 / (1 + e^v), each with the relative accuracy of e^v; and v itself, held where
+// σ(v) = e^v / (1 + e^v) and σ(−v) = 1 / (1 + e^v), each with the relative accuracy of e^v; and v itself, clamped where
 // σ(−v) is next to nothing, for products with that.
 struct Logistic {
     Floats of, of_negated, argument;
 };
 
 inline Logistic logistic(Floats v) {
-    const Floats held = smaller(all(87.0f), v), power = exp_below_overflow(held);
+    const Floats clamped = smaller(all(87.0f), v), power = exp_below_overflow(clamped);
     const Floats rest = reciprocal(power + 1.0f);
-    return {power * rest, rest, held};
+    return {power * rest, rest, clamped};
 }
 
 template <int kKind>
@@ -50,9 +50,9 @@ template <int kDtype, int kKind>
 void gate_elements(const void* gate, const void* up, int64_t count, void* out) {
     const void* const in[] = {gate, up};
     void* const to[] = {out};
-    map_pairs<kDtype, 2, 1>(in, to, count, 0.0f, [](int64_t, const Pair* from, Pair* made) ENTRENAR_INLINE {
-        made[0] = {from[0].a * activated<kKind>(from[0].a).factor * from[1].a,
-                   from[0].b * activated<kKind>(from[0].b).factor * from[1].b};
+    map_pairs<kDtype, 2, 1>(in, to, count, 0.0f, [](int64_t, const Pair* from, Pair* results) ENTRENAR_INLINE {
+        results[0] = {from[0].a * activated<kKind>(from[0].a).factor * from[1].a,
+                      from[0].b * activated<kKind>(from[0].b).factor * from[1].b};
     });
 }
 
@@ -71,11 +71,11 @@ template <int kDtype, int kKind>
 void gate_gradients(const void* grad, const void* gate, const void* up, int64_t count, void* dgate, void* dup) {
     const void* const in[] = {grad, gate, up};
     void* const to[] = {dgate, dup};
-    map_pairs<kDtype, 3, 2>(in, to, count, 0.0f, [](int64_t, const Pair* from, Pair* made) ENTRENAR_INLINE {
+    map_pairs<kDtype, 3, 2>(in, to, count, 0.0f, [](int64_t, const Pair* from, Pair* results) ENTRENAR_INLINE {
         const GateGradients a = gradients<kKind>(from[0].a, from[1].a, from[2].a);
         const GateGradients b = gradients<kKind>(from[0].b, from[1].b, from[2].b);
-        made[0] = {a.gate, b.gate};
-        made[1] = {a.up, b.up};
+        results[0] = {a.gate, b.gate};
+        results[1] = {a.up, b.up};
     });
 }
 

@@ -45,9 +45,9 @@ void norm_rows(const RmsNormRows& rows, const float* weight, void* out) {
         const float r = reciprocal_norm(sum_of_squares<kDtype>(x, rows.columns), rows);
         const void* const in[] = {x};
         void* const to[] = {y};
-        const auto scale = [=](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
+        const auto scale = [=](int64_t at, const Pair* from, Pair* results) ENTRENAR_INLINE {
             const Pair w = load_floats(weight + at);
-            made[0] = {from[0].a * r * w.a, from[0].b * r * w.b};
+            results[0] = {from[0].a * r * w.a, from[0].b * r * w.b};
         };
         map_pairs<kDtype, 1, 1>(in, to, rows.columns, 0.0f, scale);
     }
@@ -82,10 +82,11 @@ void project_row(const void* const* in, const float* weight, const RmsNormRows& 
     const float r = reciprocal_norm(sums.squares, rows);
     const float pull = r * r * r * (sums.products / static_cast<float>(rows.columns));
     map_pairs<kDtype, kIn, 1>(in, &dx, rows.columns, 0.0f,
-                              [=](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
+                              [=](int64_t at, const Pair* from, Pair* results) ENTRENAR_INLINE {
                                   const Pair w = load_floats(weight + at), &x = from[0], &g = from[1];
-                                  made[0] = {g.a * w.a * r - x.a * pull, g.b * w.b * r - x.b * pull};
-                                  if constexpr (kIn == 3) made[0] = {made[0].a + from[2].a, made[0].b + from[2].b};
+                                  results[0] = {g.a * w.a * r - x.a * pull, g.b * w.b * r - x.b * pull};
+                                  if constexpr (kIn == 3)
+                                      results[0] = {results[0].a + from[2].a, results[0].b + from[2].b};
                               });
 }
 

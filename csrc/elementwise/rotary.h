@@ -33,11 +33,12 @@ template <int kDtype>
 inline void rotate_piece(const char* x, char* out, int64_t half, int64_t first, int64_t count, const Coefficients& by) {
     const void* const in[] = {x + first * kBytes<kDtype>, x + (half + first) * kBytes<kDtype>};
     void* const to[] = {out + first * kBytes<kDtype>, out + (half + first) * kBytes<kDtype>};
-    map_pairs<kDtype, 2, 2>(in, to, count, 0.0f, [&](int64_t at, const Pair* from, Pair* made) ENTRENAR_INLINE {
+    map_pairs<kDtype, 2, 2>(in, to, count, 0.0f, [&](int64_t at, const Pair* from, Pair* results) ENTRENAR_INLINE {
         for (int side = 0; side < 2; ++side) {
             const Pair direct = load_floats(by.direct[side] + at), crossed = load_floats(by.crossed[side] + at);
             const Pair &same = from[side], &other = from[1 - side];
-            made[side] = {fused(other.a, crossed.a, same.a * direct.a), fused(other.b, crossed.b, same.b * direct.b)};
+            results[side] = {fused(other.a, crossed.a, same.a * direct.a),
+                             fused(other.b, crossed.b, same.b * direct.b)};
         }
     });
 }

@@ -14,10 +14,10 @@ namespace {
 void function(const void* in, int64_t count, int which, void* out) {
     const void* const from[] = {in};
     void* const to[] = {out};
-    map_pairs<kFloat32, 1, 1>(from, to, count, 0.0f, [&](int64_t, const Pair* x, Pair* made) ENTRENAR_INLINE {
-        made[0] = which == kExp    ? Pair{exp(x[0].a), exp(x[0].b)}
-                  : which == kTanh ? Pair{tanh(x[0].a), tanh(x[0].b)}
-                                   : Pair{normal(x[0].a).cumulative, normal(x[0].b).cumulative};
+    map_pairs<kFloat32, 1, 1>(from, to, count, 0.0f, [&](int64_t, const Pair* x, Pair* results) ENTRENAR_INLINE {
+        results[0] = which == kExp    ? Pair{exp(x[0].a), exp(x[0].b)}
+                     : which == kTanh ? Pair{tanh(x[0].a), tanh(x[0].b)}
+                                      : Pair{normal(x[0].a).cumulative, normal(x[0].b).cumulative};
     });
 }
 

@@ -57,14 +57,14 @@ void transpose_rows(const MatmulKernel& kernel, const uint16_t* rows, int64_t st
                     int64_t padded, uint16_t* packed, uint16_t* to) {
     pack_rows(kernel, rows, stride, count, width, packed);
     // A packed strip is [pair of rows][column][2]: transposed as dwords, a column's pairs lie in a row.
-    alignas(64) uint16_t turned[kStrip * kStep];
+    alignas(64) uint16_t transposed[kStrip * kStep];
     const int64_t steps = (count + kStep - 1) / kStep;
     for (int64_t column = 0; column < width; column += kStrip) {
         const uint16_t* strip = strip_at(packed, packed_group(count), column / kStrip);
         for (int64_t step = 0; step < steps; ++step, strip += kStepElements) {
-            kernel.pack_transposed(strip, kStep, turned);
+            kernel.pack_transposed(strip, kStep, transposed);
             for (int64_t c = 0; c < kStrip; ++c) {
-                std::memcpy(to + (column + c) * padded + step * kStep, turned + c * kStep, kStep * 2);
+                std::memcpy(to + (column + c) * padded + step * kStep, transposed + c * kStep, kStep * 2);
             }
         }
         for (int64_t c = 0; c < kStrip && steps * kStep < padded; ++c) {

@@ -15,7 +15,7 @@
 namespace entrenar {
 namespace {
 
-// A packed panel stays in the second cache beside the rows of A that pass by.
+// A packed panel stays in the second cache while rows of A stream through it.
 constexpr int64_t kPanelBytes = 1200 << 10;
 constexpr int64_t kPanelGroups = 8;   // narrower panels read A too often, wider ones leave the cache sooner
 constexpr int64_t kChunkRows = 2048;  // rows of A at a time: bounds the scratch of partial sums
@@ -35,14 +35,14 @@ int64_t steps_of(const Pass& pass) {
 std::vector<Pass> make_passes(const std::vector<Term>& terms, int64_t most) {
     int64_t total = 0;
     for (const Term& term : terms) total += divide_up(term.inner, kStep);
-    const int64_t each = divide_up(total, std::max<int64_t>(divide_up(total, most), 1));
+    const int64_t steps_a_pass = divide_up(total, std::max<int64_t>(divide_up(total, most), 1));
     std::vector<Pass> passes(1);
-    int64_t room = each;
+    int64_t room = steps_a_pass;
     for (const Term& term : terms) {
         for (int64_t begin = 0; begin < term.inner;) {
             if (room == 0) {
                 passes.emplace_back();
-                room = each;
+                room = steps_a_pass;
             }
             const int64_t end = std::min(term.inner, begin + room * kStep);
             passes.back().push_back({&term, begin, end});
@@ -116,7 +116,7 @@ void store_transposed(const Sum& sum, const float* c, int64_t pitch, int64_t row
 void store(const MatmulKernel& kernel, const Sum& sum, const float* c, int64_t pitch, int64_t row, int64_t rows,
            int64_t column, int64_t columns) {
     columns = std::min(columns, sum.columns - column);
-    rows = std::min(rows, sum.out.kept - row);
+    rows = std::min(rows, sum.out.row_limit - row);
     if (sum.out.transposed) return store_transposed(sum, c, pitch, row, rows, column, columns);
     const int64_t first = row * sum.out.stride + column;
     const uint16_t* bias = sum.bias ? sum.bias + column : nullptr;
@@ -218,12 +218,12 @@ Cut cut(const Sum& sum, const MatmulKernel& kernel, int64_t steps, int threads) 
     const int64_t groups = divide_up(sum.columns, kGroup), share = divide_up(groups, threads);
     const int64_t fitting = kPanelBytes / std::max<int64_t>(steps * kStepElements * 2, 1);
     const int64_t most = std::max(fitting, kPanelGroups);
-    const int64_t each = std::max<int64_t>(divide_up(share, divide_up(share, most)), 1);
-    const int64_t panels = divide_up(groups, each);
+    const int64_t panel_groups = std::max<int64_t>(divide_up(share, divide_up(share, most)), 1);
+    const int64_t panels = divide_up(groups, panel_groups);
     int64_t rows = std::min(sum.rows, kChunkRows);
     if (panels < threads) rows = std::min(rows, divide_up(sum.rows, divide_up(threads, panels)));
     rows = std::max<int64_t>(divide_up(rows, kernel.rows) * kernel.rows, 1);
-    return {each, panels, rows, divide_up(sum.rows, rows)};
+    return {panel_groups, panels, rows, divide_up(sum.rows, rows)};
 }
 
 // A sum with how it is cut; its windows are items [begin, begin + panels · chunks) of those that threads take.
@@ -264,9 +264,9 @@ int multiply_sums(const MatmulKernel& kernel, const std::vector<Sum>& sums, int 
     }
     std::atomic<int> error{kOk};
     parallel_items(items, threads, [&](int64_t item) {
-        const auto task =
-            std::find_if(tasks.begin(), tasks.end(), [item](const Task& each) { return item < each.end(); });
-        if (const int code = task->run(kernel, item)) error.store(code);
+        const auto first =
+            std::find_if(tasks.begin(), tasks.end(), [item](const Task& task) { return item < task.end(); });
+        if (const int code = first->run(kernel, item)) error.store(code);
     });
     return error.load();
 }

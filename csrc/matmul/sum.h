@@ -17,14 +17,14 @@ struct Term {
     const Weight* source;
 };
 
-// Where C goes: row r, column c to data[r · stride + c], or transposed to data[c · stride + r]. Rows from `kept` on are
-// computed but dropped. Where `rows` is not empty row r goes to rows[r] instead, or nowhere if that is null.
+// Where C goes: row r, column c to data[r · stride + c], or transposed to data[c · stride + r]. Rows from `row_limit`
+// on are computed but dropped. Where `rows` is not empty row r goes to rows[r] instead, or nowhere if that is null.
 struct Output {
     void* data;
     int64_t stride;   // elements
     int dtype;        // float32 or bfloat16
     bool transposed;  // float32 only
-    int64_t kept;
+    int64_t row_limit;
     std::vector<float*> rows;  // float32 only
 };
 

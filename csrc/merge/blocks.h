@@ -118,33 +118,33 @@ ENTRENAR_INLINE inline int64_t count_lanes(const int32_t* bits, const Condition&
 
 // Writes the numbers from `first` to `last` of a block, and up to a vector more behind them; how many there are.
 inline int64_t pick_between(const int32_t* __restrict bits, int32_t first, int32_t last, int32_t* __restrict out) {
-    int64_t found = 0;
+    int64_t written = 0;
 #if defined(__AVX512F__)
     const __m512i low = _mm512_set1_epi32(first), high = _mm512_set1_epi32(last);
     for (int64_t i = 0; i < kBlock; i += kLanes) {
         const __m512i values = load<__m512i>(bits + i);
         const __mmask16 inside = _mm512_mask_cmple_epi32_mask(_mm512_cmpge_epi32_mask(values, low), values, high);
-        store(out + found, _mm512_maskz_compress_epi32(inside, values));
-        found += __builtin_popcount(inside);
+        store(out + written, _mm512_maskz_compress_epi32(inside, values));
+        written += __builtin_popcount(inside);
     }
 #else
     for (int64_t i = 0; i < kBlock; ++i) {
-        out[found] = bits[i];
-        found += static_cast<int>(bits[i] >= first) & static_cast<int>(bits[i] <= last);
+        out[written] = bits[i];
+        written += static_cast<int>(bits[i] >= first) & static_cast<int>(bits[i] <= last);
     }
 #endif
-    return found;
+    return written;
 }
 
 void between(const Operand& x, const Operand& base, int64_t count, int32_t first, int32_t last, int32_t* out,
-             int64_t room, int64_t* found) {
+             int64_t room, int64_t* counts) {
     for_magnitudes(x, base, count, [&](int64_t, int64_t, const int32_t* bits) {
         int32_t inside[kBlock + kLanes];
         const int64_t here = pick_between(bits, first, last, inside);
-        const int64_t fitting = std::min(here, std::max<int64_t>(room - found[1], 0));
-        if (fitting > 0) std::memcpy(out + found[1], inside, static_cast<size_t>(fitting) * 4);
-        found[0] += count_lanes(bits, [last](Ints lanes) ENTRENAR_INLINE { return lanes > last; });
-        found[1] += here;
+        const int64_t fitting = std::min(here, std::max<int64_t>(room - counts[1], 0));
+        if (fitting > 0) std::memcpy(out + counts[1], inside, static_cast<size_t>(fitting) * 4);
+        counts[0] += count_lanes(bits, [last](Ints lanes) ENTRENAR_INLINE { return lanes > last; });
+        counts[1] += here;
     });
 }
 
@@ -238,14 +238,14 @@ struct Sums {
 template <class Bits>
 int64_t full_exponents(const void* data, int64_t count, Bits exponent) {
     const char* from = static_cast<const char*>(data);
-    int64_t found = 0;
+    int64_t total = 0;
     for_blocks(count, [&](int64_t at, int64_t length) {
         const char* const block = from + at * static_cast<int64_t>(sizeof(Bits));
         Bits here = 0;  // a block has fewer numbers than 16 bits count
         for (int64_t i = 0; i < length; ++i) here += (load<Bits>(block + i * sizeof(Bits)) & exponent) == exponent;
-        found += here;
+        total += here;
     });
-    return found;
+    return total;
 }
 
 int64_t non_finite(const Operand& x, int64_t count) {
@@ -254,7 +254,7 @@ int64_t non_finite(const Operand& x, int64_t count) {
 }
 
 void absolute_sums(const Operand& x, const Operand& base, const uint8_t* mask, int64_t count, double* sums) {
-    Sums every, kept;
+    Sums every, selected;
     for_blocks(count, [&](int64_t at, int64_t length) {
         float delta[kBlock], masked[kBlock];
         delta_block(x, base, at, length, delta);
@@ -266,12 +266,12 @@ void absolute_sums(const Operand& x, const Operand& base, const uint8_t* mask, i
         for (int64_t i = 0; i < kBlock; i += kSums) {
             for (int j = 0; j < kSums; ++j) {
                 every.lane[j] += static_cast<double>(delta[i + j]);
-                kept.lane[j] += static_cast<double>(masked[i + j]);
+                selected.lane[j] += static_cast<double>(masked[i + j]);
             }
         }
     });
     sums[0] += every.total();
-    sums[1] += kept.total();
+    sums[1] += selected.total();
 }
 
 }  // namespace

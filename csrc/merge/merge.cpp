@@ -69,15 +69,15 @@ ENTRENAR_API int entrenar_merge_histogram(const void* x, int64_t x_bytes, int x_
     return kOk;
 }
 
-// out: int32; found: int64 (2,), how many are above and how many between, added to; see merge.h.
+// out: int32; totals: int64 (2,), how many are above and how many between, added to; see merge.h.
 ENTRENAR_API int entrenar_merge_between(const void* x, int64_t x_bytes, int x_dtype, const void* base,
                                         int64_t base_bytes, int base_dtype, int64_t count, int64_t first, int64_t last,
-                                        void* out, int64_t out_bytes, void* found, int64_t found_bytes) {
+                                        void* out, int64_t out_bytes, void* totals, int64_t totals_bytes) {
     const Operand operand{x, x_dtype}, other{base, base_dtype};
     if (const int error = check_two(operand, x_bytes, other, base_bytes, count)) return error;
     if (const int error = check_buffer(out, out_bytes, 0, 4)) return error;
-    if (const int error = check_buffer(found, found_bytes, 2, 8)) return error;
-    auto* counts = static_cast<int64_t*>(found);
+    if (const int error = check_buffer(totals, totals_bytes, 2, 8)) return error;
+    auto* counts = static_cast<int64_t*>(totals);
     if (first < 0 || last > 0x7FFFFFFF || first > last || counts[1] < 0) return kBadArgument;
     merge().between(operand, other, count, static_cast<int32_t>(first), static_cast<int32_t>(last),
                     static_cast<int32_t*>(out), out_bytes / 4, counts);
@@ -139,13 +139,13 @@ ENTRENAR_API int entrenar_merge_absolute_sums(const void* x, int64_t x_bytes, in
     return kOk;
 }
 
-// found: int64 (1,).
-ENTRENAR_API int entrenar_merge_non_finite(const void* x, int64_t x_bytes, int x_dtype, int64_t count, void* found,
-                                           int64_t found_bytes) {
+// total: int64 (1,).
+ENTRENAR_API int entrenar_merge_non_finite(const void* x, int64_t x_bytes, int x_dtype, int64_t count, void* total,
+                                           int64_t total_bytes) {
     const Operand operand{x, x_dtype};
     if (const int error = check_two(operand, x_bytes, Operand{nullptr, 0}, 0, count)) return error;
-    if (const int error = check_buffer(found, found_bytes, 1, 8)) return error;
-    *static_cast<int64_t*>(found) = merge().non_finite(operand, count);
+    if (const int error = check_buffer(total, total_bytes, 1, 8)) return error;
+    *static_cast<int64_t*>(total) = merge().non_finite(operand, count);
     return kOk;
 }
 

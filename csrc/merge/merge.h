@@ -45,10 +45,10 @@ constexpr int64_t kUpperBins = 1 << 15, kLowerBins = 1 << 16;
 struct Merge {
     // Counts of |x − base|; prefix −1: upper bits, else lower bits of elements with these upper bits.
     void (*histogram)(const Operand& x, const Operand& base, int64_t count, int64_t prefix, int64_t* counts);
-    // found[0] += how many |δ| have more bits than `last`; those from `first` to `last` are written to `out` from
-    // found[1] on, as far as the room for `room` goes, and found[1] grows by their number.
+    // counts[0] += how many |δ| have more bits than `last`; those from `first` to `last` are written to `out` from
+    // counts[1] on, as far as the room for `room` goes, and counts[1] grows by their number.
     void (*between)(const Operand& x, const Operand& base, int64_t count, int32_t first, int32_t last, int32_t* out,
-                    int64_t room, int64_t* found);
+                    int64_t room, int64_t* counts);
     // mask[i] = whether |δ| has more than `threshold`'s bits, or the same and is among the first `ties` of those; the
     // number of such is returned. With `outside` the mask is cleared where that holds and else left as it is.
     int64_t (*keep_top)(const Operand& x, const Operand& base, int64_t count, uint32_t threshold, int64_t ties,

@@ -89,9 +89,9 @@ ENTRENAR_INLINE inline typename Vector<Real>::Type moved(const TaskSum& task, co
             sum += value * delta;
             continue;
         }
-        const Values kept = V::all(factors[m].vote) * delta * sign > none ? one : none;
-        sum += value * delta * kept;
-        divisor += V::all(factors[m].divisor) * kept;
+        const Values agrees = V::all(factors[m].vote) * delta * sign > none ? one : none;
+        sum += value * delta * agrees;
+        divisor += V::all(factors[m].divisor) * agrees;
     }
     return task.divide ? sum / (divisor == none ? one : divisor) : sum;
 }

@@ -113,19 +113,19 @@ ENTRENAR_API int entrenar_nest_scales(const void* scales, int64_t scales_bytes, 
     return kOk;
 }
 
-// The float32 scale of every block, from whichever way they are held.
+// The float32 scale of every block, from whichever way they are stored.
 ENTRENAR_API int entrenar_decode_scales(const void* scales, int64_t scales_bytes, const void* group,
                                         int64_t group_bytes, const void* offset, int64_t offset_bytes, const void* map,
                                         int64_t map_bytes, void* out, int64_t out_bytes, int64_t count, int threads) {
     using namespace entrenar;
-    const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
-    if (const int error = check_scales(held, count)) return error;
+    const ScaleBuffers block_scales{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
+    if (const int error = check_scales(block_scales, count)) return error;
     if (const int error = check_buffer(out, out_bytes, count, 4)) return error;
     parallel_for(count, 4096, threads, [&](int64_t begin, int64_t end) {
         float tile[kScaleGroup];
         for (int64_t i = begin; i < end; i += kScaleGroup) {
             const int64_t n = std::min(kScaleGroup, end - i);
-            decode_scales(held, i, n, tile);
+            decode_scales(block_scales, i, n, tile);
             std::memcpy(static_cast<char*>(out) + i * 4, tile, static_cast<size_t>(n) * 4);
         }
     });

@@ -96,9 +96,9 @@ ENTRENAR_API int entrenar_dequantize_int8(const void* codes, int64_t codes_bytes
                                           int threads) {
     using namespace entrenar;
     if (!is_dtype(dtype)) return kBadDtype;
-    const ScaleBuffers held{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
+    const ScaleBuffers block_scales{scales, scales_bytes, group, group_bytes, offset, offset_bytes, map, map_bytes};
     Int8Weight weight;
-    if (const int error = read_int8(codes, codes_bytes, held, block_size, count, &weight)) return error;
+    if (const int error = read_int8(codes, codes_bytes, block_scales, block_size, count, &weight)) return error;
     if (const int error = check_buffer(out, out_bytes, count, dtype_bytes(dtype))) return error;
     const Symmetric& kernel = symmetric_kernel();
     const int64_t blocks = divide_up(count, block_size);

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from entrenar import native
+from entrenar.core.errors import InputError
 from entrenar.native import abi, library
 
 needs_library = pytest.mark.skipif(native.file() is None, reason="the native library is not built")
@@ -62,6 +64,19 @@ def test_a_library_of_another_layout_is_one_sentence_and_not_used(
     (message,) = caplog.messages
     assert "was built from other sources" in message
     assert "`pip install -e .`" in message
+
+
+def test_every_function_of_the_header_is_one_that_python_compares() -> None:
+    declared = re.findall(r"^ENTRENAR_API .*?entrenar_(\w+)\(", (CSRC / "abi" / "abi.h").read_text(), re.MULTILINE)
+    assert sorted(declared) == sorted(abi.FUNCTIONS)
+
+
+@needs_library
+def test_a_path_that_is_asked_for_of_a_library_of_another_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENTRENAR_KERNELS", "generic")
+    monkeypatch.setattr(library, "layout_difference", lambda _: "it differs")
+    with pytest.raises(InputError, match=r"'generic' but .* was built from other sources"):
+        library.loaded.__wrapped__()
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")

@@ -62,7 +62,7 @@ def file() -> Path | None:
 
 
 def path() -> str:
-    """The path in use: `reference`, `generic`, `avx2`, `avx512` or `neon`."""
+    """The path in use: `reference`, `generic`, `avx2`, `avx512`, `amx` or `neon`."""
     library = loaded()
     return "reference" if _state.reference or library is None else library.entrenar_path().decode()
 
@@ -80,9 +80,9 @@ def supported_paths() -> list[str]:
     if library is None:
         return ["reference"]
     current = library.entrenar_path()
-    found = [name for name in _PATHS if library.entrenar_set_path(name.encode()) == 0]
+    supported = [name for name in _PATHS if library.entrenar_set_path(name.encode()) == 0]
     library.entrenar_set_path(current)
-    return ["reference", *found]
+    return ["reference", *supported]
 
 
 def set_path(name: str) -> None:
@@ -127,14 +127,16 @@ def loaded() -> ctypes.CDLL | None:
             f"ENTRENAR_KERNELS is {chosen!r}: allowed are reference, {', '.join(_PATHS)}, or leave it unset"
         )
     _state.reference = _state.reference or chosen == "reference"
-    found = _find()
+    built = _find()
     if chosen == "reference":
         _LOG.info("ENTRENAR_KERNELS=reference: plain PyTorch serves in place of the native kernels")
-    elif found is None:
+    elif built is None:
         _LOG.warning("the native kernels are not built (no C++ compiler at install time?): slower PyTorch ones serve")
-    if found is None and chosen not in ("", "reference"):
+    if built is None and chosen not in ("", "reference"):
         raise InputError(f"ENTRENAR_KERNELS is {chosen!r} but the native kernels are not built: unset it")
-    library = None if found is None else _checked(found)
+    library = None if built is None else _checked(built)
+    if library is None and chosen not in ("", "reference"):
+        raise InputError(f"ENTRENAR_KERNELS is {chosen!r} but {built} was built from other sources: build it again")
     if library is None:
         return None
     library.entrenar_path.restype = ctypes.c_char_p
