@@ -163,7 +163,7 @@ def fuse() -> Iterator[Row]:
 def _random_adapter(base: Path, directory: Path) -> None:
     """Rank 16 in every linear layer, trained on nf4 as far as its file says."""
     from entrenar.files.peft import AdapterTensors, BaseFormat, PeftAdapter, write_adapter
-    from entrenar.opening.load import build_on_meta
+    from entrenar.opening.build import build_on_meta
     from entrenar.opening.source import open_source
 
     model = build_on_meta(open_source(str(base)), torch.bfloat16)

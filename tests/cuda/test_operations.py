@@ -7,7 +7,7 @@ from torch import Tensor
 from entrenar.layers.quantized_linear import quantized_linear
 from entrenar.ops.gguf.blocks import DEQUANTIZED_TYPES, dequantize_gguf
 from entrenar.ops.linear.gguf import block_of
-from entrenar.quant.tensor import QuantizedTensor, kept_tensor, quantize
+from entrenar.quant.tensor import QuantizedTensor, as_stored_tensor, quantize
 
 pytestmark = pytest.mark.cuda
 _GPU = torch.device("cuda")
@@ -45,7 +45,7 @@ def _held(format: str) -> QuantizedTensor:
         packed = torch.randint(0, 256, (96, 256 // elements * size), dtype=torch.uint8)
         packed[:, 1::size] &= 0x3B  # the scale's exponent: no infinity, nothing huge
         packed[:, 3::size] &= 0x3B
-        return kept_tensor(packed, format)
+        return as_stored_tensor(packed, format)
     return quantize(_random(96, 256), format=format)
 
 

@@ -23,7 +23,7 @@ def test_streamed_and_live_are_the_same_file(tiny_model_dir: Path, tmp_path: Pat
     streamed = GGUFFile(export(str(tiny_model_dir), tmp_path / "streamed.gguf", to="gguf", type=type))
     assert streamed.tensors.keys() == live.tensors.keys()
     for name in live.tensors:
-        assert torch.equal(streamed.packed(name).read(), live.packed(name).read()), name
+        assert torch.equal(streamed.blocks(name).read(), live.blocks(name).read()), name
     unnamed = {key: value for key, value in live.metadata.items() if key != "general.name"}
     assert {key: value for key, value in streamed.metadata.items() if key != "general.name"} == unnamed
 
@@ -44,7 +44,7 @@ def test_blocks_of_the_type_are_taken_over_and_not_quantized_again(
     for name, info in source.tensors.items():
         if name != "token_embd.weight":  # the head, which a mixture holds in more bits
             assert copy.tensors[name].type == info.type
-            assert torch.equal(copy.packed(name).read(), source.packed(name).read()), name
+            assert torch.equal(copy.blocks(name).read(), source.blocks(name).read()), name
 
 
 def test_weights_that_are_not_finite_are_refused_where_blocks_cannot_hold_them(

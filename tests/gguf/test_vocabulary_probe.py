@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.exporting.gguf import vocabulary_metadata
-from entrenar.gguf.tokenizer import CONTROL, USER_DEFINED
+from entrenar.gguf.special_tokens import CONTROL, USER_DEFINED
 from tests.support.gguf_tokenizers import TOKENIZERS
 
 _BLANKS = norm.Replace(" ", "▁")

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entrenar.core.errors import InputError
 from entrenar.lora.adapter_io import load_adapter
+from entrenar.opening.adapted import open_model
 from entrenar.opening.load import load
-from entrenar.opening.open_model import open_model
 from entrenar.recipes.export import export
 from entrenar.recipes.merge import merge
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from entrenar.core.errors import InputError
 from entrenar.layers.quantized_embedding import QuantizedEmbedding
 from entrenar.ops.gguf.blocks import quantize_gguf
-from entrenar.quant.tensor import kept_tensor, quantize
+from entrenar.quant.tensor import as_stored_tensor, quantize
 
 
 def embedding(dtype: torch.dtype = torch.float32) -> QuantizedEmbedding:
-    return QuantizedEmbedding(kept_tensor(quantize_gguf(torch.randn(50, 64), "q5_0"), "q5_0"), dtype)
+    return QuantizedEmbedding(as_stored_tensor(quantize_gguf(torch.randn(50, 64), "q5_0"), "q5_0"), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -44,7 +44,7 @@ def test_a_format_whose_blocks_straddle_rows_is_refused() -> None:
 
 def test_a_kept_tensor_knows_its_shape_size_and_values() -> None:
     weight = torch.randn(4, 512)
-    kept = kept_tensor(quantize_gguf(weight, "q4_k"), "q4_k")
+    kept = as_stored_tensor(quantize_gguf(weight, "q4_k"), "q4_k")
     assert (kept.shape, kept.format, kept.block_size, kept.memory_bytes) == ((4, 512), "q4_k", 256, 4 * 2 * 144)
     assert kept.dequantize().shape == (4, 512)
     assert (kept.dequantize() - weight).square().mean() < 0.01

@@ -16,8 +16,8 @@ from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.adapter_io import load_adapter, save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.models.forward import target_loss
+from entrenar.opening.adapted import open_model
 from entrenar.opening.load import load
-from entrenar.opening.open_model import open_model
 
 MakeGGUF = Callable[..., Path]
 IDS = torch.tensor([[1, 40, 80, 120, 7, 9, 200, 3]])
@@ -43,9 +43,9 @@ def test_what_is_held_is_the_file_to_the_byte_and_the_tied_head_shares_it(make_g
     assert isinstance(head, QuantizedLinear)
     assert head.weight_codes is embedding.weight_codes
     file = GGUFFile(path)
-    assert torch.equal(embedding.weight_codes, file.packed("token_embd.weight").read())
+    assert torch.equal(embedding.weight_codes, file.blocks("token_embd.weight").read())
     down = model.get_submodule("model.layers.1.mlp.down_proj")
-    assert torch.equal(down.get_parameter("weight_codes"), file.packed("blk.1.ffn_down.weight").read())
+    assert torch.equal(down.get_parameter("weight_codes"), file.blocks("blk.1.ffn_down.weight").read())
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     assert held == sum(info.size for info in file.tensors.values())
 

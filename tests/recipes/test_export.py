@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from entrenar.core.errors import InputError
 from entrenar.gguf.reader import GGUFFile
+from entrenar.opening.adapted import open_model
 from entrenar.opening.load import load
-from entrenar.opening.open_model import open_model
 from entrenar.recipes.export import export
 from entrenar.recipes.train import train
 from tests.support.exporting import export_huggingface

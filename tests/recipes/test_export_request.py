@@ -9,7 +9,7 @@ import pytest
 
 from entrenar.core.errors import InputError
 from entrenar.gguf.types import FILE_TYPES
-from entrenar.opening.load import KEEP, UNQUANTIZED
+from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
 from entrenar.ops.gguf.blocks import IMPORTANCE_TYPES
 from entrenar.quant.registry import FORMATS
 from entrenar.recipes.export_request import EXCLUSIVE, TYPES, Exclusive, ExportRequest
@@ -82,7 +82,7 @@ def test_the_names_are_those_of_what_writes_them() -> None:
     assert {name for name in TYPES["gguf"] if "_k" in name} == {
         name for name, row in FILE_TYPES.items() if row.most in IMPORTANCE_TYPES
     }
-    assert {*FORMATS, KEEP, UNQUANTIZED} >= set(QUANTIZE)
+    assert {*FORMATS, AS_STORED, UNQUANTIZED} >= set(QUANTIZE)
 
 
 def test_a_named_pipe_is_not_waited_at(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from entrenar.files.peft import read_base_format
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import attach_lora
 from entrenar.opening import compute
+from entrenar.opening.adapted import open_model
 from entrenar.opening.load import load
-from entrenar.opening.open_model import open_model
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.evaluate import evaluate
 from entrenar.recipes.export import export

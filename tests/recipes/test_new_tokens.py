@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entrenar.core.errors import InputError
+from entrenar.opening.adapted import open_model
 from entrenar.opening.load import load
-from entrenar.opening.open_model import open_model
 from entrenar.recipes.check import check
 from entrenar.recipes.evaluate import evaluate
 from entrenar.recipes.export import export

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from entrenar.core.config import load_config
 from entrenar.core.errors import InputError
 from entrenar.files.peft import read_adapter
-from entrenar.opening.open_model import open_model
+from entrenar.opening.adapted import open_model
 from entrenar.recipes.check import check
 from entrenar.recipes.config import RunConfig
 from entrenar.recipes.train import train

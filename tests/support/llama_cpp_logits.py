@@ -10,7 +10,7 @@ from llama_cpp import Llama
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from entrenar.opening.open_model import open_model
+from entrenar.opening.adapted import open_model
 
 # Relative to the largest logit, with keys and values in f32 there. f16 rounds weights, and in llama.cpp activations,
 # which the large random weights amplify from layer to layer: measured 1e-3 to 3e-3 for two layers, 9e-3 for five.

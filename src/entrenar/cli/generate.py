@@ -24,7 +24,7 @@ def generate(
     check_adapter(adapter)
     check_quantize(quantize)
     from entrenar.evaluation.generate import generate as run
-    from entrenar.opening.open_model import open_model
+    from entrenar.opening.adapted import open_model
 
     loaded, tokenizer = open_model(model, adapter, quantize, dtype.value)
     messages = [[{"role": "user", "content": prompt}]]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from entrenar.files.peft import BaseFormat
 from entrenar.files.stored_tensor import StoredTensor
 from entrenar.models.experts import expert_weights
-from entrenar.opening.load import build_on_meta, linear_weights
+from entrenar.opening.build import build_on_meta, linear_weights
 from entrenar.opening.match import match_tensors, saved_buffers
 from entrenar.opening.source import ModelSource
 from entrenar.quant.tensor import QuantizedTensor, quantize

@@ -22,7 +22,7 @@ from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.token_rows import TokenRows
 from entrenar.models.experts import Experts
 from entrenar.opening.source import ModelSource
-from entrenar.quant.registry import KEPT_FORMATS
+from entrenar.quant.registry import AS_STORED_FORMATS
 from entrenar.quant.tensor import QuantizedTensor
 
 
@@ -48,8 +48,8 @@ def source_tensors(source: ModelSource, format: str | None) -> list[LazyTensor]:
 
     def lazy(name: str) -> LazyTensor:
         packed = None
-        if source.blocks and len(model.shape(name)) == 2 and not (format and name in model.base.linear):
-            packed = Packed(source.blocks.type_of(name), source.blocks.packed(name).read)
+        if source.gguf and len(model.shape(name)) == 2 and not (format and name in model.base.linear):
+            packed = Packed(source.gguf.type_of(name), source.gguf.blocks(name).read)
         return LazyTensor(name, model.shape(name), lambda: model.fused(name).weight, packed=packed)
 
     return [lazy(name) for name in model.names()]
@@ -107,7 +107,7 @@ def _fused_weight(name: str, module: nn.Module) -> LazyTensor | None:
 
 
 def _packed(weight: QuantizedTensor) -> Packed | None:
-    return Packed(weight.format, lambda: weight.parts["codes"]) if weight.format in KEPT_FORMATS else None
+    return Packed(weight.format, lambda: weight.parts["codes"]) if weight.format in AS_STORED_FORMATS else None
 
 
 def _plain(name: str, parameter: Tensor) -> LazyTensor:

@@ -22,7 +22,7 @@ from entrenar.gguf.writer import GGUFTensor, write_gguf_file
 from entrenar.lora.adapter_io import load_adapter
 from entrenar.lora.attach import adapted_layers
 from entrenar.lora.low_rank import AdapterLayer
-from entrenar.opening.load import build_on_meta
+from entrenar.opening.build import build_on_meta
 from entrenar.opening.match import is_tied, match_tensors
 from entrenar.opening.source import ModelSource
 

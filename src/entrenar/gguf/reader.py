@@ -74,7 +74,7 @@ class GGUFFile:
         dtype = _PLAIN.get(info.type.name, torch.float32)
         return StoredTensor(self._version, info.start, info.size, info.shape, dtype, partial(_decode, info, self.path))
 
-    def packed(self, name: str) -> StoredTensor:
+    def blocks(self, name: str) -> StoredTensor:
         """The same tensor's bytes as they stand, (..., bytes of a row) uint8."""
         info = self.tensors[name]
         shape = (*info.shape[:-1], info.size // math.prod(info.shape[:-1]))

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import GenerationConfig, PretrainedConfig
+
 from entrenar.core.errors import InputError
 
 # tokenizer.ggml.token_type
@@ -69,10 +71,10 @@ def special_tokens(metadata: Mapping[str, Any], source: str) -> SpecialTokens:
     index = {text: number for number, text in enumerate(texts)}
     ids = named_ids(metadata, len(texts))
     for name, known in _BY_TEXT.items():
-        found = sorted(index[text] for text in known if text in index)
-        if name not in ids and found:
-            ids[name] = found[0]
-            types[found[0]] = CONTROL
+        candidates = sorted(index[text] for text in known if text in index)
+        if name not in ids and candidates:
+            ids[name] = candidates[0]
+            types[candidates[0]] = CONTROL
     ends = {index[text] for text in _ENDS if text in index}
     for end in ends:
         types[end] = CONTROL
@@ -82,6 +84,17 @@ def special_tokens(metadata: Mapping[str, Any], source: str) -> SpecialTokens:
     ends |= {ids[name] for name in _ALSO_ENDS if name in ids}
     _except(ends, types, texts)
     return SpecialTokens(texts, types, ids, sorted(ends, key=lambda end: (end != ids.get("eos"), end)))
+
+
+def generation_config(metadata: Mapping[str, Any], config: PretrainedConfig, source: str) -> GenerationConfig | None:
+    """What llama.cpp stops at, as the generation config of a directory says it; None for a file without tokens."""
+    if not metadata.get("tokenizer.ggml.tokens"):
+        return None  # making the tokenizer says so
+    known: Any = config
+    return GenerationConfig(
+        bos_token_id=known.bos_token_id, eos_token_id=special_tokens(metadata, source).ends,
+        pad_token_id=known.pad_token_id,
+    )  # fmt: skip
 
 
 def _except(ends: set[int], types: list[int], texts: Sequence[str]) -> None:

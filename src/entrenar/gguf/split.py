@@ -41,9 +41,9 @@ class GGUFModel:
         """Where one tensor lies; see GGUFFile."""
         return self._owner[name].stored(name)
 
-    def packed(self, name: str) -> StoredTensor:
+    def blocks(self, name: str) -> StoredTensor:
         """Its bytes as they stand; see GGUFFile."""
-        return self._owner[name].packed(name)
+        return self._owner[name].blocks(name)
 
 
 def _open_parts(path: Path) -> list[GGUFFile]:

@@ -13,22 +13,21 @@ from transformers import PreTrainedTokenizerFast
 
 from entrenar.core.errors import InputError
 from entrenar.gguf.pre_tokenizers import by_name
-from entrenar.gguf.special_tokens import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    SpecialTokens,
-    special_tokens,
-)
-
-__all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "tokenizer_from_metadata"]
+from entrenar.gguf.special_tokens import CONTROL, UNKNOWN, USER_DEFINED, SpecialTokens, special_tokens
 
 _TEMPLATE = "tokenizer.chat_template"
 # Blanks behind these do not belong to a special token of Phi-3, behind all others they do (llama.cpp, by model name).
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
+
+
+def tokenizer_for_rows(metadata: dict[str, Any], rows: int, source: str) -> PreTrainedTokenizerFast:
+    """`tokenizer_from_metadata`, and InputError unless it has as many tokens as the embedding has rows."""
+    tokenizer = tokenizer_from_metadata(metadata, source)
+    if len(metadata["tokenizer.ggml.tokens"]) != rows:
+        raise InputError(
+            f"{source} has {len(metadata['tokenizer.ggml.tokens'])} tokens but {rows} embeddings: fetch it again"
+        )
+    return tokenizer
 
 
 def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> PreTrainedTokenizerFast:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from entrenar.core.errors import InputError, listing
 from entrenar.data.turn_end import turn_end_id
 from entrenar.gguf.pre_tokenizers import name_of
-from entrenar.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from entrenar.gguf.special_tokens import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError
 from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.ops.linear.gguf import decode_rows
-from entrenar.quant.registry import KEPT_FORMATS
-from entrenar.quant.tensor import QuantizedTensor, kept_tensor
+from entrenar.quant.registry import AS_STORED_FORMATS
+from entrenar.quant.tensor import QuantizedTensor, as_stored_tensor
 
 
 class QuantizedEmbedding(nn.Module):
@@ -20,7 +20,7 @@ class QuantizedEmbedding(nn.Module):
 
     def __init__(self, weight: QuantizedTensor, dtype: torch.dtype) -> None:
         super().__init__()
-        if weight.format not in KEPT_FORMATS or len(weight.shape) != 2:
+        if weight.format not in AS_STORED_FORMATS or len(weight.shape) != 2:
             raise InputError(f"an embedding of {weight.format} cannot be looked up row by row: load it unquantized")
         self.num_embeddings, self.embedding_dim = weight.shape
         self.dtype = dtype
@@ -30,7 +30,7 @@ class QuantizedEmbedding(nn.Module):
     @property
     def quantized_weight(self) -> QuantizedTensor:
         """The table as it is held; its part is this layer's own parameter."""
-        return kept_tensor(self.weight_codes, self._type)
+        return as_stored_tensor(self.weight_codes, self._type)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (...) int64 → (..., H)."""

@@ -16,8 +16,8 @@ from entrenar.layers.quantized_experts import ExpertProjection
 from entrenar.lora.attach import (
     adaptable_names,
     adapted_layers,
+    as_stored_embedding,
     expected_layers,
-    kept_embedding,
     make_layers,
     match_targets,
     refuse_adapted,
@@ -35,7 +35,7 @@ from entrenar.lora.saved import saved_modules
 from entrenar.lora.spec import LoraSpec, spec_of
 from entrenar.lora.tensors import adapter_tensors, set_tensors
 from entrenar.lora.token_rows import TokenRows
-from entrenar.quant.registry import KEPT_FORMATS
+from entrenar.quant.registry import AS_STORED_FORMATS
 
 
 class SavesItself(Protocol):
@@ -128,7 +128,7 @@ def _check_names(model: nn.Module, adapter: PeftAdapter, spec: LoraSpec, source:
     known = set(adaptable_names(model))
     for name in names:
         if name not in known and isinstance(modules.get(name), QuantizedEmbedding):
-            raise kept_embedding(name)
+            raise as_stored_embedding(name)
         if name not in known and name in modules:
             kind = type(modules[name]).__name__
             raise InputError(f"the adapter {source} is for {name}, a {kind}, over which no adapter is laid here")
@@ -172,7 +172,7 @@ def _base_format(layers: Mapping[str, AdapterLayer]) -> BaseFormat | None:
         weight = getattr(getattr(layer, "plain", layer), "base_weight_quantized", None)
         if weight is not None:
             return BaseFormat(
-                format="keep" if weight.format in KEPT_FORMATS else weight.format,
+                format="keep" if weight.format in AS_STORED_FORMATS else weight.format,
                 block_size=weight.block_size,
                 double_quant=weight.is_double_quantized,
                 search=weight.searched,

@@ -170,7 +170,7 @@ def match_targets(model: nn.Module, targets: Targets, *, exclude: Targets = (), 
 def _unmatched(model: nn.Module, adaptable: list[str], targets: Sequence[str]) -> InputError:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedEmbedding) and any(has_suffix(name, target) for target in targets):
-            return kept_embedding(name)
+            return as_stored_embedding(name)
     known = sorted({name.rpartition(".")[2] for name in adaptable})
     return InputError(
         f"LoRA target {listing(list(targets))!r} matches no linear layer, embedding or experts: the model has "
@@ -178,7 +178,7 @@ def _unmatched(model: nn.Module, adaptable: list[str], targets: Sequence[str]) -
     )
 
 
-def kept_embedding(name: str) -> InputError:
+def as_stored_embedding(name: str) -> InputError:
     """Why an embedding in its file's own blocks has no adapter."""
     return InputError(
         f"{name} is held in its file's own blocks, over which an embedding is not adapted: load the model with "

@@ -163,7 +163,7 @@ class InputModel:
         return bool(self.config.get("tie_word_embeddings", False))
 
 
-def open_model(label: str) -> InputModel:
+def open_input(label: str) -> InputModel:
     """Open `path`, `hub/id`, `file.gguf`, or one of these with `+adapter`.
 
     Raises:
@@ -185,7 +185,7 @@ def split_label(label: str) -> tuple[str, str | None]:
 def _open_directory(label: str, path: str) -> InputModel:
     directory = Path(path)
     if not os.path.isdir(path):  # noqa: PTH112 - as above
-        from entrenar.opening.source import local_directory  # imports transformers
+        from entrenar.opening.hub import local_directory  # imports transformers
 
         try:
             directory = local_directory(path)

@@ -14,7 +14,7 @@ import torch
 
 from entrenar.core.errors import InputError, listing
 from entrenar.merging.config import MergeConfig, SliceConfig
-from entrenar.merging.models import InputModel, InputTensor, open_model
+from entrenar.merging.models import InputModel, InputTensor, open_input
 from entrenar.merging.names import shown_names
 from entrenar.merging.parts import HEAD, Part, check_nothing_is_lost, is_embedding, told_of_losses
 from entrenar.merging.registry import Method, method_named
@@ -148,7 +148,7 @@ def _part(
     base_label = None if method.base == "ignored" else (piece and piece.base_model) or config.base_model
     for label in [*(label for label, *_ in sources), *([base_label] if base_label else []), config.base_model]:
         if label is not None and label not in models:
-            models[label] = open_model(label)
+            models[label] = open_input(label)
     for *_, level in sources:
         level.check(method)
     ranges = [(models[label], span or (0, models[label].layers), level) for label, span, level in sources]

@@ -64,7 +64,7 @@ def _check_names(model: PreTrainedModel, source: ModelSource) -> None:
     have = set(source.weights.names())
     wanted = _wanted(model, have).keys()
     optional = set(_tied_names(model)) | {name for name in have if name.endswith("rotary_emb.inv_freq")}
-    if source.blocks:  # what a GGUF has as keys, or not at all, is computed
+    if source.gguf:  # what a GGUF has as keys, or not at all, is computed
         optional |= saved_buffers(model).keys()
     missing, unexpected = sorted(wanted - have - optional), sorted(have - wanted - optional)
     unexpected = _not_ignored(model, source, unexpected)

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 from entrenar.core.errors import InputError
 from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.models.experts import expert_modules
-from entrenar.opening.load import KEEP, UNQUANTIZED, build_on_meta, kept_types
+from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED, weights_as_stored
+from entrenar.opening.build import build_on_meta
 from entrenar.opening.match import is_tied
 from entrenar.opening.source import ModelSource
 from entrenar.optim.optimizers import OptimizerKind
@@ -56,21 +57,18 @@ def refuse_too_large(
 
 
 def base_bytes(model: PreTrainedModel, source: ModelSource, base: BaseSettings, dtype: torch.dtype) -> int:
-    """Bytes of every base parameter once loaded: packed where quantized or kept, in the compute dtype elsewhere."""
+    """Bytes of every base parameter once loaded: its codes and scales where it is quantized, else the compute dtype."""
     head, total = model.get_output_embeddings(), 0
-    kept = kept_types(model, source, dtype) if base.quantize == KEEP else {}
-    packed = source.prequantized.formats() if source.prequantized else {}
+    as_stored = weights_as_stored(model, source, base.quantize, dtype)
     mixtures = expert_modules(model)
     for owner, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{owner}.{name}".removeprefix(".")
             linear = name == "weight" and isinstance(module, nn.Linear) and module is not head
             quantized = linear or owner in mixtures
-            if full_name in kept and source.blocks:
-                total += source.blocks.packed(full_name).size
-            elif full_name in packed and source.prequantized:
-                total += source.prequantized.bytes_of(full_name)
-            elif quantized and base.quantize not in (UNQUANTIZED, KEEP):
+            if full_name in as_stored:
+                total += as_stored[full_name].count_bytes()
+            elif quantized and base.quantize not in (UNQUANTIZED, AS_STORED):
                 total += packed_bytes(parameter.numel(), base.quantize, base.block_size, base.double_quant)
             elif module is not head or not is_tied(model):
                 total += parameter.numel() * parameter.element_size()

@@ -5,7 +5,7 @@ from entrenar.quant.format import Format, KeptFormat
 from entrenar.quant.formats import fp4, gguf, int4, int8, nf4
 
 FORMATS = {row.name: row for row in (int4.FORMAT, nf4.FORMAT, fp4.FORMAT, int8.FORMAT)}
-KEPT_FORMATS = {row.name: row for row in gguf.FORMATS}
+AS_STORED_FORMATS = {row.name: row for row in gguf.FORMATS}
 BLOCK_SIZES = tuple(2**power for power in range(4, 13))
 
 
@@ -18,7 +18,7 @@ def get_format(name: str) -> Format:
 
 def held_format(name: str) -> Format | KeptFormat:
     """The format called `name` that a weight is in: one of those, or one that weights are only kept in."""
-    return KEPT_FORMATS[name] if name in KEPT_FORMATS else get_format(name)
+    return AS_STORED_FORMATS[name] if name in AS_STORED_FORMATS else get_format(name)
 
 
 def check_block_size(block_size: int) -> None:

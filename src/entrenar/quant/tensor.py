@@ -11,7 +11,7 @@ from entrenar.core.errors import InputError
 from entrenar.ops.blocks import block_count
 from entrenar.ops.linear.gguf import FLOAT_TYPES, columns_of
 from entrenar.quant.formats.gguf import BLOCK_SIZES as GGUF_BLOCK_SIZES
-from entrenar.quant.registry import BLOCK_SIZES, KEPT_FORMATS, check_block_size, get_format, held_format
+from entrenar.quant.registry import AS_STORED_FORMATS, BLOCK_SIZES, check_block_size, get_format, held_format
 from entrenar.quant.scales import GROUP, Parts, as_float
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -121,7 +121,7 @@ def requantize(weight: Tensor, like: QuantizedTensor) -> QuantizedTensor:
     Raises:
         InputError: the other one is kept as a GGUF has it, and so is not made anew; or see `quantize`.
     """
-    if like.format in KEPT_FORMATS:
+    if like.format in AS_STORED_FORMATS:
         raise InputError(
             f"its base is kept in a GGUF's own blocks ({like.format}), which nothing changes: load it as nf4 or none"
         )
@@ -170,8 +170,8 @@ class PieceQuantizer:
         return QuantizedTensor(self._format.name, self._shape, self._dtype, self._block_size, parts, self._search)
 
 
-def kept_tensor(packed: Tensor, type: str) -> QuantizedTensor:
-    """A weight as a GGUF holds it: packed (rows, bytes of a row) uint8 of one of KEPT_FORMATS, taken over as it is."""
+def as_stored_tensor(packed: Tensor, type: str) -> QuantizedTensor:
+    """A weight as a GGUF holds it: packed (rows, bytes of a row) uint8 of one of AS_STORED_FORMATS, not converted."""
     dtype = FLOAT_TYPES.get(type, torch.float32)
     shape = (packed.shape[0], columns_of(packed, type))
     return QuantizedTensor(type, shape, dtype, GGUF_BLOCK_SIZES[type], {"codes": packed})

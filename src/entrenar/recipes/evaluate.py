@@ -9,7 +9,7 @@ from entrenar.data.rows import Rejected
 from entrenar.evaluation.exact_match import Answer, exact_match
 from entrenar.evaluation.perplexity import kl_divergence, perplexity
 from entrenar.models.head import padding_id
-from entrenar.opening.open_model import open_model
+from entrenar.opening.adapted import open_model
 
 
 @dataclass(frozen=True, kw_only=True)

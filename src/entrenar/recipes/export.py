@@ -11,8 +11,8 @@ from entrenar.exporting.fuse import fused_tensors, source_tensors
 from entrenar.exporting.gguf import Metadata, copied_metadata, metadata, write_gguf
 from entrenar.exporting.gguf_adapter import export_gguf_adapter, modelfile
 from entrenar.files.peft import largest_token
-from entrenar.opening.load import KEEP, UNQUANTIZED
-from entrenar.opening.open_model import open_model
+from entrenar.opening.adapted import open_model
+from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
 from entrenar.opening.source import ModelSource, open_source, with_tokenizer_of
 from entrenar.recipes.calibrate import calibrate
 from entrenar.recipes.export_request import ExportRequest, chosen_type
@@ -91,7 +91,7 @@ def _gguf(request: ExportRequest, type: str, on_verified: OnVerified | None, say
     quantize, adapter = request.quantize, request.adapter
     source = open_source(request.model, with_tokenizer=False)
     if adapter is None and request.calibrate_on is None and on_verified is None:
-        tensors = source_tensors(source, None if quantize in (None, UNQUANTIZED, KEEP) else quantize)
+        tensors = source_tensors(source, None if quantize in (None, UNQUANTIZED, AS_STORED) else quantize)
         write_gguf(tensors, source.config, _keys(source, source.config, say), request.output, type)
         return
     loaded, tokenizer = open_model(request.model, adapter, quantize, dtype="float32")
@@ -111,7 +111,7 @@ def _gguf(request: ExportRequest, type: str, on_verified: OnVerified | None, say
 
 def _keys(source: ModelSource, config: PretrainedConfig, say: Say) -> Metadata:
     """A GGUF's own keys, or those that say what a Hugging Face directory says, and where it is from."""
-    copied = copied_metadata(source.blocks.raw_metadata) if source.blocks else {}
+    copied = copied_metadata(source.gguf.raw_metadata) if source.gguf else {}
     if copied and config.vocab_size == source.config.vocab_size:
         return copied
     ends = getattr(source.generation, "eos_token_id", None)

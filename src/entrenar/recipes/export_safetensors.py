@@ -14,8 +14,9 @@ from entrenar.exporting.safetensors_output import FOUR_BIT, export_streamed
 from entrenar.exporting.streaming import StreamedModel
 from entrenar.files.peft import BaseFormat, largest_token, read_adapter
 from entrenar.models.head import padding_id
-from entrenar.opening.load import KEEP, UNQUANTIZED, load
-from entrenar.opening.open_model import open_model
+from entrenar.opening.adapted import open_model
+from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
+from entrenar.opening.load import load
 from entrenar.opening.source import open_source, with_tokenizer_of
 from entrenar.recipes.export_request import ExportRequest
 
@@ -52,7 +53,7 @@ def _base_format(adapter: str | None, quantize: str | None) -> BaseFormat | None
         format = BaseFormat(format=quantize, block_size=64, double_quant=False)
     else:
         format = read_adapter(Path(adapter)).base_format if adapter else None
-    return None if format is None or format.format in (UNQUANTIZED, KEEP) else format
+    return None if format is None or format.format in (UNQUANTIZED, AS_STORED) else format
 
 
 def _rows(text: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -18,7 +18,7 @@ from entrenar.lora.attach import match_targets
 from entrenar.lora.combine import adapter_of_pairs
 from entrenar.lora.initial import principal
 from entrenar.lora.matching import ALL_LINEAR
-from entrenar.opening.load import build_on_meta
+from entrenar.opening.build import build_on_meta
 from entrenar.opening.match import match_tensors
 from entrenar.opening.source import ModelSource, open_source
 

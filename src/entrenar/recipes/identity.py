@@ -33,8 +33,8 @@ def base_identity(source: ModelSource) -> str:
 
 def _tensors(source: ModelSource) -> list[tuple[str, StoredTensor]]:
     """Every tensor as its bytes stand in the file."""
-    if source.blocks is not None:
-        return [(name, source.blocks.packed(name)) for name in sorted(source.blocks.names())]
+    if source.gguf is not None:
+        return [(name, source.gguf.blocks(name)) for name in sorted(source.gguf.names())]
     packed = source.prequantized
     if packed is not None:
         return [(name, packed.checkpoint.stored(name)) for name in sorted(packed.checkpoint.names())]
@@ -51,10 +51,8 @@ def _add_sample(hasher: "hashlib._Hash", tensor: StoredTensor) -> None:
 
 
 def _config_text(source: ModelSource) -> str:
-    if source.blocks is not None:
-        keys = {
-            k: v.hex() for k, v in source.blocks.raw_metadata.items() if not k.startswith(("tokenizer.", "general."))
-        }
+    if source.gguf is not None:
+        keys = {k: v.hex() for k, v in source.gguf.raw_metadata.items() if not k.startswith(("tokenizer.", "general."))}
         return json.dumps(keys, sort_keys=True)
     values = read_json(Path(source.path) / "config.json", "model config")
     return json.dumps({key: value for key, value in values.items() if key not in _PASSING}, sort_keys=True)

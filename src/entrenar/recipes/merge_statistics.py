@@ -79,7 +79,7 @@ def _measure(plan: MergePlan, model: InputModel, directory: Path, text: str) -> 
 
         from entrenar.evaluation.weight_statistics import input_products, squared_gradients
         from entrenar.models.experts import Experts
-        from entrenar.opening.open_model import open_model
+        from entrenar.opening.adapted import open_model
         from entrenar.recipes.text import text_rows
 
         path, adapter = split_label(model.label)

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.errors import EntrenarError
 from entrenar.evaluation.fidelity import ExportStep, fidelity, fused, log_probabilities
-from entrenar.opening.load import KEEP, load
+from entrenar.opening.as_stored import AS_STORED
+from entrenar.opening.load import load
 from entrenar.recipes.text import read_text, token_ids
 
 MAX_TOKENS = 512
@@ -50,7 +51,7 @@ def verify(
     steps = [fidelity("live", reference, reference, ids)]
     with fused(live):
         steps.append(fidelity("fused", reference, log_probabilities(live, ids), ids))
-    written, _ = load(str(gguf), KEEP, dtype="float32")
+    written, _ = load(str(gguf), AS_STORED, dtype="float32")
     quantized = log_probabilities(written, ids)
     if reference.isfinite().all() and not quantized.isfinite().all():
         raise EntrenarError(
