@@ -16,7 +16,7 @@ from entrenar.files.peft_tensors import ROWS_END
 from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.attach import adapt, adaptable_names, expected_layers, refuse_breaking
 from entrenar.lora.fusing import Fused, fuse, fuse_expert
-from entrenar.lora.grown import check_tokens, new_rows
+from entrenar.lora.grown import check_tokens, is_same, new_rows
 from entrenar.lora.initial import start_again
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.matching import check_complete, named_by
@@ -132,7 +132,7 @@ class Overlay:
             if name not in stored or (self._base.is_prequantized(name) and name not in self._base.ends):
                 continue
             weight = self._base.plain(name)
-            if not _agree(weight, tensor[: len(weight)]):  # rows of new tokens come after the base's
+            if not is_same(weight, tensor[: len(weight)]):  # rows of new tokens come after the base's
                 raise InputError(f"the adapter was trained on another base: its {name} is not this model's")
 
     def _token_rows(self) -> dict[str, tuple[list[int], Tensor]]:
@@ -180,8 +180,3 @@ class Overlay:
         if output in rows and rows[output][1] is not rows[embedding][1]:
             return False
         return self._adapter.keeps_ties or not saved.keys() & {embedding, output}
-
-
-def _agree(weight: Tensor, given: Tensor) -> bool:
-    """Whether two weights are the same, as far as the narrower dtype of the two holds them."""
-    return weight.shape == given.shape and torch.equal(weight.float(), given.to(weight.dtype).float())

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
@@ -26,7 +25,7 @@ from entrenar.lora.attach import (
 )
 from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.lora.experts import ExpertLoRALayer
-from entrenar.lora.grown import make_room
+from entrenar.lora.grown import is_same, make_room
 from entrenar.lora.initial import Original, Starter, start_again
 from entrenar.lora.low_rank import AdapterLayer
 from entrenar.lora.matching import check_complete, named_by
@@ -158,11 +157,7 @@ def _check_base(model: nn.Module, base: Mapping[str, Tensor], source: str) -> No
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in base.items():
         weight = parameters.get(name)
-        if (
-            weight is None
-            or weight.shape != tensor.shape
-            or not torch.equal(weight.float(), tensor.to(weight.dtype).float())
-        ):
+        if weight is None or not is_same(weight, tensor):
             raise InputError(f"{source} was trained on another base: its {name} is not this model's")
 
 

@@ -75,5 +75,10 @@ def new_rows(names: Sequence[str], adapter: PeftAdapter, before: int, source: st
     return base
 
 
+def is_same(weight: Tensor, given: Tensor) -> bool:
+    """Whether the base's weight in an adapter's file, `given`, is the model's, as far as the model's dtype tells."""
+    return weight.shape == given.shape and torch.equal(weight.float(), given.to(weight.dtype).float())
+
+
 def _has_grown(tensors: Mapping[str, Tensor], name: str, before: int) -> bool:
     return name in tensors and tensors[name].dim() == 2 and len(tensors[name]) > before
