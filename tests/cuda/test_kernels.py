@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entrenar.layers.adapted_native import Member
+from entrenar.layers.adapted_native import AdaptedLinear
 from entrenar.layers.composed_blocks import after_attention, before_attention
 from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Norm
 from entrenar.ops import gpu_kernels
@@ -53,13 +53,13 @@ def _moved(thing: Any) -> Any:
     """The same on the GPU."""
     if isinstance(thing, Tensor):
         return thing.detach().to(_GPU).requires_grad_(thing.requires_grad)
-    if isinstance(thing, Member):
+    if isinstance(thing, AdaptedLinear):
         weight = thing.weight
         assert isinstance(weight, CodebookWeight)
         parts = weight.packed.to(_GPU), [scale.to(_GPU) for scale in weight.scales], weight.codebook.to(_GPU)
         moved = CodebookWeight(*parts, weight.block_size, weight.shape)
         bias, a, b = (None if tensor is None else _moved(tensor) for tensor in (thing.bias, thing.a, thing.b))
-        return Member(moved, bias, a, b, thing.scale)
+        return AdaptedLinear(moved, bias, a, b, thing.scale)
     if isinstance(thing, Norm):
         return Norm(thing.weight.to(_GPU), thing.eps, thing.offset)
     if isinstance(thing, AttentionBlock | MlpBlock):

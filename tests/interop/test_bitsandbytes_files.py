@@ -120,7 +120,7 @@ def test_llm_int8_is_read_row_by_row(tiny_model_dir: Path, tmp_path: Path) -> No
     layer = ours.get_submodule(name)
     assert isinstance(layer, QuantizedLinear)
     expected = stored[f"{name}.weight"].float() * stored[f"{name}.SCB"][:, None] / 127
-    torch.testing.assert_close(layer.fused_weight(), expected)
+    torch.testing.assert_close(layer.dequantized(), expected)
 
 
 def test_a_codebook_of_its_own_is_refused(theirs: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_directory_stored_as_floats_is_loaded_exported_and_merged_as_bitsandby
     model, _ = load(str(tmp_path / "theirs"), dtype="float32")
     held = model.get_submodule("model.layers.0.mlp.up_proj")
     assert isinstance(held, QuantizedLinear)
-    torch.testing.assert_close(held.fused_weight(), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(held.dequantized(), expected, atol=1e-6, rtol=1e-6)
     export(str(tmp_path / "theirs"), str(tmp_path / "plain"), type="f32")
     torch.testing.assert_close(load_file(tmp_path / "plain" / "model.safetensors")[name], expected, atol=1e-6, rtol=0)
     models = [{"model": str(tmp_path / "theirs"), "parameters": {"weight": 1}}]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from entrenar.layers.adapted_linear import Member, adapted_linears
+from entrenar.layers.adapted_linear import AdaptedLinear, adapted_linears
 from entrenar.ops.linear.weight import CodebookWeight, DenseWeight, Int8Weight, LinearWeight
 
 CODEBOOK = torch.linspace(-1, 1, 16)
@@ -26,21 +26,23 @@ def weight(kind: str, rows: int, columns: int) -> LinearWeight:
 
 def member(
     kind: str, rows: int, columns: int, rank: int, bias: bool = True, dtype: torch.dtype = torch.float32
-) -> Member:
+) -> AdaptedLinear:
     """A layer with random factors, or without any for rank 0."""
 
     def trained(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, requires_grad=True)
 
     factors = (trained(rank, columns), trained(rows, rank)) if rank else (None, None)
-    return Member(weight(kind, rows, columns), trained(rows) if bias else None, *factors, scale=0.5)
+    return AdaptedLinear(weight(kind, rows, columns), trained(rows) if bias else None, *factors, scale=0.5)
 
 
-def trained_tensors(members: list[Member]) -> list[Tensor]:
+def trained_tensors(members: list[AdaptedLinear]) -> list[Tensor]:
     return [tensor for one in members for tensor in (one.bias, one.a, one.b) if tensor is not None]
 
 
-def exactly(x: Tensor, members: list[Member], grads: list[Tensor], magnitudes: bool = False) -> tuple[Tensor, ...]:
+def exactly(
+    x: Tensor, members: list[AdaptedLinear], grads: list[Tensor], magnitudes: bool = False
+) -> tuple[Tensor, ...]:
     """Outputs and gradients out of float64 matrices; or how large their terms are, with every number made positive."""
     prepare = torch.abs if magnitudes else torch.clone
     wide = prepare(x.detach().double()).requires_grad_()

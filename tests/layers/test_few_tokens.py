@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar import native
-from entrenar.layers.adapted_linear import Member, adapted_linears
+from entrenar.layers.adapted_linear import AdaptedLinear, adapted_linears
 from entrenar.layers.adapted_native import forward_native
 from entrenar.ops.codebook.dequantize import dequantize_codebook
 from entrenar.ops.gguf.blocks import DEQUANTIZED_TYPES
@@ -49,7 +49,7 @@ def check(x: Tensor, weights: list[Held], rank: int, bias: bool) -> None:
     for weight, matrix in weights:
         a, b = torch.randn(rank, x.shape[1]), torch.randn(len(matrix), rank)
         added = torch.randn(len(matrix)).bfloat16() if bias else None
-        members.append(Member(weight, added, *((a, b) if rank else (None, None)), 0.5))
+        members.append(AdaptedLinear(weight, added, *((a, b) if rank else (None, None)), 0.5))
         wide, plain = x.double(), torch.zeros(len(matrix)) if added is None else added
         expected.append(wide @ matrix.double().t() + plain + 0.5 * (wide @ a.double().t()) @ b.double().t())
         low_rank = 0.5 * (wide.abs() @ a.double().abs().t()) @ b.double().abs().t()
@@ -103,7 +103,7 @@ def test_more_blocks_in_a_row_than_scales_are_decoded_at_once(kernel_path: str) 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_number_of_threads_changes_nothing(kernel_path: str, threads: int) -> None:
-    x, member = torch.randn(3, 192).bfloat16(), Member(four_bits(70, 192, 64, False)[0])
+    x, member = torch.randn(3, 192).bfloat16(), AdaptedLinear(four_bits(70, 192, 64, False)[0])
     before = torch.get_num_threads()
     expected = forward_native(x, [member])[0]
     try:
@@ -118,7 +118,7 @@ def test_what_is_not_finite_in_one_token_does_not_reach_another(kernel_path: str
     x = torch.randn(2, 192).bfloat16()
     x[0, 100] = value
     for weight, matrix in (four_bits(20, 192, 64, False), eight_bits(20, 192, 64, False), packed(20)):
-        (found,) = forward_native(x, [Member(weight)])
+        (found,) = forward_native(x, [AdaptedLinear(weight)])
         assert not found[0][matrix[:, 100] != 0].isfinite().any()
         assert found[1].isfinite().all()
 
@@ -130,7 +130,7 @@ def packed(rows: int) -> Held:
 
 def test_nothing_is_written_behind_the_result(kernel_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     y, raw = guarded(3 * 19, torch.bfloat16)
-    x, member = torch.randn(3, 192).bfloat16(), Member(four_bits(19, 192, 64, False)[0])
+    x, member = torch.randn(3, 192).bfloat16(), AdaptedLinear(four_bits(19, 192, 64, False)[0])
     monkeypatch.setattr(Tensor, "new_empty", lambda *_: y.view(3, 19))
     forward_native(x, [member])
     monkeypatch.undo()

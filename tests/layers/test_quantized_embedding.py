@@ -21,7 +21,7 @@ def test_rows_are_those_of_the_dequantized_table(dtype: torch.dtype, shape: tupl
     ids = torch.randint(0, 50, shape)
     found = layer(ids)
     assert found.dtype == dtype
-    torch.testing.assert_close(found, F.embedding(ids, layer.fused_weight().to(dtype)), atol=0, rtol=0)
+    torch.testing.assert_close(found, F.embedding(ids, layer.dequantized().to(dtype)), atol=0, rtol=0)
 
 
 def test_an_id_outside_the_vocabulary_is_refused() -> None:
@@ -34,7 +34,7 @@ def test_a_tied_head_shares_the_storage_and_multiplies_by_the_table() -> None:
     head = layer.tied_linear()
     assert head.weight_codes is layer.weight_codes
     x = torch.randn(3, 64)
-    torch.testing.assert_close(head(x), x @ layer.fused_weight().t())
+    torch.testing.assert_close(head(x), x @ layer.dequantized().t())
 
 
 def test_a_format_whose_blocks_straddle_rows_is_refused() -> None:

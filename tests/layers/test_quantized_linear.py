@@ -146,7 +146,7 @@ def test_a_deep_copy_stands_on_its_own() -> None:
 
 def test_the_fused_weight_is_the_dequantized_one() -> None:
     weight = packed()
-    assert torch.equal(QuantizedLinear(weight).fused_weight(), weight.dequantize())
+    assert torch.equal(QuantizedLinear(weight).dequantized(), weight.dequantize())
 
 
 @pytest.mark.parametrize("shape", [(8,), (), (2, 3, 4)])

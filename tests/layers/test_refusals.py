@@ -11,7 +11,7 @@ from torch import Tensor
 from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.layers.adapted_linear import adapted_linears
-from entrenar.layers.adapted_native import Member
+from entrenar.layers.adapted_native import AdaptedLinear
 from entrenar.layers.recompute import Recompute
 from entrenar.layers.residual_blocks import (
     AttentionBlock,
@@ -86,17 +86,17 @@ def _try_all(name: str, call: Callable[..., None], args: tuple[Any, ...]) -> int
     return calls
 
 
-def nested(rows: int, columns: int) -> Member:
+def nested(rows: int, columns: int) -> AdaptedLinear:
     """A layer whose weight has nested scales, with factors and a bias."""
     packed = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8)
     weight = CodebookWeight(packed, nest_scales(torch.rand(rows * columns // 64)), CODEBOOK, 64, (rows, columns))
     a, b = torch.randn(3, columns).requires_grad_(), torch.randn(rows, 3).bfloat16().requires_grad_()
-    return Member(weight, torch.randn(rows), a, b, 0.5)
+    return AdaptedLinear(weight, torch.randn(rows), a, b, 0.5)
 
 
 def test_adapted_linears(refused: Calls) -> None:
     codes = torch.randint(0, 256, (8 * 32,), dtype=torch.uint8)
-    bytes_ = Member(Int8Weight(codes, nest_scales(torch.rand(4)), 64, (8, 32)))
+    bytes_ = AdaptedLinear(Int8Weight(codes, nest_scales(torch.rand(4)), 64, (8, 32)))
     members = [nested(64, 32), member(7, 32), member(9, 32, rank=0), bytes_]
     x = torch.randn(6, 32).bfloat16().requires_grad_()
     outputs = adapted_linears(x, members)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from entrenar.layers.adapted_native import Member
+from entrenar.layers.adapted_native import AdaptedLinear
 from entrenar.layers.recompute import Recompute
 from entrenar.layers.residual_blocks import (
     AttentionBlock,
@@ -184,7 +184,7 @@ def test_what_is_prepared_once_follows_every_change() -> None:
 
 def test_a_converted_copy_of_a_weight_does_not_outlive_the_call() -> None:
     weights = [torch.randn(rows, columns).half() for rows, columns in ((613, 96), (613, 96), (96, 613))]
-    gate, up, down = (Member(DenseWeight(weight)) for weight in weights)
+    gate, up, down = (AdaptedLinear(DenseWeight(weight)) for weight in weights)
     block = MlpBlock(norm(96), gate, up, down, "silu")
     mlp_block(torch.randn(1, 9, 96).bfloat16().requires_grad_(), block, Recompute.CHEAP).sum().backward()
     gc.collect()

@@ -81,4 +81,4 @@ def test_a_quantized_layers_weight_computes() -> None:
     torch.testing.assert_close(x @ layer.weight.t(), layer(x))
     (x @ layer.weight.t()).sum().backward()
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, layer.fused_weight().sum(0).expand(3, -1))
+    torch.testing.assert_close(x.grad, layer.dequantized().sum(0).expand(3, -1))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar.layers.adapted_linear import adapted_linears
-from entrenar.layers.adapted_native import Member
+from entrenar.layers.adapted_native import AdaptedLinear
 from entrenar.ops.linear import panels
 from entrenar.ops.linear.gguf import (
     GGUF_TYPES,
@@ -70,7 +70,7 @@ def test_gradients_pass_through_the_blocks_exactly(type: str) -> None:
     b = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
 
     def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return adapted_linears(x, [Member(GGUFWeight(packed, type), None, a, b, 0.5)])[0]
+        return adapted_linears(x, [AdaptedLinear(GGUFWeight(packed, type), None, a, b, 0.5)])[0]
 
     assert torch.autograd.gradcheck(layer, (x, a, b), fast_mode=True)
 
@@ -78,7 +78,7 @@ def test_gradients_pass_through_the_blocks_exactly(type: str) -> None:
 def test_a_converted_copy_of_a_weight_does_not_outlive_the_call() -> None:
     """The native product reads float16 as float32; a step over such a base must not hold it three times."""
     packed = packed_weight("f16", 613, 3)[0]
-    members = [Member(GGUFWeight(packed, "f16"))]
+    members = [AdaptedLinear(GGUFWeight(packed, "f16"))]
     x = torch.randn(9, 96).bfloat16().requires_grad_()
     adapted_linears(x, members)[0].sum().backward()
     gc.collect()

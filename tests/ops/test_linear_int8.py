@@ -9,7 +9,7 @@ from torch import Tensor
 from entrenar import native
 from entrenar.core.errors import InputError
 from entrenar.layers.adapted_linear import adapted_linears
-from entrenar.layers.adapted_native import Member
+from entrenar.layers.adapted_native import AdaptedLinear
 from entrenar.ops.linear import panels
 from entrenar.ops.linear.multiply import Term, int8_weight, multiply
 from entrenar.ops.linear.weight import Int8Weight
@@ -78,7 +78,7 @@ def test_gradients_are_the_numeric_ones() -> None:
     x, a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
 
     def layer(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return adapted_linears(x, [Member(of, None, a, b, 0.5)])[0]
+        return adapted_linears(x, [AdaptedLinear(of, None, a, b, 0.5)])[0]
 
     assert torch.autograd.gradcheck(layer, (x, a, b), fast_mode=True)
 
@@ -95,7 +95,7 @@ def test_the_weight_is_never_decoded_whole(monkeypatch: pytest.MonkeyPatch, dtyp
     monkeypatch.setattr("entrenar.ops.linear.weight.dequantize_int8", tracked)
     of = weight(4096, 1024, 64)
     x = torch.randn(5, 1024).to(dtype).requires_grad_()
-    adapted_linears(x, [Member(of)])[0].sum().backward()
+    adapted_linears(x, [AdaptedLinear(of)])[0].sum().backward()
     assert max(largest) * dtype.itemsize <= (0 if dtype == torch.bfloat16 else panels.PANEL_BYTES)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from entrenar.layers.adapted_native import Member
+from entrenar.layers.adapted_native import AdaptedLinear
 from entrenar.layers.residual_blocks import (
     MlpBlock,
     Norm,
@@ -17,35 +17,35 @@ from entrenar.ops.linear.weight import CodebookWeight
 CODEBOOK = torch.linspace(-1, 1, 16)
 
 
-def member(rows: int, columns: int, rank: int = 4, bias: bool = False) -> Member:
+def member(rows: int, columns: int, rank: int = 4, bias: bool = False) -> AdaptedLinear:
     count = rows * columns
     packed = torch.randint(0, 256, (-(-count // 2),), dtype=torch.uint8)
     scale = 2.5 / columns**0.5
     weight = CodebookWeight(packed, [torch.rand(-(-count // 64)) * scale], CODEBOOK, 64, (rows, columns))
     b = torch.randn(rows) * 0.1 if bias else None
     if not rank:
-        return Member(weight, b)
+        return AdaptedLinear(weight, b)
     a, other = torch.randn(rank, columns) / columns**0.5, torch.randn(rows, rank) * 0.2
-    return Member(weight, b, a.requires_grad_(), other.requires_grad_(), 0.5)
+    return AdaptedLinear(weight, b, a.requires_grad_(), other.requires_grad_(), 0.5)
 
 
 def norm(columns: int, offset: float = 0.0) -> Norm:
     return Norm((1 - offset + torch.randn(columns) * 0.2).bfloat16(), 1e-5, offset)
 
 
-def factors(members: Sequence[Member]) -> list[Tensor]:
+def factors(members: Sequence[AdaptedLinear]) -> list[Tensor]:
     return [factor for one in members for factor in (one.a, one.b) if factor is not None]
 
 
 class Exact:
     """float64 stand-ins of the operations, over leaves of the factors."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[AdaptedLinear]) -> None:
         self.leaves = [factor.detach().double().requires_grad_() for factor in factors(members)]
         left = iter(self.leaves)
         self._pairs = {id(one): (next(left), next(left)) for one in members if one.a is not None}
 
-    def linear(self, x: Tensor, one: Member) -> Tensor:
+    def linear(self, x: Tensor, one: AdaptedLinear) -> Tensor:
         dense = one.weight.product(torch.eye(one.weight.shape[1])).t().double()
         y = F.linear(x, dense, None if one.bias is None else one.bias.double())
         if id(one) not in self._pairs:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from entrenar.layers.adapted_native import Factors, Member, Used, factors_of
+from entrenar.layers.adapted_native import AdaptedLinear, Factors, Used, factors_of
 from entrenar.ops.linear.weight import LinearWeight
 
 
@@ -29,7 +29,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def forward_composed(
-    tokens: Tensor, members: Sequence[Member], residual: Tensor | None = None
+    tokens: Tensor, members: Sequence[AdaptedLinear], residual: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor | None]:
     """tokens (B, I) → every member's (B, O), the residual (B, O) added; and x·Aᵀ (B, R), which the backward may use."""
     copies, outputs = _copies(members, tokens.dtype), []
@@ -73,7 +73,7 @@ def backward_composed(
     ]
 
 
-def _copies(members: Sequence[Member], dtype: torch.dtype) -> _Copies | None:
+def _copies(members: Sequence[AdaptedLinear], dtype: torch.dtype) -> _Copies | None:
     """None where no member has factors."""
     factors = [factor.detach() for factor in factors_of(members)]
     if not factors:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from entrenar import native
 from entrenar.layers.adapted_composed import backward_composed, forward_composed, rows_of
 from entrenar.layers.adapted_native import (
-    Member,
+    AdaptedLinear,
     Used,
     backward_native,
     factors_of,
@@ -33,7 +33,7 @@ from entrenar.layers.recompute import Recipe, recipe_of
 from entrenar.ops.linear.codebook import PACKED_TOKENS
 
 
-def adapted_linears(x: Tensor, members: Sequence[Member]) -> tuple[Tensor, ...]:
+def adapted_linears(x: Tensor, members: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]:
     """x (..., I) → one (..., O_j) per member, in the dtype of x; gradients reach x, biases, A and B."""
     if not native.is_plain(x):
         return tuple(_traced(x, member) for member in members)
@@ -48,7 +48,7 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return F.linear(F.linear(x, a.to(x.dtype)) * scale, b.to(x.dtype))
 
 
-def _traced(x: Tensor, member: Member) -> Tensor:
+def _traced(x: Tensor, member: AdaptedLinear) -> Tensor:
     y = member.weight.traced(x, None if member.bias is None else member.bias.to(x.dtype))
     return y if member.a is None or member.b is None else y + low_rank(x, member.a, member.b, member.scale)
 
@@ -56,7 +56,7 @@ def _traced(x: Tensor, member: Member) -> Tensor:
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, recipe: Recipe | None, members: list[Member], *_: Tensor
+        ctx: Any, x: Tensor, recipe: Recipe | None, members: list[AdaptedLinear], *_: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.members, ctx.shape, ctx.make = members, x.shape, recipe.make if recipe else None
         ctx.set_materialize_grads(False)
@@ -82,17 +82,17 @@ class _AdaptedLinears(torch.autograd.Function):
         run = backward_native if many and _is_native(used[0].grad) else backward_composed
         dx, gradients = run(tokens, used, ctx.needs_input_grad[0])
         given = {one.index: (one.grad, *pair) for one, pair in zip(used, gradients, strict=True)}
-        found: list[Tensor | None] = []
+        gradients_of: list[Tensor | None] = []
         for index, member in enumerate(members):
             grad, da, db = given.get(index, (None, None, None))
             if member.bias is not None:
-                wanted = ctx.needs_input_grad[3 + len(found)]
-                found.append(grad.sum(0) if grad is not None and wanted else None)
-            found += [] if member.a is None else [da, db]
-        return None if dx is None else dx.view(ctx.shape), None, None, *found
+                wanted = ctx.needs_input_grad[3 + len(gradients_of)]
+                gradients_of.append(grad.sum(0) if grad is not None and wanted else None)
+            gradients_of += [] if member.a is None else [da, db]
+        return None if dx is None else dx.view(ctx.shape), None, None, *gradients_of
 
 
-def _outputs(x: Tensor, members: list[Member]) -> tuple[Tensor, ...]:
+def _outputs(x: Tensor, members: list[AdaptedLinear]) -> tuple[Tensor, ...]:
     tokens = rows_of(x)
     outputs = forward_native(tokens, members) if _is_native(tokens) else forward_composed(tokens, members)[0]
     if x.dim() == 2:

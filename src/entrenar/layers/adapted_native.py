@@ -22,7 +22,7 @@ _STRIP, _STEP = abi.constants("kStrip", "kStep")
 
 
 @dataclass(frozen=True)
-class Member:
+class AdaptedLinear:
     """One layer: weight (O, I), bias (O,), A (r, I) and B (O, r) (both or neither), and the adapter's scale."""
 
     weight: LinearWeight
@@ -43,26 +43,26 @@ class Member:
 class Used:
     """A member whose output, the `index`-th of its group, has a gradient (B, O)."""
 
-    member: Member
+    member: AdaptedLinear
     grad: Tensor
     index: int
 
 
-def factors_of(members: Sequence[Member]) -> list[Tensor]:
+def factors_of(members: Sequence[AdaptedLinear]) -> list[Tensor]:
     """A and B of every member that has them."""
     return [t for member in members for t in (member.a, member.b) if t is not None]
 
 
-def with_factors(members: Sequence[Member], factors: Sequence[Tensor]) -> list[Member]:
+def with_factors(members: Sequence[AdaptedLinear], factors: Sequence[Tensor]) -> list[AdaptedLinear]:
     """The members over factors that were saved, whose changes since then autograd notices."""
-    left, found = iter(factors), []
+    left, result = iter(factors), []
     for member in members:
         a, b = (None, None) if member.a is None else (next(left), next(left))
-        found.append(member if member.a is a and member.b is b else replace(member, a=a, b=b))
-    return found
+        result.append(member if member.a is a and member.b is b else replace(member, a=a, b=b))
+    return result
 
 
-def hidden_bytes(members: Sequence[Member], tokens: int) -> int:
+def hidden_bytes(members: Sequence[AdaptedLinear], tokens: int) -> int:
     """Bytes of a group's products with its factors A, as csrc/adapted lays them out; 0 where no member has any."""
     width = sum(-(-member.a.shape[0] // _STRIP) * _STRIP for member in members if member.a is not None)
     return (tokens * width + _STEP) * 2 if width else 0
@@ -72,7 +72,7 @@ def hidden_bytes(members: Sequence[Member], tokens: int) -> int:
 Factors = list[tuple[Tensor | None, Tensor | None]]
 
 
-def forward_native(tokens: Tensor, members: list[Member], residual: Tensor | None = None) -> list[Tensor]:
+def forward_native(tokens: Tensor, members: list[AdaptedLinear], residual: Tensor | None = None) -> list[Tensor]:
     """tokens (B, I) bfloat16 → every member's (B, O); with a residual (B, O) the only one's, and that added."""
     views = MemberViews(members)
     count, inner = tokens.shape
@@ -113,21 +113,21 @@ def _run(
 class MemberViews:
     """An array of C views of members, and the tensors that they point into."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[AdaptedLinear]) -> None:
         self.array = (MemberView * len(members))()
-        self._held: list[object] = []
+        self._alive: list[object] = []
         for index, member in enumerate(members):
-            made = member.native()
-            self.array[index] = made.view
-            self._held.append(made)
+            native_member = member.native()
+            self.array[index] = native_member.view
+            self._alive.append(native_member)
 
     def place(self, index: int, y: Tensor) -> None:
         """Where a member's result goes, or in a backward where its gradient is."""
         self.array[index].y, self.array[index].y_bytes = native.buffer(y)
-        self._held.append(y)
+        self._alive.append(y)
 
 
-def add_gradients(views: ctypes.Array[MemberView], members: Sequence[Member]) -> Callable[[], Factors]:
+def add_gradients(views: ctypes.Array[MemberView], members: Sequence[AdaptedLinear]) -> Callable[[], Factors]:
     """Make room for the factors' gradients, one tensor for all of them.
 
     What comes back gives them, in the factors' dtypes, after the call.
@@ -142,13 +142,13 @@ def add_gradients(views: ctypes.Array[MemberView], members: Sequence[Member]) ->
             at += view.da_bytes + view.db_bytes
 
     def gradients() -> Factors:
-        found, at = [], 0
+        parts, at = [], 0
         for factor in factors:
             part = room.as_strided(factor.shape, (factor.shape[1], 1), at)
-            found.append(part if factor.dtype == room.dtype else part.to(factor.dtype))
+            parts.append(part if factor.dtype == room.dtype else part.to(factor.dtype))
             at += factor.numel()
-        each = iter(found)
-        return [(None, None) if member.a is None else (next(each), next(each)) for member in members]
+        left = iter(parts)
+        return [(None, None) if member.a is None else (next(left), next(left)) for member in members]
 
     return gradients
 
@@ -166,7 +166,7 @@ class NativeMember(NamedTuple):
         return self.direct
 
 
-def _native_of(member: Member, weight: WeightView) -> NativeMember:
+def _native_of(member: AdaptedLinear, weight: WeightView) -> NativeMember:
     view, tensors = MemberView(weight=weight.view), list[Tensor]()
     if member.bias is not None:
         bias = member.bias.detach().to(torch.bfloat16).contiguous()

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from entrenar import native
 from entrenar.layers.adapted_composed import backward_composed, forward_composed, rows_of
-from entrenar.layers.adapted_native import Member, Used, factors_of, with_factors
+from entrenar.layers.adapted_native import AdaptedLinear, Used, factors_of, with_factors
 from entrenar.layers.residual_blocks import AttentionBlock, MlpBlock, Norm, Rotation
 from entrenar.ops.elementwise import gated_activation, rms_norm, rotary  # noqa: F401 - registered when imported
 from entrenar.ops.registration import compute
@@ -44,7 +44,7 @@ def before_attention(
     return h, q, k, v
 
 
-def after_attention(h: Tensor, attended: Tensor, output: Member, block: MlpBlock) -> Tensor:
+def after_attention(h: Tensor, attended: Tensor, output: AdaptedLinear, block: MlpBlock) -> Tensor:
     """H (B, T, C) and what attention gave (B, T, H·D) → h₂ + mlp(norm(h₂)) with h₂ = h + output(attended)."""
     members = [output, *_of(block)]
     if torch.is_grad_enabled():
@@ -52,22 +52,22 @@ def after_attention(h: Tensor, attended: Tensor, output: Member, block: MlpBlock
     return _after(h, attended, block, members)[0]
 
 
-def _inputs_of(block: AttentionBlock) -> list[Member]:
+def _inputs_of(block: AttentionBlock) -> list[AdaptedLinear]:
     return [block.q, block.k, block.v]
 
 
-def _of(block: MlpBlock) -> list[Member]:
+def _of(block: MlpBlock) -> list[AdaptedLinear]:
     return [block.gate, block.up, block.down]
 
 
 def _before(
-    h: Tensor, block: AttentionBlock, rotation: Rotation | None, members: Sequence[Member]
+    h: Tensor, block: AttentionBlock, rotation: Rotation | None, members: Sequence[AdaptedLinear]
 ) -> tuple[list[Tensor], _Saved]:
     """q, k and v; x·Aᵀ, and q and k before their norms, where they have some."""
     (q, k, v), hidden = forward_composed(rows_of(_normed(h, block.norm)), members)
-    raw = [each if norm is not None else None for each, norm in ((q, block.q_norm), (k, block.k_norm))]
-    turned = [_turned(each, h, block, norm, rotation) for each, norm in ((q, block.q_norm), (k, block.k_norm))]
-    return [each.view(*h.shape[:2], -1) for each in (*turned, v)], [hidden, *raw]
+    raw = [x if norm is not None else None for x, norm in ((q, block.q_norm), (k, block.k_norm))]
+    turned = [_turned(x, h, block, norm, rotation) for x, norm in ((q, block.q_norm), (k, block.k_norm))]
+    return [x.view(*h.shape[:2], -1) for x in (*turned, v)], [hidden, *raw]
 
 
 def _turned(heads: Tensor, h: Tensor, block: AttentionBlock, norm: Norm | None, rotation: Rotation | None) -> Tensor:
@@ -94,10 +94,10 @@ class _BeforeAttention(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, h: Tensor, block: AttentionBlock, rotation: Rotation | None, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        made, saved = _before(h, block, rotation, _inputs_of(block))
+        products, saved = _before(h, block, rotation, _inputs_of(block))
         ctx.block, ctx.rotation = block, rotation
         ctx.save_for_backward(h, *saved, *factors)
-        return h, *made
+        return h, *products
 
     @staticmethod
     @once_differentiable
@@ -115,20 +115,20 @@ class _BeforeAttention(torch.autograd.Function):
         return dh, None, None, *_flat(gradients)
 
 
-def _after(h: Tensor, attended: Tensor, block: MlpBlock, members: Sequence[Member]) -> tuple[Tensor, _Saved]:
+def _after(h: Tensor, attended: Tensor, block: MlpBlock, members: Sequence[AdaptedLinear]) -> tuple[Tensor, _Saved]:
     """The result; h₂ (B·T, C), gate and up (B·T, I), and every x·Aᵀ."""
     output, gate, up, down = members
     (h2,), output_hidden = forward_composed(rows_of(attended), [output], rows_of(h))
-    made, hidden = forward_composed(_normed(h2, block.norm), [gate, up])
-    product = compute("gated_activation", *made, block.activation)
+    products, hidden = forward_composed(_normed(h2, block.norm), [gate, up])
+    product = compute("gated_activation", *products, block.activation)
     (out,), down_hidden = forward_composed(product, [down], h2)
-    return out.view(h.shape), [h2, *made, output_hidden, hidden, down_hidden]
+    return out.view(h.shape), [h2, *products, output_hidden, hidden, down_hidden]
 
 
 class _AfterAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, h: Tensor, attended: Tensor, block: MlpBlock, members: list[Member], *factors: Tensor
+        ctx: Any, h: Tensor, attended: Tensor, block: MlpBlock, members: list[AdaptedLinear], *factors: Tensor
     ) -> Tensor:
         out, saved = _after(h, attended, block, members)
         ctx.block, ctx.members = block, members
@@ -168,7 +168,7 @@ def _norm_backward(grad: Tensor, x: Tensor, norm: Norm, residual: Tensor | None 
     return compute("rms_norm_backward", grad, x, norm.weight, norm.eps, norm.offset, residual)
 
 
-def _used(members: Sequence[Member], *grads: Tensor) -> list[Used]:
+def _used(members: Sequence[AdaptedLinear], *grads: Tensor) -> list[Used]:
     return [Used(member, grad, index) for index, (member, grad) in enumerate(zip(members, grads, strict=True))]
 
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from entrenar import native
-from entrenar.layers.adapted_native import Member
+from entrenar.layers.adapted_native import AdaptedLinear
 from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.ops.cross_entropy.operation import cross_entropy_rows
 from entrenar.ops.linear.multiply import product_into
@@ -222,7 +222,7 @@ def _linear_step(head: nn.Linear, rule: LogitRule, scratch: Tensor) -> _Step:
     return step
 
 
-def _frozen_step(head: Member, rule: LogitRule) -> _Step:
+def _frozen_step(head: AdaptedLinear, rule: LogitRule) -> _Step:
     """For a head that is held quantized: nothing in it is trained."""
 
     def step(hidden: Tensor, labels: Tensor, d_hidden: Tensor | None, _gradients: Gradients) -> Tensor:

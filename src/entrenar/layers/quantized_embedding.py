@@ -45,6 +45,6 @@ class QuantizedEmbedding(nn.Module):
         """What `print(model)` shows of this layer."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._type}"
 
-    def fused_weight(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The dequantized table, (V, H) float32."""
         return self.quantized_weight.dequantize()

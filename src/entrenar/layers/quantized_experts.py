@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from entrenar.layers.adapted_linear import Member
+from entrenar.layers.adapted_linear import AdaptedLinear
 from entrenar.layers.quantized_linear import linear_weight
 from entrenar.native.cached import Cached
 from entrenar.ops.linear.weight import DenseWeight, LinearWeight
@@ -25,7 +25,7 @@ class ExpertStack(nn.Module):
         first = weights[0]
         self.count, self.d_out, self.d_in = len(weights), *first.shape
         self._first = first if isinstance(first, QuantizedTensor) else None
-        parts = [each.parts if isinstance(each, QuantizedTensor) else {"": each} for each in weights]
+        parts = [weight.parts if isinstance(weight, QuantizedTensor) else {"": weight} for weight in weights]
         for name in parts[0]:
             stacked = torch.stack([part[name] for part in parts])
             self.register_parameter(f"weight_{name}".rstrip("_"), nn.Parameter(stacked, requires_grad=False))
@@ -73,10 +73,10 @@ class ExpertProjection(nn.Module):
         self.count, self.d_in = stacks[0].count, stacks[0].d_in
         self.d_out = sum(stack.d_out for stack in stacks)
 
-    def members(self) -> list[tuple[Member, ...]]:
+    def members(self) -> list[tuple[AdaptedLinear, ...]]:
         """For every expert its layers, as layers/adapted_linear.py takes them."""
         weights = [stack.linear_weights() for stack in self.each()]
-        return [tuple(map(Member, own)) for own in zip(*weights, strict=True)]
+        return [tuple(map(AdaptedLinear, group)) for group in zip(*weights, strict=True)]
 
     def each(self) -> list[ExpertStack]:
         """The stacks."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
-from entrenar.layers.adapted_linear import Member, adapted_linears
-from entrenar.layers.weight_stand_in import held_weight
+from entrenar.layers.adapted_linear import AdaptedLinear, adapted_linears
+from entrenar.layers.weight_stand_in import weight_stand_in
 from entrenar.native.cached import Cached, ids
 from entrenar.ops.linear.weight import DenseWeight, LinearWeight
 from entrenar.quant.registry import held_format
@@ -41,11 +41,11 @@ class QuantizedLinear(nn.Module):
         self._layout = (weight.format, weight.shape, weight.dtype, weight.block_size)
         self._part_names, self._searched = tuple(weight.parts), weight.searched
         for name, part in weight.parts.items():
-            held = part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=False)
-            self.register_parameter(f"weight_{name}", held)
+            parameter = part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=False)
+            self.register_parameter(f"weight_{name}", parameter)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._weight = Cached[LinearWeight]()
-        self._member = Cached[Member]()
+        self._member = Cached[AdaptedLinear]()
 
     @property
     def quantized_weight(self) -> QuantizedTensor:
@@ -56,24 +56,24 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight for code outside the layer, dequantized whenever something computes with it."""
-        held = self.quantized_weight
-        return held_weight(held.shape, held.dtype, held.device, self.fused_weight)
+        packed = self.quantized_weight
+        return weight_stand_in(packed.shape, packed.dtype, packed.device, self.dequantized)
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., d_in) → (..., d_out)."""
         return linear(x, self.member())
 
-    def member(self) -> Member:
+    def member(self) -> AdaptedLinear:
         """The layer as layers/adapted_linear.py takes it."""
         weight, bias = self.linear_weight(), self.bias
-        return self._member.get(ids(weight, bias), lambda: Member(weight, bias))
+        return self._member.get(ids(weight, bias), lambda: AdaptedLinear(weight, bias))
 
     def linear_weight(self) -> LinearWeight:
         """The weight as the linear operations take it."""
         places = [part.data_ptr() for name, part in self._parameters.items() if part is not None and name != "bias"]
         return self._weight.get(places, lambda: linear_weight(self.quantized_weight))
 
-    def fused_weight(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The dequantized weight, (d_out, d_in) float32."""
         return self.quantized_weight.dequantize()
 
@@ -99,7 +99,7 @@ class _Joinable(Protocol):
         """Whether it has more than its member to compute at present."""
         ...
 
-    def member(self) -> Member: ...
+    def member(self) -> AdaptedLinear: ...
 
 
 def can_join(layer: nn.Module) -> bool:
@@ -114,20 +114,20 @@ def can_join(layer: nn.Module) -> bool:
     return hasattr(layer, "member") and not cast(_Joinable, layer).runs_alone
 
 
-def member_of(layer: nn.Module) -> Member:
+def member_of(layer: nn.Module) -> AdaptedLinear:
     """A layer that can join others as layers/adapted_linear.py takes it."""
     if type(layer) is nn.Linear:
-        return Member(DenseWeight(layer.weight), layer.bias)
+        return AdaptedLinear(DenseWeight(layer.weight), layer.bias)
     return cast(_Joinable, layer).member()
 
 
 def quantized_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """x (..., d_in) → (..., d_out) through a quantized weight (d_out, d_in); gradient reaches x and bias only."""
     member = _member(weight)
-    return linear(x, member if bias is None else Member(member.weight, bias))
+    return linear(x, member if bias is None else AdaptedLinear(member.weight, bias))
 
 
-def linear(x: Tensor, member: Member) -> Tensor:
+def linear(x: Tensor, member: AdaptedLinear) -> Tensor:
     """x (..., d_in) → (..., d_out) through one layer, in autocast's dtype where autocast is on."""
     x = in_compute_dtype(x)
     if x.shape[-1:] != member.weight.shape[1:]:
@@ -147,6 +147,6 @@ def linear_weight(weight: QuantizedTensor) -> LinearWeight:
     return held_format(weight.format).linear_weight(weight.parts, weight.block_size, shape)
 
 
-def _member(weight: QuantizedTensor) -> Member:
+def _member(weight: QuantizedTensor) -> AdaptedLinear:
     """The layer without a bias."""
-    return Member(linear_weight(weight))
+    return AdaptedLinear(linear_weight(weight))

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from entrenar import native
 from entrenar.layers.adapted_native import (
+    AdaptedLinear,
     Factors,
-    Member,
     MemberView,
     NativeMember,
     add_gradients,
@@ -46,9 +46,9 @@ class MlpBlock:
     """h + down(act(gate(x)) · up(x)), x = norm(h); `activation` as in ops/elementwise/gated_activation.py."""
 
     norm: Norm
-    gate: Member
-    up: Member
-    down: Member
+    gate: AdaptedLinear
+    up: AdaptedLinear
+    down: AdaptedLinear
     activation: str
     _prepared: "Cached[_Prepared]" = field(default_factory=Cached, init=False, repr=False, compare=False)
 
@@ -58,10 +58,10 @@ class AttentionBlock:
     """h + output(attention(rotate(q(x)), rotate(k(x)), v(x))), x = norm(h); q and k may have norms over each head."""
 
     norm: Norm
-    q: Member
-    k: Member
-    v: Member
-    output: Member
+    q: AdaptedLinear
+    k: AdaptedLinear
+    v: AdaptedLinear
+    output: AdaptedLinear
     width: int
     scale: float
     q_norm: Norm | None = None
@@ -109,12 +109,12 @@ def before_attention(
     """H (B, T, C) → h, and what attention takes: q (B, T, H·D), k and v (B, T, G·D); no gradient is recorded."""
     h, one = h.contiguous(), _Attention(block, rotation)
     q, k, v = (h.new_empty(*h.shape[:2], member.weight.shape[0]) for member in (block.q, block.k, block.v))
-    made = _prepared(one, h, one.members, Recompute.ALL)
-    _run(_attention_inputs, _fresh_view(one, made, {"h": h, "q": q, "k": k, "v": v}, h.new_empty(0)))
+    prepared = _prepared(one, h, one.members, Recompute.ALL)
+    _run(_attention_inputs, _fresh_view(one, prepared, {"h": h, "q": q, "k": k, "v": v}, h.new_empty(0)))
     return h, q, k, v
 
 
-def after_attention(h: Tensor, attended: Tensor, output: Member, block: MlpBlock) -> Tensor:
+def after_attention(h: Tensor, attended: Tensor, output: AdaptedLinear, block: MlpBlock) -> Tensor:
     """H (B, T, C) + output(attended), attended (B, T, H·D), and the MLP's block of that; no gradient is recorded."""
     tokens = attended.reshape(-1, attended.shape[-1]).contiguous()
     added = forward_native(tokens, [output], residual=h.reshape(-1, h.shape[-1]))[0]
@@ -152,7 +152,7 @@ class _Mlp:
     backward: ClassVar = native.Function("mlp_block_backward")
 
     @property
-    def members(self) -> tuple[Member, ...]:
+    def members(self) -> tuple[AdaptedLinear, ...]:
         return self.block.gate, self.block.up, self.block.down
 
     @property
@@ -195,7 +195,7 @@ class _Attention:
     backward: ClassVar = native.Function("attention_block_backward")
 
     @property
-    def members(self) -> tuple[Member, ...]:
+    def members(self) -> tuple[AdaptedLinear, ...]:
         return self.block.q, self.block.k, self.block.v, self.block.output
 
     @property
@@ -236,7 +236,7 @@ class _Attention:
 _Pass = _Mlp | _Attention
 
 
-def _prepared(one: _Pass, h: Tensor, members: Sequence[Member], recompute: Recompute) -> _Prepared:
+def _prepared(one: _Pass, h: Tensor, members: Sequence[AdaptedLinear], recompute: Recompute) -> _Prepared:
     """What the block's last call was prepared with, if it still is right."""
     natives = [member.native() for member in members]
     norms = [(norm.weight.data_ptr(), norm.weight.dtype) for norm in one.norms if norm is not None]
@@ -264,12 +264,12 @@ def _norm_view(norm: Norm | None) -> NormView:
     return NormView(*native.buffer(weight), native.DTYPES[weight.dtype], norm.eps, norm.offset, 0)
 
 
-def _fresh_view(one: _Pass, made: _Prepared, buffers: dict[str, Tensor], room: Tensor) -> Any:
+def _fresh_view(one: _Pass, prepared: _Prepared, buffers: dict[str, Tensor], room: Tensor) -> Any:
     """A view for one call: another thread may make one over the same block."""
-    view = type(made.view).from_buffer_copy(made.view)
+    view = type(prepared.view).from_buffer_copy(prepared.view)
     _set_buffers(view, buffers)
     at = room.data_ptr()
-    for name, begin, size in made.saved.places:
+    for name, begin, size in prepared.saved.places:
         setattr(view, name, (at + begin, size))
     one.set_call(view)
     return view
@@ -295,24 +295,24 @@ def _apply(h: Tensor, passes: Sequence[_Pass], recompute: Recompute) -> Tensor:
     return h
 
 
-def _members(passes: Sequence[_Pass]) -> list[Member]:
+def _members(passes: Sequence[_Pass]) -> list[AdaptedLinear]:
     return [member for one in passes for member in one.members]
 
 
 def _forward(one: _Pass, h: Tensor, recompute: Recompute) -> tuple[Tensor, Tensor]:
     """The result, and room that holds all that is kept."""
-    made = _prepared(one, h, one.members, recompute)
-    out, room = torch.empty_like(h), h.new_empty(made.saved.size // h.itemsize)
-    _run(one.forward, _fresh_view(one, made, {"h": h, "out": out}, room))
+    prepared = _prepared(one, h, one.members, recompute)
+    out, room = torch.empty_like(h), h.new_empty(prepared.saved.size // h.itemsize)
+    _run(one.forward, _fresh_view(one, prepared, {"h": h, "out": out}, room))
     return out, room
 
 
 def _backward(
-    one: _Pass, h: Tensor, members: Sequence[Member], recompute: Recompute, room: Tensor, grad: Tensor
+    one: _Pass, h: Tensor, members: Sequence[AdaptedLinear], recompute: Recompute, room: Tensor, grad: Tensor
 ) -> tuple[Tensor, Factors]:
     """The gradients of h and of the factors."""
-    made, dh = _prepared(one, h, members, recompute), torch.empty_like(h)
-    view = _fresh_view(one, made, {"h": h, "out": grad, "dh": dh}, room)
+    prepared, dh = _prepared(one, h, members, recompute), torch.empty_like(h)
+    view = _fresh_view(one, prepared, {"h": h, "out": grad, "dh": dh}, room)
     factors = add_gradients(view.members, members)
     _run(one.backward, view)
     return dh, factors()
@@ -343,8 +343,8 @@ class _Blocks(torch.autograd.Function):
         grad = grad.contiguous()
         for one in reversed(ctx.passes):
             room, h = saved.pop(), saved.pop()
-            own = members[-len(one.members) :]
+            members_of_pass = members[-len(one.members) :]
             del members[-len(one.members) :]
-            grad, factors = _backward(one, h, own, ctx.recompute, room, grad)
+            grad, factors = _backward(one, h, members_of_pass, ctx.recompute, room, grad)
             gradients = factors + gradients
         return grad, None, None, *(gradient for pair in gradients for gradient in pair if gradient is not None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 
-class HeldWeight(Tensor):
+class WeightStandIn(Tensor):
     """A weight (d_out, d_in) without values of its own.
 
     `make` gives them for every operation that asks; it may refuse with an InputError. No gradient reaches them.
@@ -30,18 +30,18 @@ class HeldWeight(Tensor):
         """Run an operation on the values."""
 
         def values(x: Any) -> Any:
-            return x.make().to(x.dtype) if isinstance(x, HeldWeight) else x
+            return x.make().to(x.dtype) if isinstance(x, WeightStandIn) else x
 
         return func(*tree_map(values, tuple(args)), **tree_map(values, dict(kwargs or {})))
 
     def __repr__(self, *, tensor_contents: None = None) -> str:
-        return f"HeldWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+        return f"WeightStandIn(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-def held_weight(
+def weight_stand_in(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]
-) -> HeldWeight:
-    """A `HeldWeight` of this shape (d_out, d_in), dtype and device."""
-    made = torch.Tensor._make_wrapper_subclass(HeldWeight, tuple(shape), dtype=dtype, device=device)  # pyright: ignore
-    made.make = make
-    return made
+) -> WeightStandIn:
+    """A `WeightStandIn` of this shape (d_out, d_in), dtype and device."""
+    stand_in = torch.Tensor._make_wrapper_subclass(WeightStandIn, tuple(shape), dtype=dtype, device=device)  # pyright: ignore
+    stand_in.make = make
+    return stand_in

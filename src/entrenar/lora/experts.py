@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
 from entrenar.files.lora_options import LayerSpec
-from entrenar.layers.adapted_linear import Member
+from entrenar.layers.adapted_linear import AdaptedLinear
 from entrenar.layers.quantized_experts import ExpertProjection
 from entrenar.lora.low_rank import AdapterLayer, draw
 from entrenar.quant.tensor import QuantizedTensor
@@ -46,13 +46,16 @@ class ExpertLoRALayer(AdapterLayer):
         first = self.base.each()[0]
         return first.quantized(0) if first.is_quantized else None
 
-    def members(self) -> list[tuple[Member, ...]]:
+    def members(self) -> list[tuple[AdaptedLinear, ...]]:
         """For every expert its layers with their factors; the two of one projection share A."""
         a, b = expert_factors(self.lora_a, self.lora_b, self.count)
         parts = b.split([stack.d_out for stack in self.base.each()], dim=1)
         halves = [part.unbind(0) for part in parts]
         return [
-            tuple(Member(one.weight, None, first, half[e], self.scale) for one, half in zip(plain, halves, strict=True))
+            tuple(
+                AdaptedLinear(one.weight, None, first, half[e], self.scale)
+                for one, half in zip(plain, halves, strict=True)
+            )
             for e, (plain, first) in enumerate(zip(self.base.members(), a.unbind(0), strict=True))
         ]
 

@@ -36,7 +36,7 @@ def fused_weight(module: FusedModule) -> Tensor:
     """
     if isinstance(module, AdapterLayer):
         return _as_module(module, module.merge_to_f32())
-    return module.fused_weight()
+    return module.fused_weight() if isinstance(module, TokenRows) else module.dequantized()
 
 
 def fuse(layer: AdapterLayer, stored: Tensor) -> Fused:

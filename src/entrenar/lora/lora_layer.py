@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError
-from entrenar.layers.adapted_linear import Member
+from entrenar.layers.adapted_linear import AdaptedLinear
 from entrenar.lora.linear_adapter import LinearAdapter
 from entrenar.lora.low_rank import init_factors, outside
 from entrenar.ops.linear.weight import DenseWeight
@@ -50,12 +50,12 @@ class LoRALayer(LinearAdapter):
         """The weight for code outside the layer, see `outside`."""
         return outside(self, self.base_weight.dtype, self.base_weight.device)
 
-    def member(self) -> Member:
+    def member(self) -> AdaptedLinear:
         """The layer, dropout aside, as layers/adapted_linear.py takes it."""
         weight = DenseWeight(self.base_weight)
         if self.is_merged:
-            return Member(weight, self.bias)
-        return Member(weight, self.bias, self.lora_a, self.lora_b, self.scale)
+            return AdaptedLinear(weight, self.bias)
+        return AdaptedLinear(weight, self.bias, self.lora_a, self.lora_b, self.scale)
 
     def merge(self) -> None:
         """Add scale·B·A into `base_weight`; the weight before is kept: `unmerge` is exact. Twice is an error."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from entrenar.core.errors import InputError
 from entrenar.files.lora_options import LayerSpec
 from entrenar.files.peft_tensors import A_END, B_END
-from entrenar.layers.adapted_linear import Member, adapted_linears, low_rank
+from entrenar.layers.adapted_linear import AdaptedLinear, adapted_linears, low_rank
 from entrenar.layers.quantized_linear import in_compute_dtype
-from entrenar.layers.weight_stand_in import held_weight
+from entrenar.layers.weight_stand_in import weight_stand_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class AdapterLayer(nn.Module):
         """Whether the layer computes more than its `member` at present: dropout, a trained bias, a variant."""
         return self.is_dropping
 
-    def member(self) -> Member:
+    def member(self) -> AdaptedLinear:
         """The layer, dropout aside, as layers/adapted_linear.py takes it."""
         raise NotImplementedError
 
@@ -141,7 +141,7 @@ def outside(layer: AdapterLayer, dtype: torch.dtype, device: torch.device) -> Te
             "where its adapter is not seen: leave such layers out (lora: exclude)"
         )
 
-    return held_weight((layer.d_out, layer.d_in), dtype, device, refuse)
+    return weight_stand_in((layer.d_out, layer.d_in), dtype, device, refuse)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from entrenar.core.errors import InputError
-from entrenar.layers.adapted_linear import Member
+from entrenar.layers.adapted_linear import AdaptedLinear
 from entrenar.layers.quantized_linear import QuantizedLinear
 from entrenar.lora.linear_adapter import LinearAdapter
 from entrenar.lora.lora_layer import LoRALayer
@@ -45,7 +45,7 @@ class QLoRALayer(LinearAdapter):
         if isinstance(base_weight, Tensor):
             base_weight = quantize(base_weight, format=format, block_size=block_size, double_quant=double_quant)
         self.base = QuantizedLinear(base_weight, bias)
-        self._member = Cached[Member]()
+        self._member = Cached[AdaptedLinear]()
 
     @classmethod
     def from_lora(cls, layer: LoRALayer, format: str = "nf4", double_quant: bool = False) -> "QLoRALayer":
@@ -85,12 +85,12 @@ class QLoRALayer(LinearAdapter):
         """The bias (d_out,)."""
         return self.base.bias
 
-    def member(self) -> Member:
+    def member(self) -> AdaptedLinear:
         """The layer, dropout aside, as layers/adapted_linear.py takes it."""
         base, factors = self.base, self._parameters
         weight, bias, a, b = base.linear_weight(), base._parameters.get("bias"), factors["lora_a"], factors["lora_b"]
         scale = self.scale
-        return self._member.get((*ids(weight, bias, a, b), scale), lambda: Member(weight, bias, a, b, scale))
+        return self._member.get((*ids(weight, bias, a, b), scale), lambda: AdaptedLinear(weight, bias, a, b, scale))
 
     def merge(self) -> NoReturn:
         """Not possible in place; the error names `merge_to_f32`."""
@@ -104,7 +104,7 @@ class QLoRALayer(LinearAdapter):
 
     def base_to_f32(self) -> Tensor:
         """dequantize(W), (d_out, d_in) float32."""
-        return self.base.fused_weight()
+        return self.base.dequantized()
 
     def rounded(self, weight: Tensor) -> Tensor:
         """What holding a weight (d_out, d_in) float32 as this base does to it."""

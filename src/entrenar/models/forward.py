@@ -38,7 +38,7 @@ def target_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, target
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise InputError(f"{type(model).__name__} cannot make logits for chosen positions: this version needs that")
     columns = targets[:, 1:].any(dim=0).nonzero().flatten()
-    ids, positions, targets, columns = (each.to(model.device) for each in (ids, positions, targets, columns))
+    ids, positions, targets, columns = (tensor.to(model.device) for tensor in (ids, positions, targets, columns))
     output = model(**_inputs(model, ids, positions), logits_to_keep=columns)
     wanted = targets[:, 1:][:, columns]
     return output.logits[wanted], ids[:, 1:][:, columns][wanted]

@@ -55,10 +55,10 @@ def _dtype(argument: Any) -> Any:
 @cache
 def are_there() -> bool:
     """Whether Triton is there to compile them, and the user has not switched them off."""
-    found = find_spec("triton") is not None and not native.asks_for_reference()
-    if not found:
+    serve = find_spec("triton") is not None and not native.asks_for_reference()
+    if not serve:
         _LOG.info("PyTorch's operations serve on the GPU: Triton is missing or switched off")
-    return found
+    return serve
 
 
 def _agrees(
@@ -68,17 +68,17 @@ def _agrees(
 
     def results(function: Callable[..., Any]) -> list[Tensor]:
         # As they are first: what the kernel computes is told in float32, bfloat16's roundings would hide much of it.
-        samples = [each for each in kernel.samples(device) if accepts(*each)] + [
-            _typed_like(each, args) for each in kernel.samples(device)
+        samples = [arguments for arguments in kernel.samples(device) if accepts(*arguments)] + [
+            _typed_like(arguments, args) for arguments in kernel.samples(device)
         ]
-        return [made for sample in samples for made in _after(function, sample)]
+        return [tensor for sample in samples for tensor in _after(function, sample)]
 
     try:
-        found, expected = results(kernel.run), results(reference)
+        got, expected = results(kernel.run), results(reference)
     except Exception as error:  # whatever a compiler that is missing or broken raises
         _LOG.warning("Triton cannot compile %s here (%s): PyTorch's operations, which are slower, serve", name, error)
         return False
-    if all(map(_close, found, expected)):
+    if all(map(_close, got, expected)):
         return True
     _LOG.warning("Triton's %s gives wrong numbers here: PyTorch's operations, which are slower, serve", name)
     return False
@@ -86,8 +86,8 @@ def _agrees(
 
 def _after(function: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
     """What a call gives, and what it leaves of its arguments, which it may write to."""
-    made = function(*args)
-    return [t for t in (*(made if isinstance(made, tuple) else (made,)), *args) if isinstance(t, Tensor)]
+    result = function(*args)
+    return [t for t in (*(result if isinstance(result, tuple) else (result,)), *args) if isinstance(t, Tensor)]
 
 
 def _typed_like(sample: Arguments, args: Arguments) -> Arguments:

@@ -24,8 +24,8 @@ def free_bytes(device: torch.device) -> int | None:
     """What this process can take beside that; None where nothing says."""
     if device.type == "cpu":
         return available_bytes()
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reusable
 
 
 def peak_memory(device: torch.device) -> AbstractContextManager[Peak]:

@@ -62,8 +62,10 @@ def scale_tensors(parts: Parts) -> list[Tensor]:
     """The scales as the operations take them (ops/scales.py)."""
     if "nested_scales" not in parts:
         return [as_float(parts["scales"])]
-    held = [parts["scales"], as_float(parts["nested_scales"])]
-    return held if "offset" not in parts else [*held, as_float(parts["offset"]), dynamic_map(parts["scales"].device)]
+    tensors = [parts["scales"], as_float(parts["nested_scales"])]
+    return (
+        tensors if "offset" not in parts else [*tensors, as_float(parts["offset"]), dynamic_map(parts["scales"].device)]
+    )
 
 
 def block_scales(parts: Parts) -> Tensor:

@@ -214,6 +214,6 @@ def _check_dtype(dtype: torch.dtype, name: str) -> None:
 
 def _check_finite(parts: Parts, name: str) -> None:
     """A NaN or infinity in a block always reaches its scale, unsigned: the largest tells for all."""
-    held = as_float(parts.get("nested_scales", parts["scales"]))
-    if held.numel() and not held.amax().isfinite():
+    scales = as_float(parts.get("nested_scales", parts["scales"]))
+    if scales.numel() and not scales.amax().isfinite():
         raise InputError(f"{name} holds a NaN or an infinity: quantization takes finite weights only, check its source")

@@ -135,8 +135,8 @@ def _set_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: Path
 ) -> None:
     """Put tensors into the optimiser's state, whose names and shapes must be theirs."""
-    own, parameters = _optimizer_tensors(model, optimizer), dict(model.named_parameters())
-    wrong = [name for name in {**own, **tensors} if _shape(own, name) != _shape(tensors, name)]
+    expected, parameters = _optimizer_tensors(model, optimizer), dict(model.named_parameters())
+    wrong = [name for name in {**expected, **tensors} if _shape(expected, name) != _shape(tensors, name)]
     if wrong:
         raise InputError(f"{source} has another optimizer's state: {listing(wrong, 3)}; choose another output")
     for name, value in tensors.items():
@@ -146,15 +146,15 @@ def _set_optimizer(
 
 
 def _shape(tensors: dict[str, Tensor], name: str) -> tuple[torch.dtype, torch.Size] | None:
-    found = tensors.get(name)
-    return None if found is None else (found.dtype, found.shape)
+    tensor = tensors.get(name)
+    return None if tensor is None else (tensor.dtype, tensor.shape)
 
 
 def _by_step(directory: Path, prefix: str) -> list[Path]:
     """`<prefix>-N`, newest first."""
     numbers = {path: path.name.removeprefix(f"{prefix}-") for path in directory.glob(f"{prefix}-*")}
-    found = [path for path, number in numbers.items() if re.fullmatch("[0-9]+", number)]
-    return sorted(found, key=lambda path: int(numbers[path]), reverse=True)
+    numbered = [path for path, number in numbers.items() if re.fullmatch("[0-9]+", number)]
+    return sorted(numbered, key=lambda path: int(numbers[path]), reverse=True)
 
 
 def _can_resume(path: Path, with_best: bool) -> bool:

@@ -121,14 +121,19 @@ class Trainer:
                 state.loss_scale = scale  # it was not for the scale
                 return result
 
-    def _finish_step(self, made: Update) -> None:
+    def _finish_step(self, result: Update) -> None:
         state, plan = self.state, self._plan
-        state.pending = made
+        state.pending = result
         evaluated = self._evaluate() if self._is_due(plan.eval_every) else None
         state.pending = None
-        report = self._report(made, evaluated)
-        row: dict[str, Any] = {"loss": made.loss, "lr": made.lr, "grad_norm": made.grad_norm, "tokens": state.tokens}
-        row |= {"tokens_per_s": report.tokens_per_s, "memory_bytes": report.memory_bytes, **made.figures}
+        report = self._report(result, evaluated)
+        row: dict[str, Any] = {
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": state.tokens,
+        }
+        row |= {"tokens_per_s": report.tokens_per_s, "memory_bytes": report.memory_bytes, **result.figures}
         self._write({"step": state.step, **row, **({} if evaluated is None else {"eval_loss": _json(evaluated)})})
         self._on_step(report)
         if self._is_due(plan.checkpoint_every) and state.step < plan.total_steps:
@@ -167,20 +172,20 @@ class Trainer:
         total, count = self._learner.world.total(total, sum(map(objective.count, batches)))
         return total / count
 
-    def _report(self, made: Update, evaluated: float | None) -> StepReport:
+    def _report(self, result: Update, evaluated: float | None) -> StepReport:
         state, plan = self.state, self._plan
         seconds, steps = time.monotonic() - self._looped, max(state.step - self._first_step, 1)
         return StepReport(
             step=state.step,
             total_steps=plan.total_steps,
-            loss=made.loss,
-            lr=made.lr,
-            grad_norm=made.grad_norm,
+            loss=result.loss,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
             tokens_per_s=(state.tokens - self._first_tokens) / seconds,
             seconds_left=seconds / steps * (plan.total_steps - state.step),
             memory_bytes=used_bytes(self._model.device),
             eval_loss=evaluated,
-            figures=made.figures,
+            figures=result.figures,
         )
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -56,13 +56,15 @@ def saved_per_token(model: PreTrainedModel, choice: Recompute, tokens: int, loss
     """
     layers = decoder_layers(model)
     set_recompute(model, [choice] * len(layers))
-    held = {tensor.untyped_storage().data_ptr() for each in (model.parameters(), model.buffers()) for tensor in each}
-    kept: dict[int, int] = {}
+    own_storages = {
+        tensor.untyped_storage().data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors
+    }
+    sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in own_storages:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor), torch.enable_grad(), torch.random.fork_rng():
@@ -70,7 +72,7 @@ def saved_per_token(model: PreTrainedModel, choice: Recompute, tokens: int, loss
     del total
     # The input of a layer that will be run twice is held by its checkpoint, out of the hooks' sight.
     inputs = sum(layer.gradient_checkpointing for layer in layers) * _hidden_bytes(model)
-    return sum(kept.values()) // tokens + inputs
+    return sum(sizes.values()) // tokens + inputs
 
 
 def _hidden_bytes(model: PreTrainedModel) -> int:

@@ -42,18 +42,18 @@ def dequantize_codebook_into(
 
 
 def _reference_into(packed: Tensor, scales: list[Tensor], codebook: Tensor, block_size: int, out: Tensor) -> None:
-    flat, count, each = out.view(-1), out.numel(), decode_scales(scales)
+    flat, count, block_scales = out.view(-1), out.numel(), decode_scales(scales)
     if out.dtype == torch.float64:
-        each = each.double()
+        block_scales = block_scales.double()
     pairs = _byte_pairs(codebook)
     for part in chunks(count, block_size, packed.device):
         values = pairs.index_select(0, packed[part.start // 2 : part.stop // 2].int()).view(torch.float32)
         blocks = slice(part.start // block_size, part.stop // block_size)
-        flat[part].view(-1, block_size).copy_(values.view(-1, block_size) * each[blocks].unsqueeze(1))
+        flat[part].view(-1, block_size).copy_(values.view(-1, block_size) * block_scales[blocks].unsqueeze(1))
     whole = count // block_size * block_size
     if whole < count:
         codes = unpack_nibbles(packed[whole // 2 :], count - whole)
-        flat[whole:] = codebook[codes.long()] * each[-1:]  # 1-D: a 0-D float64 would not widen the product
+        flat[whole:] = codebook[codes.long()] * block_scales[-1:]  # 1-D: a 0-D float64 would not widen the product
 
 
 def _byte_pairs(codebook: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ define(
     f"dequantize_codebook({_ARGUMENTS}, SymInt count, ScalarType dtype) -> Tensor",
     reference=_fresh(_reference_into),
     native_cpu=_fresh(_native_into),
-    gpu=GpuKernel(_fresh(_gpu_into), lambda device: [(*held, 1000, torch.float32) for held in _samples(device)]),
+    gpu=GpuKernel(_fresh(_gpu_into), lambda device: [(*weight, 1000, torch.float32) for weight in _samples(device)]),
     fake=_fake,
     accepts=_accepts,
 )
@@ -124,7 +124,7 @@ define(
     f"dequantize_codebook_into({_ARGUMENTS}, Tensor(a!) out) -> ()",
     reference=_reference_into,
     native_cpu=_native_into,
-    gpu=GpuKernel(_gpu_into, lambda device: [(*held, numbers(device, 1000)) for held in _samples(device)]),
+    gpu=GpuKernel(_gpu_into, lambda device: [(*weight, numbers(device, 1000)) for weight in _samples(device)]),
     fake=lambda *_args: None,
     accepts=_accepts_into,
 )

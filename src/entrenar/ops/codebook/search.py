@@ -43,9 +43,9 @@ def _reference(flat: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     scales = torch.empty(padded.numel() // block_size, device=flat.device)
     for part in chunks(padded.numel(), block_size, padded.device):
         blocks = padded[part].float().view(-1, block_size)
-        found = _search_blocks(blocks, values, midpoints)
-        scales[part.start // block_size : part.stop // block_size] = found
-        reciprocal = torch.where(blocks.abs().amax(1) >= _SMALLEST, 1.0 / found, 0.0)
+        best_scales = _search_blocks(blocks, values, midpoints)
+        scales[part.start // block_size : part.stop // block_size] = best_scales
+        reciprocal = torch.where(blocks.abs().amax(1) >= _SMALLEST, 1.0 / best_scales, 0.0)
         at = torch.bucketize(blocks * reciprocal[:, None], midpoints, out_int32=True)
         codes[part] = order.to(torch.uint8)[at].flatten()
     return pack_nibbles(codes[: count + count % 2], spare=0), scales

@@ -108,7 +108,7 @@ def _backward_samples(device: torch.device) -> list[tuple[Any, ...]]:
 def _forward_samples(device: torch.device) -> list[tuple[Any, ...]]:
     x, weight = numbers(device, 3, 40), numbers(device, 40)
     # Both offsets; rows so small that eps decides.
-    return [(each, weight, 1e-5, offset) for offset in (0.0, 1.0) for each in (x, x * 1e-3)]
+    return [(rows, weight, 1e-5, offset) for offset in (0.0, 1.0) for rows in (x, x * 1e-3)]
 
 
 def _weight_native(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -20,8 +20,8 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _bits(values: Tensor, shifts: Sequence[int], mask: int) -> Tensor:
     """Uint8 (n, …, k) → (n, …, shifts, k): the masked bits at each shift."""
-    each = torch.tensor(shifts, dtype=torch.uint8, device=values.device)
-    return (values.unsqueeze(-2) >> each[:, None]) & mask
+    shift = torch.tensor(shifts, dtype=torch.uint8, device=values.device)
+    return (values.unsqueeze(-2) >> shift[:, None]) & mask
 
 
 def _nibbles(blocks: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ def _nibbles(blocks: Tensor) -> Tensor:
 
 def _fifth_bits(blocks: Tensor) -> Tensor:
     """(n, 4) bytes → (n, 32): bit by bit, shifted to where it belongs in a 5-bit code."""
-    each = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    return (((blocks.unsqueeze(-1) >> each) & 1) << 4).flatten(1)
+    shift = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    return (((blocks.unsqueeze(-1) >> shift) & 1) << 4).flatten(1)
 
 
 def _q4_0(blocks: Tensor) -> Tensor:

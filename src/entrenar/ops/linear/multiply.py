@@ -63,20 +63,20 @@ def int8_weight(codes: Tensor, scales: list[Tensor], block_size: int, shape: tup
 def _quantized(
     kind: int, codes: Tensor, scales: list[Tensor], codebook: Tensor | None, block_size: int, shape: tuple[int, int]
 ) -> WeightView:
-    held = (codes.contiguous(), *scale_buffers(scales), None if codebook is None else codebook.contiguous())
+    alive = (codes.contiguous(), *scale_buffers(scales), None if codebook is None else codebook.contiguous())
     parts, of_scales, of_codebook = (
         [value for tensor in tensors for value in native.buffer(tensor)]
-        for tensors in (held[:1], held[1:-1], held[-1:])
+        for tensors in (alive[:1], alive[1:-1], alive[-1:])
     )
     view = SourceView(kind, 0, *shape, shape[1], 1.0, 0, block_size, *parts, ScaleBuffers(*of_scales), *of_codebook)
-    return WeightView(view, held)
+    return WeightView(view, alive)
 
 
 def gguf_weight(packed: Tensor, type: str, shape: tuple[int, int]) -> WeightView:
     """Blocks of a GGUF type, as ops/gguf/blocks.py takes them."""
-    held = packed.contiguous()
+    blocks = packed.contiguous()
     kind = gguf.GGMLQuantizationType[type.upper()]
-    return WeightView(SourceView(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(held)), (held,))
+    return WeightView(SourceView(_GGUF, kind, *shape, shape[1], 1.0, 0, 0, *native.buffer(blocks)), (blocks,))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ def panel_step(lines: int, line_bytes: int) -> int:
     """How many of `lines` lines of a weight make a panel; the panels are about equally large."""
     fitting = max(PANEL_BYTES // max(line_bytes, 1), 1)
     panels = -(-lines // fitting)
-    each = -(-lines // max(panels, 1))
-    return max(-(-each // _PANEL_MULTIPLE) * _PANEL_MULTIPLE, 1)
+    equal = -(-lines // max(panels, 1))
+    return max(-(-equal // _PANEL_MULTIPLE) * _PANEL_MULTIPLE, 1)
 
 
 def scratch_for(count: int, dtype: torch.dtype) -> Tensor:

@@ -111,26 +111,26 @@ class CodebookWeight:
         """X·Wᵀ + bias."""
         if self._is_native(x, bias):
             return codebook_product(x, self.source(), bias)
-        held = (self.packed, self.scales, self.codebook, self.block_size)
-        return compute("linear_codebook", x, *held, self.shape[0], bias)
+        parts = (self.packed, self.scales, self.codebook, self.block_size)
+        return compute("linear_codebook", x, *parts, self.shape[0], bias)
 
     def transposed_product(self, grad: Tensor) -> Tensor:
         """Grad·W."""
         if self._is_native(grad):
             return codebook_transposed_product(grad, self.source())
-        held = (self.packed, self.scales, self.codebook, self.block_size)
-        return compute("linear_codebook_backward", grad, *held, self.shape[1])
+        parts = (self.packed, self.scales, self.codebook, self.block_size)
+        return compute("linear_codebook_backward", grad, *parts, self.shape[1])
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """Every block decoded."""
         count = self.shape[0] * self.shape[1]
-        held = (self.packed, self.scales, self.codebook, self.block_size)
-        return dequantize_codebook(*held, count, dtype).view(self.shape)
+        parts = (self.packed, self.scales, self.codebook, self.block_size)
+        return dequantize_codebook(*parts, count, dtype).view(self.shape)
 
     def traced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same as `product`, for tracers."""
-        held = (self.packed, self.scales, self.codebook, self.block_size)
-        return linear_codebook(x, *held, self.shape[0], bias)
+        parts = (self.packed, self.scales, self.codebook, self.block_size)
+        return linear_codebook(x, *parts, self.shape[0], bias)
 
     def source(self) -> WeightView:
         """The packed weight."""

@@ -45,8 +45,8 @@ def count_magnitudes(
         _histogram(x, dtype_code(x), base, dtype_code(base), x.numel(), upper, counts)
         return
     bits = magnitude_bits(x, base)
-    found = bits >> 16 if prefix is None else bits[bits >> 16 == prefix] & 0xFFFF
-    counts[0] += torch.bincount(found, minlength=counts.shape[1])
+    values = bits >> 16 if prefix is None else bits[bits >> 16 == prefix] & 0xFFFF
+    counts[0] += torch.bincount(values, minlength=counts.shape[1])
 
 
 def magnitudes_between(
@@ -54,18 +54,18 @@ def magnitudes_between(
     base: Tensor | None,  # (n,)
     first: int,
     last: int,
-    out: Tensor,  # (room,) int32, filled from found[1] on
-    found: Tensor,  # (2,) int64, added to: how many magnitudes are above `last`, and how many from `first` to `last`
+    out: Tensor,  # (room,) int32, filled from tally[1] on
+    tally: Tensor,  # (2,) int64, added to: how many magnitudes are above `last`, and how many from `first` to `last`
 ) -> None:
     """Gather the bits of the magnitudes from `first` to `last`, as far as there is room, and count all of those."""
     if is_native(x, base):
-        _between(x, dtype_code(x), base, dtype_code(base), x.numel(), first, last, out, found)
+        _between(x, dtype_code(x), base, dtype_code(base), x.numel(), first, last, out, tally)
         return
     bits = magnitude_bits(x, base)
     inside = bits[(bits >= first) & (bits <= last)]
-    place = out[int(found[1]) :][: len(inside)]
+    place = out[int(tally[1]) :][: len(inside)]
     place.copy_(inside[: len(place)])
-    found += torch.stack([(bits > last).sum(), torch.tensor(len(inside))])
+    tally += torch.stack([(bits > last).sum(), torch.tensor(len(inside))])
 
 
 def count_non_finite(
@@ -73,9 +73,9 @@ def count_non_finite(
 ) -> int:
     """How many elements are infinite or NaN."""
     if is_native(x):
-        found = torch.zeros(1, dtype=torch.int64)
-        _non_finite(x, dtype_code(x), x.numel(), found)
-        return int(found)
+        count = torch.zeros(1, dtype=torch.int64)
+        _non_finite(x, dtype_code(x), x.numel(), count)
+        return int(count)
     return int((~x.isfinite()).sum())
 
 

@@ -91,10 +91,10 @@ def _task_sum_reference(
         if vote.votes is None or sign is None:
             total += value
             continue
-        kept = (_real(vote.votes[index], real) * delta * sign > 0).to(real)  # a factor: a NaN is never hidden
-        total += value * kept
+        elected_alike = (_real(vote.votes[index], real) * delta * sign > 0).to(real)  # a factor: a NaN is never hidden
+        total += value * elected_alike
         if vote.divisors is not None:
-            divisor += _real(vote.divisors[index], real) * kept
+            divisor += _real(vote.divisors[index], real) * elected_alike
     if vote.divisors is not None:
         total /= torch.where(divisor == 0, 1, divisor)
     out.copy_(start + _real(vote.scale, real) * total)

@@ -23,16 +23,16 @@ def dequantize_int8(codes: Tensor, scales: list[Tensor], block_size: int, dtype:
 
 
 def _reference(codes: Tensor, scales: list[Tensor], block_size: int, dtype: torch.dtype) -> Tensor:
-    codes, each = codes.view(torch.int8), decode_scales(scales)
+    codes, block_scales = codes.view(torch.int8), decode_scales(scales)
     if dtype == torch.float64:
-        each = each.double()
+        block_scales = block_scales.double()
     out = torch.empty(codes.numel(), dtype=dtype, device=codes.device)
     for part in chunks(codes.numel(), block_size, codes.device):
         blocks = slice(part.start // block_size, part.stop // block_size)
-        out[part].view(-1, block_size).copy_(codes[part].view(-1, block_size) * each[blocks].unsqueeze(1))
+        out[part].view(-1, block_size).copy_(codes[part].view(-1, block_size) * block_scales[blocks].unsqueeze(1))
     whole = codes.numel() // block_size * block_size
     if whole < codes.numel():
-        out[whole:] = codes[whole:] * each[-1:]
+        out[whole:] = codes[whole:] * block_scales[-1:]
     return out
 
 
