@@ -20,6 +20,7 @@ from entrenar.core.errors import InputError
 from entrenar.data.encode import encode
 from entrenar.data.rows import Row
 from entrenar.data.turn_end import end_ids, template_of, usual_end
+from tests.support.trees import paths_of
 
 _TEXTS = ["a\n\nb\n\nc  \n x    y", "b\n\n", "assistant user system tool Roses are red. Blue. Green."] * 40
 _SPECIAL = (
@@ -58,8 +59,8 @@ def _turns(open_turn: str, after: str, between: str = "", last: str = "", answer
 
 _CHATML = _turns("<|start|>{{ m.role }}\n", "<|end|>\n", prompt="<|start|>assistant\n")
 _THOUGHT = "<think>\n\n</think>\n\n"
-# Template → its text, and what is trained of one and of two answers (None: refused). Each is the kind of a real family.
-_KINDS: dict[str, tuple[str, str, str | None]] = {
+# Template → its text, and what is trained of one and of two answers. Each is the kind of a real family.
+_KINDS: dict[str, tuple[str, str, str]] = {
     "closed turns": (_CHATML, "Blue.<|end|>", "Blue.<|end|>Green.<|end|>"),
     "end of sequence after the last": (
         _turns("<|{{ m.role }}|>\n", "<|end|>\n", last="{{ eos_token }}", prompt="<|assistant|>\n"),
@@ -83,23 +84,24 @@ _KINDS: dict[str, tuple[str, str, str | None]] = {
     "another end for the last": (
         _turns("<|start|>{{ m.role }}<|reply|>", "{{ '<|end|>' if m.role == 'user' }}",
                between="{{ '<|end|>' if m.role != 'user' }}", last="<|stop|>", prompt="<|start|>assistant"),
-        "<|reply|>Blue.<|stop|>", None,
+        "<|reply|>Blue.<|stop|>", "<|reply|>Blue.<|stop|><|reply|>Green.<|stop|>",
     ),
     "plain words": (
-        _turns("### {{ m.role }}:\n", "\n\n", prompt="### assistant:\n"), "Blue.<eos>", None,
+        _turns("### {{ m.role }}:\n", "\n\n", prompt="### assistant:\n"), "Blue.<eos>", "Blue.<eos>Green.<eos>",
     ),
     "a thought before the last": (
         _turns("<|start|>{{ m.role }}\n", "<|end|>\n", prompt="<|start|>assistant\n",
                answer="{{ '" + _THOUGHT.replace("\n", "\\n") + "' if loop.last else '' }}{{ m.content }}"),
-        _THOUGHT + "Blue.<|end|>", None,
+        _THOUGHT + "Blue.<|end|>", f"{_THOUGHT}Blue.<|end|>{_THOUGHT}Green.<|end|>",
     ),
     "a prompt that opens a thought": (
-        _turns("<|start|>{{ m.role }}\n", "<|end|>\n", prompt="<|start|>assistant\n<think>\n"), "Blue.<|end|>", None,
+        _turns("<|start|>{{ m.role }}\n", "<|end|>\n", prompt="<|start|>assistant\n<think>\n"),
+        "Blue.<|end|>", "Blue.<|end|>Green.<|end|>",
     ),
     "a prompt that opens a thought which turns close": (
         _turns("<|start|>{{ m.role }}\n", "<|end|>\n", answer="<think></think>{{ m.content }}",
                prompt="<|start|>assistant\n<think>\n"),
-        "</think>Blue.<|end|>", None,
+        "</think>Blue.<|end|>", "</think>Blue.<|end|></think>Green.<|end|>",
     ),
     "content in parts": (
         "{% for m in messages %}<|start|>{{ m.role }}:{% for p in m.content %}{{ p.text }}{% endfor %}<|end|>"
@@ -121,8 +123,13 @@ def _row(*turns: Any, **more: Any) -> Row:
 
 
 def _trained(row: Row, tokenizer: PreTrainedTokenizerFast) -> str:
-    example = encode(row, tokenizer)
-    return str(tokenizer.decode([i for i, flag in zip(example.ids, example.trained, strict=True) if flag]))
+    """Of every path, in the order of the answers; of what two share once."""
+    seen, ids = set[tuple[int, ...]](), list[int]()
+    for path, flags in paths_of(encode(row, tokenizer)):
+        trained = [path[: index + 1] for index, flag in enumerate(flags) if flag]
+        ids += [prefix[-1] for prefix in trained if tuple(prefix) not in seen]
+        seen |= set(map(tuple, trained))
+    return str(tokenizer.decode(ids))
 
 
 def _served(row: Row, tokenizer: PreTrainedTokenizerFast, until: int) -> Any:
@@ -146,23 +153,30 @@ def test_one_answer_is_trained_with_what_ends_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_two_answers_are_trained_each_with_what_ends_it_or_refused(kind: str) -> None:
+def test_two_answers_are_trained_each_with_what_ends_it(kind: str) -> None:
     template, _, expected = _KINDS[kind]
-    row, tokenizer = _row("What colour?", "Blue.", "And grass?", "Green."), _make(template)
-    if expected is None:
-        with pytest.raises(InputError, match="train on rows"):
-            encode(row, tokenizer)
-    else:
-        assert _trained(row, tokenizer) == expected
+    assert _trained(_row("What colour?", "Blue.", "And grass?", "Green."), _make(template)) == expected
+
+
+@pytest.mark.parametrize("kind", [kind for kind in _KINDS if kind != "content in parts"])
+def test_every_answer_follows_the_prompt_that_is_served(kind: str) -> None:
+    row, tokenizer = (
+        _row("What colour?", "Blue.", "And grass?", "Green.", "And snow?", "White."),
+        _make(_KINDS[kind][0]),
+    )
+    sequences = [ids for ids, _ in paths_of(encode(row, tokenizer))]
+    for until, answer in ((1, "Blue."), (3, "Green."), (5, "White.")):
+        prompt = _served(row, tokenizer, until)
+        after = [str(tokenizer.decode(ids[len(prompt) :])) for ids in sequences if ids[: len(prompt)] == prompt]
+        assert any(answer in text for text in after)
 
 
 @pytest.mark.parametrize("kind", _KINDS)
 def test_what_the_user_says_after_an_answer_is_not_trained(kind: str) -> None:
-    template, one, two = _KINDS[kind]
+    template, one, _ = _KINDS[kind]
     tokenizer = _make(template)
-    if two is not None:
-        assert _trained(_row("What colour?", "Blue.", "Thanks. <eos>"), tokenizer) == one
-        assert encode(_row("What colour?", "Blue.", "Thanks."), tokenizer).answer is None
+    assert _trained(_row("What colour?", "Blue.", "Thanks. <eos>"), tokenizer) == one
+    assert encode(_row("What colour?", "Blue.", "Thanks."), tokenizer).answer is None
 
 
 def test_the_end_is_the_tokenizers_own_among_several_and_never_white_space() -> None:
@@ -229,14 +243,16 @@ def test_a_sentencepiece_tokenizer_writes_no_space_of_its_own_before_an_answer(s
     assert _trained(row, tokenizer) == answer + "<|end|>"
 
 
-def test_an_earlier_answer_whose_border_changes_later_is_refused_with_that_cause() -> None:
+def test_an_earlier_answer_whose_border_changes_later_has_a_branch() -> None:
     tokenizer = _make(_CHATML.replace("\n", "\n\n"))
     row = _row("Hi", "Blue.", "Bye", "Green.")
     prompt = _served(row, tokenizer, 1)
     assert _served(row, tokenizer, 3)[: len(prompt)] != prompt, "newlines are split otherwise when a word follows"
-    assert _trained(_row("Hi", "Blue."), tokenizer) == "Blue.<|end|>"
-    with pytest.raises(InputError, match="joins or splits the border between a prompt and its answer"):
-        encode(row, tokenizer)
+    (first, flags), _ = paths_of(encode(row, tokenizer))
+    assert first[: len(prompt)] == prompt
+    assert tokenizer.decode(first[len(prompt) :]) == "Blue.<|end|>"
+    assert flags == [False] * len(prompt) + [True] * (len(first) - len(prompt))
+    assert _trained(row, tokenizer) == "Blue.<|end|>Green.<|end|>"
 
 
 _LOSES = {

@@ -1,7 +1,7 @@
 """Where the assistant's turns stand in a rendered conversation: what leads to each, what it says, what ends it.
 
 Nothing is looked up by a model's name. A conversation is rendered up to a turn with the generation prompt, which is
-what a server would send, and up to and with the turn; both must begin the whole. What a row says must be in what is
+what a server would send, and up to and with the turn, as if it were the last. What a row says must be in what is
 trained.
 """
 
@@ -28,60 +28,49 @@ class Answer:
 
 
 def find_answers(talk: Conversation, trained: Sequence[int]) -> tuple[list[Answer], str]:
-    """The answers at the turns `trained`, in order, and the text that stands after the last of them.
+    """The answers at the turns `trained`, in order, each as it is served: after what the template makes of the turns
+    before it, written as the last turn. And the text that stands after the last of them in the whole.
 
     Raises:
-        InputError: the template leaves out what a turn says, writes it otherwise once others follow, or ends it with
-            nothing; the sentence says which.
+        InputError: the template leaves out what a turn says, or ends it with nothing; the sentence says which.
     """
-    whole = talk.whole
-    answers, rest = [], ""
+    answers, rest = list[Answer](), ""
     for index in trained:
-        answer, end = _find(talk, index, whole, is_only=len(trained) == 1)
+        answer, rest = _find(talk, index)
         answers.append(answer)
-        rest = whole[end:]
     return answers, rest
 
 
-def _find(talk: Conversation, index: int, whole: str, is_only: bool) -> tuple[Answer, int]:
-    before, turn = talk.turns[:index], talk.turns[index]
+def _find(talk: Conversation, index: int) -> tuple[Answer, str]:
+    before, turn, whole = talk.turns[:index], talk.turns[index], talk.whole
     is_last = index + 1 == len(talk.turns)
     alone = whole if is_last else talk.render([*before, turn])
     prompt = talk.render(before, answer_next=True)
-    start = _start(talk, index, prompt, alone, is_only)
+    start = _start(talk, index, prompt, alone)
     added, end = _end(talk, index, alone)
     stop = len(alone) - len(end.tail)
-    if not is_last and not whole.startswith(alone[:stop]):
-        raise InputError(
-            "the model's chat template writes earlier turns differently once later ones follow, so the assistant's "
-            "tokens cannot be told apart: train on rows that end at the first assistant turn"
-        )
     said = check_said(turn, alone[start:stop], added)
-    closing = _closing(end, added, whole, stop, is_last)
+    closing = end.closing
+    if end.opens_next and not is_last and whole.startswith(alone[:stop]) and added.at(whole, stop):
+        closing = added.at(whole, stop)  # the turn ends with what opens the next one, and that is known
     last = added.within(closing)[-1][1] if added.within(closing) else closing
-    spoken = Answer(prompt, alone[start:stop] + closing, last, said)
-    return spoken, len(whole) if is_last and not end.tail.startswith(closing) else stop + len(closing)
+    written = alone[:stop] + closing
+    rest = whole[len(written) :] if whole.startswith(written) else ""
+    return Answer(prompt, alone[start:stop] + closing, last, said), rest
 
 
-def _start(talk: Conversation, index: int, prompt: str, alone: str, is_only: bool) -> int:
+def _start(talk: Conversation, index: int, prompt: str, alone: str) -> int:
     """Where the answer begins in `alone`. A prompt that opens more than the turn itself does (a thought) stands before
     the answer all the same: it is what the model is given."""
     if alone.startswith(prompt):
         return len(prompt)
     added, _ = usual_end(talk.template.tokenizer)
     shared = len(added.common_prefix(prompt, alone))
-    if prompt[shared:].strip():
-        header = _header(talk, index)
-        begins = len(header) if prompt.startswith(header) and alone.startswith(header) else -1
-    else:
-        begins = shared
-    if begins >= 0 and is_only:
-        return begins
-    if begins >= 0:
-        raise InputError(
-            f"the model's chat template asks for an answer with {_ending(prompt)!r} and writes the turn without all of "
-            "that, so a second answer would follow another text than the one served: train on rows of one answer"
-        )
+    if not prompt[shared:].strip():
+        return shared
+    header = _header(talk, index)
+    if prompt.startswith(header) and alone.startswith(header):
+        return len(header)
     if shared >= shared_size(prompt, talk.render(talk.turns[:index]) if index else ""):
         raise InputError(
             f"the model's chat template asks for an answer with {_ending(prompt)!r}, and this answer begins "
@@ -121,16 +110,3 @@ def _end(talk: Conversation, index: int, alone: str) -> tuple[AddedTokens, TurnE
             "nothing would teach the model to stop"
         )
     return added, end
-
-
-def _closing(end: TurnEnd, added: AddedTokens, whole: str, stop: int, is_last: bool) -> str:
-    """What ends the turn that stops at `stop`."""
-    if is_last or whole.startswith(end.closing, stop):
-        return end.closing
-    if end.opens_next and added.at(whole, stop):
-        return added.at(whole, stop)
-    raise InputError(
-        f"the model's chat template ends an answer with {end.closing!r} only when nothing follows, and here with "
-        f"{whole[stop : stop + 20]!r}, which generation does not stop at: train on rows that end at the first "
-        f"assistant turn"
-    )

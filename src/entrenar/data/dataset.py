@@ -214,16 +214,14 @@ def _silent_turns(row: Row, ends: Sequence[str]) -> int:
 
 
 def _fit(example: Example, path: Path, limit: _Limit, tally: _Tally) -> Example | None:
-    most = limit.max_length
-    if len(example) <= most:
+    if example.longest <= limit.max_length:
         return example
     if limit.too_long == "error":
-        raise InputError(f"{path}:{example.line}: the row has {len(example)} tokens, {limit.remedy}")
+        raise InputError(f"{path}:{example.line}: the row has {example.longest} tokens, {limit.remedy}")
     if limit.too_long == "drop":
         return None
     tally.truncated += 1
-    answer = example.answer if example.answer and example.answer[1] <= most else None
-    return Example(example.line, example.ids[:most], example.trained[:most], answer)
+    return example.cut(limit.max_length)
 
 
 def _chosen(row: Row, seed: int, fraction: float) -> bool:
@@ -238,6 +236,6 @@ def _fingerprint(*datasets: Dataset | None) -> str:
     hasher = hashlib.sha256()
     for dataset in datasets:
         for example in dataset.examples if dataset else []:
-            hasher.update(repr((example.ids, example.trained)).encode())
+            hasher.update(repr((example.ids, example.trained, *example.branches)).encode())
         hasher.update(b"|")
     return hasher.hexdigest()

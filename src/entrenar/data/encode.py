@@ -2,8 +2,9 @@
 
 Trained are the assistant's tokens and the token that ends the turn, nothing else. Prompt and answer are tokenized as
 they are when the model is served: the ids before an answer are those of the prompt by itself, so no token lies across
-the border, and the answer's tokens are those that spell the answer from there on. No offsets are asked for: a
-post-processor may have cut them.
+the border, and the answer's tokens are those that spell the answer from there on. Where an earlier answer was served
+another text than the last one's holds, it is a branch (data/tree.py). No offsets are asked for: a post-processor may
+have cut them.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from entrenar.data.conversation import converse
 from entrenar.data.rows import Row
 from entrenar.data.spoken import says_something
 from entrenar.data.template import ChatTemplate, Turn
+from entrenar.data.tree import Path, as_tree
 from entrenar.data.turn_end import end_ids, end_texts, template_of
 
 Span = tuple[int, int]
@@ -29,17 +31,42 @@ class Example:
     """Token ids (T,) and, for each, whether it is trained on; `line` of the source file.
 
     `answer`: first and one past the last token of the answer that ends the conversation, if one does: what stands
-    before it is the prompt that is served.
+    before it is the prompt that is served. `branches`: where earlier answers begin whose prompts are not in the last
+    one's, see data/tree.py.
     """
 
     line: int
     ids: list[int]
     trained: list[bool]
     answer: Span | None = None
+    branches: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.ids)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Trunk and branches: first token, one past the last, and the position of the first."""
+        ends = [*(start for start, _ in self.branches), len(self)]
+        begins = [(0, 0), *self.branches]
+        return [(start, end, first) for (start, first), end in zip(begins, ends, strict=True)]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: the trunk, or a branch with what leads to it."""
+        return max(first + end - start for start, end, first in self.runs())
+
+    def cut(self, most: int) -> "Example":
+        """Without the tokens at positions from `most` on."""
+        ids, trained, branches = list[int](), list[bool](), list[tuple[int, int]]()
+        for start, end, first in self.runs():
+            stop = min(end, start + most - first)
+            if stop - start > (start > 0):  # more than the token that a branch repeats
+                branches += [(len(ids), first)] if start else []
+                ids += self.ids[start:stop]
+                trained += self.trained[start:stop]
+        answer = self.answer if self.answer and self.answer[1] <= most else None
+        return Example(self.line, ids, trained, answer, tuple(branches))
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None) -> Example:
@@ -64,31 +91,19 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate 
     talk = converse(row, template)
     answers, rest = find_answers(talk, wanted)
     check_context(talk, wanted)
-    ids, trained, start = list[int](), list[bool](), 0
-    for answer in answers:
-        ids, start = _append(ids, answer, tokenizer, template.ends)
-        trained += [False] * (start - len(trained)) + [True] * (len(ids) - start)
-    span = (start, len(ids)) if wanted[-1] == len(row.messages) - 1 else None
-    ids += _after_end(rest, answers[-1], tokenizer)
-    return Example(row.line, ids, trained + [False] * (len(ids) - len(trained)), span)
+    paths = [_path(answer, tokenizer, template.ends) for answer in answers]
+    span = (paths[-1].start, len(paths[-1].ids)) if wanted[-1] == len(row.messages) - 1 else None
+    tree = as_tree(paths, _after_end(rest, answers[-1], tokenizer))
+    return Example(row.line, tree.ids, tree.trained, span, tree.branches)
 
 
 def _is_answer(turn: Turn, ends: Sequence[str]) -> bool:
     return turn["role"] == "assistant" and says_something(turn, ends)
 
 
-def _append(
-    ids: list[int], answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: Any = None
-) -> tuple[list[int], int]:
-    """The ids up to and with `answer`, and where it begins in them; `ids` end with the answer before. `ends`: the
-    model's own ends of generation."""
+def _path(answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: Any = None) -> Path:
+    """The prompt's tokens and the answer's. `ends`: the model's own ends of generation."""
     prompt = _tokens(answer.prompt, tokenizer)
-    if prompt[: len(ids)] != ids:
-        raise InputError(
-            "the tokenizer joins or splits the border between a prompt and its answer otherwise once the conversation "
-            "goes on, so this answer would follow other tokens than those served: end the row at the first assistant "
-            "turn"
-        )
     answer_ids = _own_tokens(answer, prompt, tokenizer)
     if answer_ids[-1] not in end_ids(tokenizer, ends):
         raise InputError(f"the answer ends with {answer.end!r}, which generation does not stop at")
@@ -98,7 +113,7 @@ def _append(
             raise InputError(
                 f"the tokenizer does not spell what the assistant says: {piece[:40]!r} is not in its tokens"
             )
-    return prompt + answer_ids, len(prompt)
+    return Path(prompt + answer_ids, len(prompt))
 
 
 def _own_tokens(answer: Answer, prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
