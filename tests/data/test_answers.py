@@ -582,3 +582,40 @@ def test_every_call_is_written_with_its_numbers_or_refused(written: str, is_whol
     else:
         with pytest.raises(InputError, match=r"leaves out or rewrites what the assistant says: .* of its tool_calls"):
             encode(row, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("train_on", "expected"),
+    [("all", "Blue.<|end|>Green.<|end|>White.<|end|>"), ("last", "White.<|end|>"), ("marked", "Green.<|end|>")],
+)
+def test_which_answers_are_trained(train_on: Any, expected: str) -> None:
+    row = _row("What colour?", "Blue.", "And grass?", "Green.", "And snow?", "White.", marked=frozenset([3]))
+    tokenizer = _make(_CHATML)
+    example = encode(row, tokenizer, train_on=train_on)
+    assert tokenizer.decode([i for i, flag in zip(example.ids, example.trained, strict=True) if flag]) == expected
+
+
+def test_nothing_marked_is_nothing_to_train_on() -> None:
+    with pytest.raises(InputError, match=r"is trained \(data.train_on: marked\)"):
+        encode(_row("Hi", "Blue."), _make(_CHATML), train_on="marked")
+
+
+def test_an_assistant_that_speaks_first_follows_what_the_template_opens() -> None:
+    row = Row(1, ({"role": "assistant", "content": "Hello."}, *_row("Hi", "Blue.").messages))
+    tokenizer = _make(_CHATML)
+    assert _trained(row, tokenizer) == "Hello.<|end|>Blue.<|end|>"
+    assert str(tokenizer.decode(encode(row, tokenizer).ids)).startswith("<|start|>assistant\nHello.<|end|>")
+    refuses = _make("{{ messages[0].content[0] }}" + _CHATML)
+    with pytest.raises(InputError, match="the assistant speaks first, and with no turn before it"):
+        encode(row, refuses)
+    late = Row(1, row.messages, untrained=frozenset([0]))
+    assert _trained(late, refuses) == "Blue.<|end|>"
+
+
+def test_variables_for_the_template_stand_in_the_config_and_a_rows_own_go_before() -> None:
+    tokenizer = _make("{{ mood or 'calm' }}" + _CHATML)
+    template = template_of(tokenizer, options={"mood": "glad"})
+    assert "glad" in tokenizer.decode(encode(_row("Hi", "Blue."), tokenizer, template).ids)
+    assert "sad" in tokenizer.decode(encode(_row("Hi", "Blue.", options={"mood": "sad"}), tokenizer, template).ids)
+    with pytest.raises(InputError, match=r"does not read depth of data\.template"):
+        encode(_row("Hi", "Blue."), tokenizer, template_of(tokenizer, options={"depth": 3}))

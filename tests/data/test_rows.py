@@ -23,7 +23,6 @@ _SHAPES = [
 _BAD_ROWS = [
     ({"messages": [_USER]}, "no assistant turn"),
     ({"messages": [_USER, {"role": "assistant", "content": "  "}]}, "no assistant turn"),
-    ({"messages": [_ASSISTANT, _USER, _ASSISTANT]}, "the assistant speaks first"),
     ({"messages": []}, "not a list of turns"),
     ({"messages": "Hi"}, "not a list of turns"),
     ({"messages": [{"role": "wizard", "content": "Hi"}, _ASSISTANT]}, "a turn that is not"),
@@ -47,7 +46,26 @@ _BAD_ROWS = [
     ({"prompt": "Hi", "completion": "Hello", "tools": 0}, "tools that are not a list of objects"),
     ({"instruction": "Hi", "input": 0, "output": "Hello"}, "an input that is not text"),
     ({"instruction": "Hi", "history": 0, "output": "Hello"}, "a history that is not a list"),
-    ({"messages": [_USER, _ASSISTANT | {"function_call": {"name": "f"}}]}, "with function_call"),
+    ({"messages": [_USER, _ASSISTANT | {"function_call": {"arguments": "{}"}}]}, "tool_calls that are not a list"),
+    (
+        {"messages": [_USER, _ASSISTANT | {"function_call": {"name": "f"}, "tool_calls": [{"name": "f"}]}]},
+        "function_call and tool_calls: keep one",
+    ),
+    ({"conversations": [{"from": "wizard", "value": "Hi"}]}, "a turn from 'wizard': allowed are system"),
+    ({"conversations": [{"from": ["human"], "value": "Hi"}]}, "a turn from ['human']: allowed are system"),
+    ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "function_call whose value is not JSON"),
+    ({"conversations": [{"from": "human", "value": 3}]}, "a turn that is not"),
+    ({"messages": [_USER, _ASSISTANT], "conversations": [_USER]}, "a row with conversations"),
+    ({"input_ids": []}, "input_ids that are not a list of token ids"),
+    ({"input_ids": [1, -2]}, "input_ids that are not a list of token ids"),
+    ({"input_ids": [1, True]}, "input_ids that are not a list of token ids"),
+    ({"input_ids": [1, 2], "labels": [1]}, "labels that are not one for each"),
+    ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "not shifted"),
+    ({"input_ids": [1, 2], "labels": [1, 2], "completion_mask": [0, 1]}, "keep one"),
+    ({"input_ids": [1, 2], "completion_mask": [0, 2]}, "completion_mask that is not a 0 or 1"),
+    ({"input_ids": [1, 2], "attention_mask": [1, 0]}, "an attention_mask that is not 1"),
+    ({"input_ids": [1, 2], "labels": [1, -100]}, "no token of input_ids is trained"),
+    ({"input_ids": [1, 2], "loss_mask": [0, 1]}, "a row with loss_mask"),
     ({"messages": [_USER, _ASSISTANT | {"tool_calls": "f()"}]}, "tool_calls that are not a list"),
     ({"messages": [_USER, _ASSISTANT | {"tool_calls": [{"function": {"arguments": {}}}]}]}, "tool_calls that are not"),
     ({"messages": [_USER | {"tool_calls": [{"function": {"name": "f"}}]}, _ASSISTANT]}, "tool_calls in a turn of user"),
@@ -56,7 +74,7 @@ _BAD_ROWS = [
     ({"messages": [_USER, _ASSISTANT | {"content": [{"type": "image", "url": "x"}]}]}, "not text (image)"),
     ({"messages": [_USER, _ASSISTANT], "tools": "[{"}, "tools that are not a list of objects"),
     ({"messages": [_USER, _ASSISTANT], "tools": ["f"]}, "tools that are not a list of objects"),
-    ({"messages": [_USER, _ASSISTANT], "functions": [{"name": "f"}]}, "a row with functions"),
+    ({"messages": [_USER, _ASSISTANT], "functions": [{"name": "f"}], "tools": [{"name": "f"}]}, "tools that are"),
     ({"messages": [_USER, _ASSISTANT], "images": ["x.png"]}, "a row with images"),
     ({"messages": [_USER, _ASSISTANT], "chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs that are not"),
     ({"messages": [{"role": "system", "content": "x"}, _USER, _ASSISTANT], "system": "y"}, "another system text"),
@@ -157,11 +175,11 @@ def test_turns_are_marked_not_to_be_trained(tmp_path: Path, mark: dict[str, Any]
     turns = [_USER, _ASSISTANT | mark, _USER, _ASSISTANT | {"weight": 1, "train": True}]
     plain = (_USER, _ASSISTANT, _USER, _ASSISTANT)
     [read] = read_rows(_write(tmp_path / "data.jsonl", [{"messages": turns}])).rows
-    assert read == Row(1, plain, untrained=frozenset([1]))
+    assert read == Row(1, plain, untrained=frozenset([1]), marked=frozenset([3]))
     [read] = read_rows(_write(tmp_path / "data.jsonl", [{"messages": turns, "system": "Be brief."}])).rows
-    assert read == Row(1, (_SYSTEM, *plain), untrained=frozenset([2]))
+    assert read == Row(1, (_SYSTEM, *plain), untrained=frozenset([2]), marked=frozenset([4]))
     [read] = read_rows(_write(tmp_path / "data.jsonl", [{"prompt": turns[:3], "completion": turns[3:]}])).rows
-    assert read == Row(1, plain, untrained=frozenset([1]))
+    assert read == Row(1, plain, untrained=frozenset([1]), marked=frozenset([3]))
 
 
 def test_of_a_prompt_of_turns_no_answer_is_trained(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def _find(talk: Conversation, index: int) -> tuple[Answer, str]:
     before, turn, whole = talk.turns[:index], talk.turns[index], talk.whole
     is_last = index + 1 == len(talk.turns)
     alone = whole if is_last else talk.render([*before, turn])
-    prompt = talk.render(before, answer_next=True)
+    prompt = _prompt(talk, index)
     start = _start(talk, index, prompt, alone)
     added, end = _end(talk, index, alone)
     stop = len(alone) - len(end.tail)
@@ -57,6 +57,19 @@ def _find(talk: Conversation, index: int) -> tuple[Answer, str]:
     written = alone[:stop] + closing
     rest = whole[len(written) :] if whole.startswith(written) else ""
     return Answer(prompt, alone[start:stop] + closing, last, said), rest
+
+
+def _prompt(talk: Conversation, index: int) -> str:
+    """What a server sends for the answer at a turn."""
+    try:
+        return talk.render(talk.turns[:index], answer_next=True)
+    except InputError as error:
+        if index:
+            raise
+        raise InputError(
+            "the assistant speaks first, and with no turn before it the prompt of its answer cannot be made "
+            f"({error}): set its weight to 0, or put another turn before it"
+        ) from None
 
 
 def _start(talk: Conversation, index: int, prompt: str, alone: str) -> int:

@@ -32,9 +32,10 @@ def converse(row: Row, template: ChatTemplate) -> Conversation:
     Raises:
         InputError: the template refuses the row, or does not read its tools, calls, reasoning or options.
     """
-    for key in row.options:
-        if not template.reads(key, row.tools):
-            raise InputError(f"the model's chat template does not read {key} of chat_template_kwargs: leave it out")
+    for options, name in ((row.options, "chat_template_kwargs"), (template.options, "data.template")):
+        for key in options:
+            if not template.reads(key, row.tools):
+                raise InputError(f"the model's chat template does not read {key} of {name}: leave it out")
     reads_developer = template.reads("developer", row.tools)
     turns = [
         {**turn, "role": "system"} if turn["role"] == "developer" and not reads_developer else turn

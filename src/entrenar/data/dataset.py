@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
 from entrenar.data.encode import Example, encode
+from entrenar.data.row_options import AS_THEY_ARE, RowOptions, TrainOn
 from entrenar.data.rows import Rejected, Row, RowFile, check_share, read_rows
 from entrenar.data.spoken import says_something
 from entrenar.data.template import ChatTemplate
@@ -89,6 +90,7 @@ def prepare(
     seed: int = 0,
     date: str | None = None,
     ends: Any = None,
+    options: RowOptions = AS_THEY_ARE,
 ) -> PreparedData:
     """Read, split and encode the data.
 
@@ -98,22 +100,23 @@ def prepare(
         max_length: tokens; a longer row is an error, cut, or left out, by `too_long`.
         date: the day that a chat template is told, as 2026-11-30; None: today.
         ends: the model's own ends of generation (`generation_config.eos_token_id`: a number, a list or None).
+        options: columns, what is trained, variables for the template.
 
     Raises:
         InputError: see `read_rows`; a row that is too long under `error`; rows that the template refuses, more than 1%
             of a file with those that cannot be read; a split without rows to train on.
     """
-    template, tally = template_of(tokenizer, read_date(date) if date else None, ends), _Tally()
+    template, tally = template_of(tokenizer, read_date(date) if date else None, ends, options.template), _Tally()
     silent = end_texts(tokenizer)
     limit = _Limit(
         max_length, too_long, f"data.max_length is {max_length}: raise it, or set data.too_long to truncate or drop"
     )
-    file = read_rows(train)
-    training = _encode_file(file, template, limit, tally)
+    file = read_rows(train, options.columns)
+    training = _encode_file(file, template, limit, tally, options.train_on)
     files = [file]
     if validation is not None:
-        files.append(read_rows(validation))
-        evaluating, source = _encode_file(files[1], template, limit, tally), validation
+        files.append(read_rows(validation, options.columns))
+        evaluating, source = _encode_file(files[1], template, limit, tally, options.train_on), validation
     else:
         training, evaluating = _split(training, seed, validation_fraction)
         source = train
@@ -146,13 +149,14 @@ def load_evaluation(
     date: str | None = None,
     remedy: str = "",
     ends: Any = None,
+    options: RowOptions = AS_THEY_ARE,
 ) -> EvaluationData:
     """Read and encode one file for evaluation. `date`: see `prepare`; None: a fixed day (`EVALUATION_DAY`), so that
     what is measured does not change with the calendar. `remedy`: what to do about a row that is too long.
-    `ends`: see `prepare`."""
-    template, tally = template_of(tokenizer, read_date(date or EVALUATION_DAY), ends), _Tally()
+    `ends`, `options`: see `prepare`."""
+    template, tally = template_of(tokenizer, read_date(date or EVALUATION_DAY), ends, options.template), _Tally()
     limit = _Limit(max_length, too_long, f"the limit is {max_length}: {remedy or 'raise it'}")
-    dataset = _encode_file(read_rows(path), template, limit, tally)
+    dataset = _encode_file(read_rows(path, options.columns), template, limit, tally, options.train_on)
     day = template.day.isoformat() if template.reads_clock else None
     return EvaluationData(dataset, tally.rejected, tally.truncated, day)
 
@@ -165,14 +169,16 @@ def read_date(text: str) -> datetime.date:
         raise InputError(f"the date {text!r} is none: write it as 2026-11-30") from None
 
 
-def _encode_file(file: RowFile, template: ChatTemplate, limit: _Limit, tally: _Tally) -> Dataset:
+def _encode_file(
+    file: RowFile, template: ChatTemplate, limit: _Limit, tally: _Tally, train_on: TrainOn = "all"
+) -> Dataset:
     """Every row of a file that can be trained on. Rows that the template refuses are bad rows as those that cannot be
     read: up to 1% of the file."""
     bad, left_out = list(file.rejected), list[Rejected]()
     examples, rows = list[Example](), list[Row]()
     for row in file.rows:
         try:
-            example = encode(row, template.tokenizer, template)
+            example = encode(row, template.tokenizer, template, train_on)
         except InputError as error:
             bad.append(Rejected(str(file.path), row.line, str(error)))
             check_share(bad, file.total)
@@ -226,7 +232,7 @@ def _fit(example: Example, path: Path, limit: _Limit, tally: _Tally) -> Example 
 
 def _chosen(row: Row, seed: int, fraction: float) -> bool:
     """Whether a row is held out: a hash of its content and the seed, as a number in [0, 1), is below the fraction."""
-    beside = f"|{row.tools!r}" if row.tools else ""
+    beside = "".join(f"|{part!r}" for part in (row.tools, row.ids) if part)
     digest = hashlib.sha256(f"{seed}|{row.text}|{row.messages!r}{beside}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

@@ -17,6 +17,7 @@ from entrenar.core.errors import InputError
 from entrenar.data.answers import Answer, find_answers
 from entrenar.data.context import check_context
 from entrenar.data.conversation import converse
+from entrenar.data.row_options import TrainOn
 from entrenar.data.rows import Row
 from entrenar.data.spoken import says_something
 from entrenar.data.template import ChatTemplate, Turn
@@ -69,8 +70,11 @@ class Example:
         return Example(self.line, ids, trained, answer, tuple(branches))
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None) -> Example:
+def encode(
+    row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None = None, train_on: TrainOn = "all"
+) -> Example:
     """Tokenize a row and mark its trained tokens; `template`: the tokenizer's, on a fixed day (default: today).
+    `train_on`: see data/row_options.py.
 
     Of every trained turn three things are checked: its decoded tokens hold what the row says, the ids before it are
     those of the prompt that a server sends, its last id is one that generation stops at.
@@ -83,11 +87,11 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate 
         ids = tokenizer(row.text, return_attention_mask=False)["input_ids"]
         ids = _end_of_text(_one_bos(list(ids), tokenizer), tokenizer)
         return Example(row.line, ids, [i != tokenizer.bos_token_id or n > 0 for n, i in enumerate(ids)])
+    if row.ids:
+        return Example(row.line, list(row.ids), list(row.mask))
     template = template or template_of(tokenizer)
     silent = end_texts(tokenizer)
-    wanted = [i for i, turn in enumerate(row.messages) if i not in row.untrained and _is_answer(turn, silent)]
-    if not wanted:
-        raise InputError("no assistant turn with text is trained, so there is nothing to train on")
+    wanted = _wanted(row, train_on, silent)
     talk = converse(row, template)
     answers, rest = find_answers(talk, wanted)
     check_context(talk, wanted)
@@ -95,6 +99,17 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate 
     span = (paths[-1].start, len(paths[-1].ids)) if wanted[-1] == len(row.messages) - 1 else None
     tree = as_tree(paths, _after_end(rest, answers[-1], tokenizer))
     return Example(row.line, tree.ids, tree.trained, span, tree.branches)
+
+
+def _wanted(row: Row, train_on: TrainOn, silent: Sequence[str]) -> list[int]:
+    """The turns that are trained, by index."""
+    answers = [i for i, turn in enumerate(row.messages) if _is_answer(turn, silent)]
+    chosen = {"all": set(answers), "last": set(answers[-1:]), "marked": row.marked}[train_on]
+    wanted = [i for i in answers if i in chosen and i not in row.untrained]
+    if not wanted:
+        which = {"all": "", "last": " (data.train_on: last)", "marked": " (data.train_on: marked)"}[train_on]
+        raise InputError(f"no assistant turn with text is trained{which}, so there is nothing to train on")
+    return wanted
 
 
 def _is_answer(turn: Turn, ends: Sequence[str]) -> bool:

@@ -37,7 +37,8 @@ class ChatTemplate:
     """The template of a tokenizer on a `day`; `reads_clock`: whether a render so far has asked which day it is.
 
     `in_parts`: give content as a list of one part, as templates of models that see images want it. `ends`: the model's
-    own ends of generation (`generation_config.eos_token_id`: a number, a list or None).
+    own ends of generation (`generation_config.eos_token_id`: a number, a list or None). `options`: variables that it is
+    given beside those of a row.
     """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
@@ -45,6 +46,7 @@ class ChatTemplate:
     reads_clock: bool = False
     in_parts: bool = False
     ends: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def reads(self, key: str, tools: Sequence[Any] = ()) -> bool:
         """Whether the template names `key`, as a variable or a key; a part of another name is none."""
@@ -84,6 +86,7 @@ class ChatTemplate:
         """
         variables = {
             **_special_tokens(self.tokenizer),
+            **self.options,
             **(options or {}),
             "messages": [_as_served(turn, self.in_parts) for turn in turns],
             "tools": list(tools) or None,

@@ -5,7 +5,7 @@ Everybody who needs it asks here: the mask of trained tokens, generation, exact 
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
@@ -149,11 +149,17 @@ def _usual(tokenizer: PreTrainedTokenizerBase, added: AddedTokens) -> TurnEnd | 
     return None
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, day: date | None = None, ends: Any = None) -> ChatTemplate:
+def template_of(
+    tokenizer: PreTrainedTokenizerBase,
+    day: date | None = None,
+    ends: Any = None,
+    options: Mapping[str, Any] | None = None,
+) -> ChatTemplate:
     """The tokenizer's chat template on a day (None: today), given turns in the form that it reads. `ends`: a model's
-    own list of tokens that generation stops at."""
+    own list of tokens that generation stops at. `options`: variables for the template."""
     _, end = usual_end(tokenizer)
-    return ChatTemplate(tokenizer, day or date.today(), in_parts=end is not None and end.in_parts, ends=ends)
+    in_parts = end is not None and end.in_parts
+    return ChatTemplate(tokenizer, day or date.today(), in_parts=in_parts, ends=ends, options=options or {})
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

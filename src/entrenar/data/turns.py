@@ -4,6 +4,7 @@ Nothing that has a meaning is dropped: a key is passed on to the template, honou
 refused by name. A key at null is not there.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,18 @@ from entrenar.data.key_names import is_given, says_what_is_trained, switches
 
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# ShareGPT's names of who speaks.
+_SPEAKERS = {
+    "system": "system", "developer": "developer", "human": "user", "user": "user", "gpt": "assistant",
+    "assistant": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "bot": "assistant",
+    "model": "assistant", "function_call": "assistant", "tool_call": "assistant", "observation": "tool", "tool": "tool",
+    "tool_response": "tool", "function_response": "tool", "function": "tool",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")
 _READ = {"role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"}
 _HONOURED = {*_READ, "weight", "train"}
 # Keys that say something about what is shown, in a way that is not honoured.
-_REFUSED = ("function_call", "prefix", "images", "image", "videos", "video", "audio", "audios", "refusal")
+_REFUSED = ("prefix", "images", "image", "videos", "video", "audio", "audios", "refusal")
 # Keys that say by false or 0 that a turn is not trained.
 _TRAINED = ("loss", "loss_weight", "loss_mask", "train_on", "trainable", "training", "trained", "label", "labels")
 # Keys of a part of content that change nothing of its text.
@@ -25,33 +34,36 @@ _OF_PARTS = {"type", "text", "cache_control"}
 
 @dataclass(frozen=True)
 class Turns:
-    """The turns of a row, and which assistant turns it says not to train on."""
+    """The turns of a row, which assistant turns it says not to train on, and which it says to train on."""
 
     messages: tuple[Message, ...]
     untrained: frozenset[int]
+    marked: frozenset[int]
 
 
 def read_turns(given: Any, name: str = "messages") -> Turns | str:
     """The turns of the list `given`, which the row calls `name`; or what is wrong with one."""
     if not isinstance(given, list) or not given:
         return f"{name} is not a list of turns"
-    messages, untrained = [], set[int]()
+    messages, untrained, marked = [], set[int](), set[int]()
     for index, turn in enumerate(given):
         read = _read_turn(turn)
         if isinstance(read, str):
             return read
         message, is_trained = read
         messages.append(message)
-        if not is_trained:
-            untrained.add(index)
-    return Turns(tuple(messages), frozenset(untrained))
+        if is_trained is not None:
+            (marked if is_trained else untrained).add(index)
+    return Turns(tuple(messages), frozenset(untrained), frozenset(marked))
 
 
-def _read_turn(turn: Any) -> tuple[Message, bool] | str:
+def _read_turn(turn: Any) -> tuple[Message, bool | None] | str:
     bad = f"a turn that is not {{role: {' | '.join(ROLES)}, content: text}}"
-    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+    given = _in_todays_words(turn)
+    if isinstance(given, str):
+        return given
+    if given.get("role") not in ROLES:
         return bad
-    given = {key: value for key, value in turn.items() if value is not None}
     refused = [key for key, value in given.items() if _is_refused(key, value) and not _is_so(given, key)]
     if refused:
         return (
@@ -71,6 +83,40 @@ def _read_turn(turn: Any) -> tuple[Message, bool] | str:
     return _trained(given)
 
 
+def _in_todays_words(turn: Any) -> Message | str:
+    """A turn without what is null, in OpenAI's words of today: ShareGPT's `from` and `value`, the role `function` and
+    `function_call` of old are written anew."""
+    given = {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else {}
+    if "from" in given and "value" in given and not {"role", "content"} & set(given):
+        speaker, value = given.pop("from"), given.pop("value")
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+            return f"a turn from {speaker!r}: allowed are {', '.join(_SPEAKERS)}"
+        said = {"tool_calls": _call_of(value)} if speaker in _CALLS else {"content": value}
+        given = {"role": _SPEAKERS[speaker], **said, **given}
+        if given.get("tool_calls") == "":
+            return f"a turn from {speaker} whose value is not JSON of {{name: text, arguments: object}}"
+    if given.get("role") == "function":
+        given["role"] = "tool"
+    if is_given(given.get("function_call")):
+        if is_given(given.get("tool_calls")):
+            return "a turn with function_call and tool_calls: keep one"
+        given["tool_calls"] = [{"type": "function", "function": given["function_call"]}]
+    given.pop("function_call", None)
+    return given
+
+
+def _call_of(value: Any) -> Any:
+    """The calls that ShareGPT's text of one, or of a list, holds; an empty text if it holds none."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return ""
+    calls = read if isinstance(read, list) else [read]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return ""
+    return [{"type": "function", "function": call} for call in calls]
+
+
 def _is_so(given: Message, key: str) -> bool:
     """Whether a key only says that what never is trained, as the turns of others, is not."""
     return given["role"] != "assistant" and key in _TRAINED and given[key] in (False, 0)
@@ -84,8 +130,9 @@ def _is_refused(key: str, value: Any) -> bool:
     return key in _REFUSED or any(says_what_is_trained(name) for name in (key, *within)) or switches(key, value)
 
 
-def _trained(given: Message) -> tuple[Message, bool] | str:
-    """Without `weight` and `train`, and what they say."""
+def _trained(given: Message) -> tuple[Message, bool | None] | str:
+    """Without `weight` and `train`, and what they say: None where an assistant's turn has neither."""
+    says_nothing = not {"weight", "train"} & set(given)
     weight, train = given.pop("weight", 1), given.pop("train", given["role"] == "assistant")
     if type(weight) not in (bool, int, float) or weight not in (0, 1):
         return f"a turn with weight {weight!r}: allowed are 0 and 1"
@@ -94,7 +141,8 @@ def _trained(given: Message) -> tuple[Message, bool] | str:
     if train and given["role"] != "assistant":
         return f"train: true in a turn of {given['role']}: only what the assistant says is trained on"
     message = {key: given[key] for key in ("role", "content") if key in given} | given
-    return message, given["role"] != "assistant" or (bool(weight) and train)
+    is_silent = given["role"] != "assistant" or says_nothing
+    return message, None if is_silent else bool(weight) and train
 
 
 def _text_of(content: Any) -> str | None:

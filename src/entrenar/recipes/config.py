@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from entrenar.core.config import Section
+from entrenar.data.row_options import RowOptions, TrainOn
 from entrenar.files.lora_options import Bias
 from entrenar.lora.spec import LoraSpec
 from entrenar.opening.compute import DEVICES
@@ -116,6 +117,9 @@ class ModelSection(Section):
 class DataSection(Section):
     """Which rows, and what becomes of them; `packing` lays several into one of up to `max_length`, kept apart. `date`:
     what a chat template that writes the day's date writes; null: the day of the run's first start, which it keeps.
+    `train_on`: every answer of a conversation, the last, or those marked by `weight: 1` or `train: true`; `columns`:
+    our name of a column → the file's (`{messages: chat}`); `template`: variables for the chat template
+    (`{enable_thinking: false}`), which a row's own `chat_template_kwargs` go before.
     """
 
     train: str
@@ -125,6 +129,23 @@ class DataSection(Section):
     too_long: Literal["error", "truncate", "drop"] = "error"
     packing: bool = True
     date: Date = None
+    train_on: TrainOn = "all"
+    columns: dict[str, str] = Field(default_factory=dict)
+    template: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def row_options(self) -> RowOptions:
+        """What every reader of the rows needs."""
+        return RowOptions(self.columns, self.train_on, self.template)
+
+    @model_validator(mode="after")
+    def _options_of_the_template(self) -> Self:
+        taken = {"messages", "tools", "documents", "add_generation_prompt"} & set(self.template)
+        if taken:
+            raise ValueError(
+                f"template holds a chat template's own variables, and {', '.join(sorted(taken))} is given by the rows"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_validation_source(self) -> Self:

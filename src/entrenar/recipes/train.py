@@ -212,6 +212,7 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ends: An
         seed=config.training.seed,
         date=section.date,
         ends=ends,
+        options=section.row_options,
     )
     if section.validation_fraction and data.validation is None:
         raise InputError(
