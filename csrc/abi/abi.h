@@ -97,10 +97,11 @@ struct HeadsView {
     }
 };
 
-// What ops/attention.py passes. A token attends the keys from starts[b][t] to itself.
+// What ops/attention.py passes. A token attends the keys from starts[b][t] to itself; or, where starts holds three
+// numbers a token, from the first of them, but for the keys from the second up to the third.
 struct AttentionView {
     int64_t batch, tokens, heads, kv_heads, width;
-    const void* starts;  // (B, T) int32, never falling along T; null: 0
+    const void* starts;  // (B, T) int32, never falling along T, or (B, T, 3), as starts_bytes say; null: 0
     int64_t starts_bytes;
     float scale;
     int32_t unused;
@@ -141,7 +142,7 @@ struct AttentionBlockView {
     BufferView h, x, q, k, v, o, lse, u, output_u, out, dh;  // lse (B, H, T) float32
     BufferView cos, sin;  // (rotary_batches, T, rotated) of rotary_dtype; null: no rotation
     int64_t rotary_batches, rotated;
-    BufferView starts;      // (B, T) int32, or null
+    BufferView starts;      // as in AttentionView
     MemberView members[4];  // q, k, v, output
     float scale;
     int32_t rotary_dtype;

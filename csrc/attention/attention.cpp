@@ -1,6 +1,7 @@
 // Checks of attention's arguments, and which keys a token attends.
 #include "attention/attention.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "common/dispatch.h"
@@ -10,11 +11,14 @@
 namespace entrenar {
 namespace {
 
-int32_t start_of(const AttentionView& view, int64_t row, int64_t token) {
-    int32_t start = 0;
-    const int64_t at = (row * view.tokens + token) * 4;
-    if (view.starts != nullptr) std::memcpy(&start, static_cast<const char*>(view.starts) + at, 4);
-    return start;
+// Numbers a token in `starts`: its first key, or that and a gap. Their bytes say which.
+int64_t numbers(const AttentionView& view) { return view.starts_bytes == view.batch * view.tokens * 3 * 4 ? 3 : 1; }
+
+int32_t number(const AttentionView& view, int64_t row, int64_t token, int64_t which) {
+    int32_t value = 0;
+    const int64_t at = ((row * view.tokens + token) * numbers(view) + which) * 4;
+    if (view.starts != nullptr) std::memcpy(&value, static_cast<const char*>(view.starts) + at, 4);
+    return value;
 }
 
 int check_heads(const HeadsView& heads, int64_t batch, int64_t tokens, int64_t count, int64_t width) {
@@ -29,10 +33,15 @@ int check_heads(const HeadsView& heads, int64_t batch, int64_t tokens, int64_t c
 
 int check_starts(const AttentionView& view) {
     if (view.starts == nullptr) return kOk;
+    const bool has_gaps = numbers(view) == 3;
     for (int64_t row = 0; row < view.batch; ++row) {
         for (int64_t token = 0; token < view.tokens; ++token) {
-            const int32_t start = start_of(view, row, token), before = token ? start_of(view, row, token - 1) : 0;
-            if (start < before || start > token) return kBadArgument;
+            const int32_t start = number(view, row, token, 0);
+            const int32_t least = token && !has_gaps ? number(view, row, token - 1, 0) : 0;
+            if (start < least || start > token) return kBadArgument;
+            if (!has_gaps) continue;
+            const int32_t gap = number(view, row, token, 1), resumed = number(view, row, token, 2);
+            if (gap < 0 || gap > resumed || resumed > token) return kBadArgument;
         }
     }
     return kOk;
@@ -40,12 +49,22 @@ int check_starts(const AttentionView& view) {
 
 }  // namespace
 
-std::vector<int64_t> first_keys(const AttentionView& view, int64_t row) {
-    std::vector<int64_t> first(static_cast<size_t>(view.tokens));
+int64_t Attended::count(int64_t token, int64_t begin, int64_t end) const {
+    const auto at = static_cast<size_t>(token);
+    begin = std::max(begin, first[at]), end = std::min(end, token + 1);
+    const int64_t all = std::max<int64_t>(end - begin, 0);
+    return has_gaps() ? all - std::max<int64_t>(std::min(end, resumed[at]) - std::max(begin, gap[at]), 0) : all;
+}
+
+Attended attended_keys(const AttentionView& view, int64_t row) {
+    Attended keys;
     for (int64_t token = 0; token < view.tokens; ++token) {
-        first[static_cast<size_t>(token)] = start_of(view, row, token);
+        keys.first.push_back(number(view, row, token, 0));
+        if (numbers(view) == 1) continue;
+        keys.gap.push_back(number(view, row, token, 1));
+        keys.resumed.push_back(number(view, row, token, 2));
     }
-    return first;
+    return keys;
 }
 
 AttentionKernels attention_kernels() {
@@ -66,7 +85,10 @@ int check_attention_sizes(const AttentionView& view) {
     if (view.heads % view.kv_heads != 0 || view.width % kStep != 0) return kBadArgument;
     if (view.tokens > (int64_t{1} << 24) || view.width > kMaxPlainWidth) return kBadArgument;
     if (view.starts != nullptr) {
-        if (const int error = check_buffer(view.starts, view.starts_bytes, view.batch * view.tokens, 4)) return error;
+        if (const int error =
+                check_buffer(view.starts, view.starts_bytes, view.batch * view.tokens * numbers(view), 4)) {
+            return error;
+        }
     }
     return check_starts(view);
 }

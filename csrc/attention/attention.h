@@ -12,8 +12,19 @@
 
 namespace entrenar {
 
-// The first key of every token of one row.
-std::vector<int64_t> first_keys(const AttentionView& view, int64_t row);
+// A score below every real one, of a key that is not attended: its exponential is 0.
+constexpr float kUnattended = -1e30f;
+
+// The keys that the tokens of one row attend: from `first` to the token itself, but for [gap, resumed).
+struct Attended {
+    std::vector<int64_t> first, gap, resumed;  // gap and resumed are empty where no token has a gap
+
+    bool has_gaps() const { return !gap.empty(); }
+
+    // How many of the keys [begin, end) a token attends.
+    int64_t count(int64_t token, int64_t begin, int64_t end) const;
+};
+Attended attended_keys(const AttentionView& view, int64_t row);
 
 // Error unless sizes and starts are in order.
 int check_attention_sizes(const AttentionView& view);

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <numeric>
 #include <utility>
 #include "abi/abi.h"
 
@@ -67,8 +68,27 @@ void prepare_head(const AttentionView& view, const AttentionKernels& kernels, co
     std::memset(room.dq, 0, static_cast<size_t>(room.padded * view.width) * 4);
 }
 
+bool attends_any(const Attended& attended, int64_t key, int64_t query, int64_t tokens) {
+    for (int64_t at = query; at < std::min(query + kBlock, tokens); ++at) {
+        if (attended.count(at, key, key + kBlock) > 0) return true;
+    }
+    return false;
+}
+
+// Scores of keys that a query does not attend, though it stands between the first and the last query that does.
+void leave_gaps(const Attended& attended, int64_t key, int64_t keys, int64_t query, int64_t queries, float* scores) {
+    for (int64_t c = 0; c < queries; ++c) {
+        const auto at = static_cast<size_t>(query + c);
+        const int64_t before = std::clamp<int64_t>(attended.first[at] - key, 0, keys);
+        const int64_t gap = std::clamp<int64_t>(attended.gap[at] - key, 0, keys);
+        const int64_t resumed = std::clamp<int64_t>(attended.resumed[at] - key, gap, keys);
+        for (int64_t r = 0; r < before; ++r) scores[r * kBlock + c] = kUnattended;
+        for (int64_t r = gap; r < resumed; ++r) scores[r * kBlock + c] = kUnattended;
+    }
+}
+
 // Keys [key, key + keys) against queries [query, query + kBlock): all five products.
-void run_block(const AttentionView& view, const AttentionKernels& kernels, const Room& room,
+void run_block(const AttentionView& view, const AttentionKernels& kernels, const Room& room, const Attended& attended,
                const std::vector<int64_t>& last, int64_t row, int64_t kv, int64_t key, int64_t query) {
     const int64_t keys = std::min(kBlock, view.tokens - key), queries = std::min(kBlock, view.tokens - query);
     const int64_t width = view.width, columns = packed_group(width), rows = packed_group(view.tokens);
@@ -80,6 +100,7 @@ void run_block(const AttentionView& view, const AttentionKernels& kernels, const
     multiply_packed({&kernels.products, v, view.v.token, keys, room.grad_columns + query / kGroup * columns, columns,
                      steps, query_groups},
                     room.dp, kBlock, false);
+    if (attended.has_gaps()) leave_gaps(attended, key, keys, query, queries, room.scores);
     for (int64_t r = 0; r < keys; ++r) {
         const int64_t low = std::clamp<int64_t>(key + r - query, 0, queries);
         const int64_t high = std::clamp<int64_t>(last[static_cast<size_t>(key + r)] + 1 - query, low, queries);
@@ -102,13 +123,23 @@ void store_rows(const AttentionKernels& kernels, const float* from, int64_t widt
     kernels.products.store_bf16({to, nullptr, nullptr, stride, tokens, width}, from, width, 1.0f);
 }
 
-// The last query that attends each key: first keys never fall, so those queries are one stretch.
+// The last query that attends each key, gaps aside. From the last query on, each takes the keys that no later one took;
+// `next` leads past those that are taken.
 std::vector<int64_t> last_queries(const std::vector<int64_t>& first) {
-    std::vector<int64_t> last(first.size());
-    for (size_t key = 0, query = 0; key < first.size(); ++key) {
-        query = std::max(query, key);
-        while (query + 1 < first.size() && first[query + 1] <= static_cast<int64_t>(key)) ++query;
-        last[key] = static_cast<int64_t>(query);
+    const auto tokens = static_cast<int64_t>(first.size());
+    std::vector<int64_t> last(first.size()), next(first.size() + 1);
+    std::iota(next.begin(), next.end(), 0);
+    const auto untaken = [&next](int64_t key) {
+        while (next[static_cast<size_t>(key)] != key) {
+            key = next[static_cast<size_t>(key)] = next[static_cast<size_t>(next[static_cast<size_t>(key)])];
+        }
+        return key;
+    };
+    for (int64_t query = tokens - 1; query >= 0; --query) {
+        for (int64_t key = untaken(first[static_cast<size_t>(query)]); key <= query; key = untaken(key)) {
+            last[static_cast<size_t>(key)] = query;
+            next[static_cast<size_t>(key)] = key + 1;
+        }
     }
     return last;
 }
@@ -116,7 +147,8 @@ std::vector<int64_t> last_queries(const std::vector<int64_t>& first) {
 void run_pair(const AttentionView& view, const AttentionKernels& kernels, const Gradients& gradients, const Room& room,
               int64_t row, int64_t kv) {
     const int64_t group = view.heads / view.kv_heads, width = view.width;
-    const std::vector<int64_t> last = last_queries(first_keys(view, row));
+    const Attended attended = attended_keys(view, row);
+    const std::vector<int64_t> last = last_queries(attended.first);
     // q_rows is free until the first head: room for the packed form that the transposition goes through.
     transpose_rows(kernels.products, view.k.rows(row, kv), view.k.token, view.tokens, width, room.padded, room.q_rows,
                    room.keys);
@@ -126,10 +158,12 @@ void run_pair(const AttentionView& view, const AttentionKernels& kernels, const 
     for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
         prepare_head(view, kernels, gradients, room, row, head);
         for (int64_t key = 0; key < view.tokens; key += kBlock) {
-            const int64_t final_key = std::min(key + kBlock, view.tokens) - 1;
-            const int64_t end = last[static_cast<size_t>(final_key)] + 1;
-            for (int64_t query = key; query < end; query += kBlock)
-                run_block(view, kernels, room, last, row, kv, key, query);
+            const auto end_key = last.begin() + std::min(key + kBlock, view.tokens);
+            const int64_t end = *std::max_element(last.begin() + key, end_key) + 1;
+            for (int64_t query = key; query < end; query += kBlock) {
+                if (attended.has_gaps() && !attends_any(attended, key, query, view.tokens)) continue;
+                run_block(view, kernels, room, attended, last, row, kv, key, query);
+            }
         }
         const int64_t stride = view.heads * width;
         kernels.rows.store_transposed(room.dq, room.padded, view.tokens, width,

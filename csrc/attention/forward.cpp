@@ -40,30 +40,57 @@ struct Outputs {
     float* lse;     // (B, H, T)
 };
 
+// Whether any query of [begin, end) attends any key of the chunk that begins at `key`.
+bool attends_any(const Attended& attended, int64_t begin, int64_t end, int64_t key) {
+    for (int64_t query = begin; query < end; ++query) {
+        if (attended.count(query, key, key + kKeys) > 0) return true;
+    }
+    return false;
+}
+
+// Take a query's gap out of its keys [low, high) of a chunk: by a bound where it lies at one, else by its scores.
+void leave_gap(const Attended& attended, int64_t query, int64_t key, int64_t* low, int64_t* high, float* scores) {
+    const auto at = static_cast<size_t>(query);
+    const int64_t gap = std::clamp(attended.gap[at] - key, *low, *high);
+    const int64_t resumed = std::clamp(attended.resumed[at] - key, gap, *high);
+    if (gap == *low) {
+        *low = resumed;
+    } else if (resumed == *high) {
+        *high = gap;
+    } else {
+        std::fill(scores + gap, scores + resumed, kUnattended);
+    }
+}
+
 // Queries [begin, end) of one head.
 void run_queries(const AttentionView& view, const AttentionKernels& kernels, const Room& room, const Outputs& outputs,
-                 const std::vector<int64_t>& first, int64_t row, int64_t head, int64_t begin, int64_t end) {
+                 const Attended& attended, int64_t row, int64_t head, int64_t begin, int64_t end) {
     const int64_t rows = end - begin, width = view.width;
     const uint16_t* queries = view.q.rows(row, head) + begin * view.q.token;
     RowState states[kQueries];
     for (RowState& state : states) state = {-INFINITY, 0.0f};
-    const int64_t from = first[static_cast<size_t>(begin)] / kStep * kStep;
+    const auto first = attended.first.begin();
+    const int64_t from = *std::min_element(first + begin, first + end) / kStep * kStep;
+    bool is_later = false;  // whether `o` holds a sum
     for (int64_t key = from; key < end; key += kKeys) {
+        if (attended.has_gaps() && !attends_any(attended, begin, end, key)) continue;
         const int64_t groups = divide_up(std::min(kKeys, end - key), kGroup);
         const PackedProduct score{
             &kernels.products,   queries,       view.q.token, rows, room.keys + key / kGroup * packed_group(width),
             packed_group(width), width / kStep, groups};
         multiply_packed(score, room.scores, kKeys, false);
         for (int64_t r = 0; r < rows; ++r) {
-            const int64_t low = std::clamp<int64_t>(first[static_cast<size_t>(begin + r)] - key, 0, kKeys);
-            const int64_t high = std::clamp<int64_t>(begin + r + 1 - key, low, kKeys);
+            int64_t low = std::clamp<int64_t>(first[begin + r] - key, 0, kKeys);
+            int64_t high = std::clamp<int64_t>(begin + r + 1 - key, low, kKeys);
+            if (attended.has_gaps()) leave_gap(attended, begin + r, key, &low, &high, room.scores + r * kKeys);
             kernels.rows.softmax(room.scores + r * kKeys, low, high, groups * kGroup, view.scale, &states[r],
                                  room.o + r * width, width, room.p + r * kKeys);
         }
         const PackedProduct value{
             &kernels.products,         room.p, kKeys,         rows, room.values + key / kStep * kStepElements,
             packed_group(view.tokens), groups, width / kGroup};
-        multiply_packed(value, room.o, width, key != from);
+        multiply_packed(value, room.o, width, is_later);
+        is_later = true;
     }
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t token = begin + r;
@@ -100,12 +127,12 @@ int entrenar::attention_forward(const AttentionView* view, void* out, int64_t ou
         pack_rows_transposed(kernels.products, view->k.rows(row, kv), view->k.token, view->tokens, view->width,
                              room.keys);
         pack_rows(kernels.products, view->v.rows(row, kv), view->v.token, view->tokens, view->width, room.values);
-        const std::vector<int64_t> first = first_keys(*view, row);
+        const Attended attended = attended_keys(*view, row);
         kernels.products.begin();
         for (int64_t block = item % shares; block < blocks; block += shares) {
             const int64_t begin = block * kQueries, end = std::min(begin + kQueries, view->tokens);
             for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
-                run_queries(*view, kernels, room, outputs, first, row, head, begin, end);
+                run_queries(*view, kernels, room, outputs, attended, row, head, begin, end);
             }
         }
         kernels.products.end();

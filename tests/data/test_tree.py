@@ -16,7 +16,8 @@ _PATHS = st.lists(
 @given(paths=_PATHS, rest=_IDS)
 def test_every_path_is_in_the_tree_and_every_trained_token_is(paths: list[Path], rest: list[int]) -> None:
     tree = as_tree(paths, rest)
-    read = paths_of(Example(1, tree.ids, tree.trained, branches=tree.branches))
+    example = Example(1, tree.ids, tree.trained, branches=tree.branches)
+    read = paths_of(example)
     trunk = read.pop()
     assert trunk[0] == paths[-1].ids + rest
     sequences = [*(ids for ids, _ in read), paths[-1].ids]
@@ -27,6 +28,10 @@ def test_every_path_is_in_the_tree_and_every_trained_token_is(paths: list[Path],
         tuple(ids[: index + 1]) for ids, flags in [*read, trunk] for index, flag in enumerate(flags) if flag
     }  # fmt: skip
     assert trained == wanted
+    ends = [first + end - start for start, end, first in example.runs()]
+    assert all(first < end for (_, first), end in zip(example.branches, ends, strict=False)), (
+        "positions tell runs apart"
+    )
     if sum(len(path.ids) - path.start for path in paths) == len(wanted):  # no two answers begin alike in one place
         assert sum(tree.trained) == len(wanted), "each token once"
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from entrenar.core.errors import InputError
-from entrenar.ops.attention import causal_attention
+from entrenar.ops.attention import attention_mask, causal_attention
 from tests.support.attention import exactly
 
 # (B, T, H, G, D): one token; less, equal and more than a block of 32 and of 128; grouped and single heads
@@ -35,6 +35,33 @@ def documents(batch: int, tokens: int, window: int = 0) -> Tensor:
     return (starts.maximum(index - window + 1) if window else starts).int()
 
 
+def trees(batch: int, tokens: int, window: int = 0) -> tuple[Tensor, Tensor]:
+    """Starts with gaps of documents with branches, and which keys each token sees, said token by token."""
+    starts, seen = (
+        torch.zeros(batch, tokens, 3, dtype=torch.int32),
+        torch.zeros(batch, tokens, tokens, dtype=torch.bool),
+    )
+    for row in range(batch):
+        trunk, run, shared = 0, 0, 0  # where they begin, and tokens of the trunk that the run follows
+        trunk_size = tokens
+        for token in range(tokens):
+            if token > trunk + 2 and torch.rand(()) < 0.1:
+                if torch.rand(()) < 0.3:
+                    trunk, run, shared, trunk_size = token, token, 0, tokens
+                else:
+                    trunk_size = min(trunk_size, token - trunk)
+                    run, shared = token, int(torch.randint(1, trunk_size + 1, ()))
+            place = shared + token - run
+            keys = [(key, key - trunk) for key in range(trunk, trunk + shared)]
+            keys += [(key, shared + key - run) for key in range(run, token + 1)]
+            keys = [key for key, at in keys if not window or at > place - window]
+            seen[row, token, keys] = True
+            in_trunk = [key for key in keys if key < run]
+            gap = (in_trunk[-1] + 1, run) if in_trunk and run > trunk else (0, 0)
+            starts[row, token] = torch.tensor([keys[0], *gap])
+    return starts, seen
+
+
 def relative_error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-12)).item()
 
@@ -57,6 +84,32 @@ def test_values_and_gradients(
         # Of one token alone the gradients of q and k are 0: what is left is rounding, relative to nothing.
         bound = {torch.bfloat16: 8e-3, torch.float32: 1e-5}[dtype]
         assert relative_error(one, other) < bound or (one.double() - other).abs().max() < bound * grad.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 900, 2, 1, 32)])
+@pytest.mark.parametrize("window", [0, 20])
+def test_trees(kernel_path: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int], window: int) -> None:
+    starts, seen = trees(*shape[:2], window)
+    assert torch.equal(attention_mask(starts), seen)
+    q, k, v = tensors(shape, dtype)
+    out = causal_attention(q, k, v, 0.2, starts)
+    grad = torch.randn_like(out)
+    results = (out, *torch.autograd.grad(out, (q, k, v), grad))
+    a, b, c = (tensor.detach().double().requires_grad_() for tensor in (q, k, v))
+    exact = exactly(a, b, c, 0.2, starts)
+    expected = (exact, *torch.autograd.grad(exact, (a, b, c), grad.double()))
+    for one, other in zip(results, expected, strict=True):
+        bound = {torch.bfloat16: 8e-3, torch.float32: 1e-5}[dtype]
+        assert relative_error(one, other) < bound or (one.double() - other).abs().max() < bound * grad.abs().max()
+
+
+def test_a_gap_that_hides_a_token_from_itself_is_refused() -> None:
+    q, k, v = tensors((1, 4, 1, 1, 32), torch.bfloat16)
+    for gap in ([2, 1], [-1, 0], [0, 4]):
+        starts = torch.tensor([[[0, 0, 0]] * 3 + [[0, *gap]]], dtype=torch.int32)
+        with pytest.raises(InputError, match="refused"):
+            causal_attention(q, k, v, 0.2, starts)
 
 
 @settings(max_examples=15, deadline=None)

@@ -19,7 +19,8 @@ class Batch:
     is trained. A document's first token is never a target: nothing predicts it. `lines`: of the documents, row by row;
     `token_count`: without padding.
 
-    A 0 in `positions` is where a document begins. Padding continues the last one, so that a row of one document is
+    A 0 in `positions` is where a document begins, any other step than one up where a branch of it does
+    (data/tree.py). Padding continues the last one, so that a row of one document is
     0 … T−1, the plain causal case that needs no mask: no real token looks ahead to padding, and none of it is a target.
     """
 
@@ -61,7 +62,9 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
             end = start + len(document)
             ids[number, start:end] = torch.tensor(document.ids)
             targets[number, start:end] = torch.tensor(document.trained)
-            positions[number, start:] = torch.arange(shape[1] - start)
+            for begin, _, first in document.runs():
+                run = slice(start + begin, None)  # padding goes on from the last
+                positions[number, run] = torch.arange(first, first + shape[1] - run.start)
             start = end
     targets &= positions > 0
     return Batch(ids, positions, targets, tuple(document.line for row in rows for document in row), sum(totals))

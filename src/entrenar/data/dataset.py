@@ -34,6 +34,18 @@ class Dataset:
         """Number of rows."""
         return len(self.examples)
 
+    @property
+    def has_trees(self) -> bool:
+        """Whether any row has branches (data/tree.py)."""
+        return any(example.branches for example in self.examples)
+
+    def expanded(self) -> "Dataset":
+        """Every branch as a row of its own."""
+        pairs = [
+            (part, row) for example, row in zip(self.examples, self.rows, strict=True) for part in example.expanded()
+        ]
+        return Dataset([part for part, _ in pairs], [row for _, row in pairs])
+
 
 @dataclass(frozen=True)
 class PreparedData:

@@ -57,6 +57,16 @@ class Example:
         """Tokens of the longest sequence: the trunk, or a branch with what leads to it."""
         return max(first + end - start for start, end, first in self.runs())
 
+    def expanded(self) -> list["Example"]:
+        """Every branch with what leads to it as a row of its own, and the trunk: for models that know no trees. A
+        shared token stays trained in the trunk alone."""
+        trunk, *branches = self.runs()
+        rows = [
+            Example(self.line, self.ids[:first] + self.ids[start:end], [False] * first + self.trained[start:end])
+            for start, end, first in branches
+        ]
+        return [*rows, Example(self.line, self.ids[: trunk[1]], self.trained[: trunk[1]], self.answer)]
+
     def cut(self, most: int) -> "Example":
         """Without the tokens at positions from `most` on."""
         ids, trained, branches = list[int](), list[bool](), list[tuple[int, int]]()

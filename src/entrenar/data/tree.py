@@ -58,7 +58,8 @@ def as_tree(paths: Sequence[Path], rest: Sequence[int] = ()) -> Tree:
             (trunk if index < run.shared else run).trained[index] = True
     ids, trained = [*trunk.ids, *rest], [*trunk.trained, *([False] * len(rest))]
     starts = list[tuple[int, int]]()
-    for run in reversed(branches):
+    # From the one that leaves last: so none begins at the position after the one before it, which would continue it.
+    for run in sorted(branches, key=lambda run: -run.shared):
         first = max(run.shared - 1, 0)
         starts.append((len(ids), first))
         ids += run.ids[first:]

@@ -16,6 +16,7 @@ from entrenar.layers.linear_cross_entropy import (
     linear_cross_entropy,
     summed_cross_entropy,
 )
+from entrenar.models.branches import branch_masks, has_branches
 from entrenar.models.head import head_input, output_head, own_logits, vocabulary_size
 
 _LOG = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def target_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, target
     Args:
         ids: (B, T) int64, on any device. targets: (B, T) bool, first column False.
         positions: (B, T) int64, from 0 in every document of a row (`data.batches.Batch`); without an attention mask
-            transformers keeps documents apart by them, see `models.isolation`.
+            transformers keeps documents apart by them, see `models.isolation`. Branches: see `models.branches`.
 
     Returns:
         logits (N, V) in the model's dtype, and labels (N,) int64.
@@ -38,8 +39,8 @@ def target_logits(model: PreTrainedModel, ids: Tensor, positions: Tensor, target
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise InputError(f"{type(model).__name__} cannot make logits for chosen positions: this version needs that")
     columns = targets[:, 1:].any(dim=0).nonzero().flatten()
-    ids, positions, targets, columns = (tensor.to(model.device) for tensor in (ids, positions, targets, columns))
-    output = model(**_inputs(model, ids, positions), logits_to_keep=columns)
+    ids, targets, columns = (tensor.to(model.device) for tensor in (ids, targets, columns))
+    output = model(**model_inputs(model, ids, positions), logits_to_keep=columns)
     wanted = targets[:, 1:][:, columns]
     return output.logits[wanted], ids[:, 1:][:, columns][wanted]
 
@@ -65,9 +66,9 @@ def _target_loss(
 ) -> Tensor:
     # Where the batch lies: a GPU would have to be waited for to know how many there are.
     wanted = targets.flatten().nonzero().flatten()
-    ids, positions, wanted = (tensor.to(model.device) for tensor in (ids, positions, wanted))
+    ids, wanted = ids.to(model.device), wanted.to(model.device)
     segments = segments.to(model.device) if segments else None
-    before_head = head_input(model, **_inputs(model, ids, positions))
+    before_head = head_input(model, **model_inputs(model, ids, positions))
     if before_head is None or before_head.hidden.shape[:2] != ids.shape:
         _say_once(f"{type(model).__name__} has no head that can be run alone: the loss takes two passes and all logits")
         logits, labels = target_logits(model, ids, positions, targets)
@@ -86,9 +87,15 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _inputs(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> dict[str, Any]:
-    inputs = {"input_ids": ids, "use_cache": False}
-    return inputs | ({"position_ids": positions} if takes_positions(model) else {})
+def model_inputs(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> dict[str, Any]:
+    """What a forward without a cache takes for ids and positions, both (B, T) int64; a mask only where a document has
+    branches, for it costs what it says of every pair of tokens."""
+    inputs: dict[str, Any] = {"input_ids": ids.to(model.device), "use_cache": False}
+    if takes_positions(model):
+        inputs["position_ids"] = positions.to(model.device)
+    if has_branches(positions):
+        inputs["attention_mask"] = branch_masks(model, positions)
+    return inputs
 
 
 def _own_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor, segments: Segments | None) -> Tensor:

@@ -1,8 +1,9 @@
 """Causal attention with grouped heads (FlashAttention-2, Dao 2023).
 
-Query t attends the keys from starts[t] to t, which says documents and sliding windows alike. bfloat16 on a CPU runs
-natively (csrc/attention), a block of rows at a time; everything else through PyTorch's scaled_dot_product_attention
-with a mask.
+Query t attends the keys from starts[t] to t, which says documents and sliding windows alike; in a tree of sequences
+(data/tree.py) a branch also leaves out a gap, what of the trunk it does not follow and the branches before it. bfloat16
+on a CPU runs natively (csrc/attention), a block of rows at a time; everything else through PyTorch's
+scaled_dot_product_attention with a mask.
 Letters: B rows, T tokens, H heads, G key-value heads (H a multiple of G), D width of a head.
 """
 
@@ -32,7 +33,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tens
 
     Args:
         q: (B, T, H, D) float; k, v: (B, T, G, D); D contiguous, other strides any.
-        starts: (B, T) int32, the first key of each token, never falling along T; None: the row's first.
+        starts: (B, T) int32, the first key of each token, never falling along T; or (B, T, 3): the first key, and the
+            keys from the second number up to the third that are not attended. None: the row's first.
     Returns:
         (B, T, H, D), contiguous.
     """
@@ -45,9 +47,11 @@ def native_width(width: int) -> bool:
 
 
 def attention_mask(starts: Tensor) -> Tensor:
-    """Which keys each query attends: starts (B, T) → (B, T, T) bool."""
+    """Which keys each query attends: starts (B, T) or (B, T, 3) → (B, T, T) bool."""
     index = torch.arange(starts.shape[1], device=starts.device)
-    return (index <= index[:, None]) & (index >= starts[..., None])
+    first, *gap = starts.unsqueeze(-1).unbind(2) if starts.dim() == 3 else (starts[..., None],)
+    attended = (index <= index[:, None]) & (index >= first)
+    return attended & ~((index >= gap[0]) & (index < gap[1])) if gap else attended
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ The model is loaded as for training, since what its layers keep is seen in a pas
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from entrenar.recipes.config import RunConfig
 from entrenar.recipes.doubts import doubts
 from entrenar.recipes.run_directory import open_run_directory
 from entrenar.recipes.run_model import load_adapted, source_of
-from entrenar.recipes.train import OBJECTIVE, OPTIMIZER, make_plan, prepare_data, refuse_foreign_tokens, with_date
+from entrenar.recipes.train import (
+    OBJECTIVE,
+    OPTIMIZER,
+    fit_trees,
+    make_plan,
+    prepare_data,
+    refuse_foreign_tokens,
+    with_date,
+)
 from entrenar.training.state import Plan
 
 Piece = tuple[str, bool]
@@ -72,6 +81,7 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     config = with_date(directory, data).config
     model, libraries = load_adapted(config, source)
     refuse_foreign_tokens(data, model, config)
+    data = fit_trees(data, model)
     plan = make_plan(config, data)
     memory = plan_memory(config.training, model, data, plan, OBJECTIVE, OPTIMIZER, libraries=libraries)
     trained = [parameter for _, parameter in trained_parameters(model)]
@@ -110,10 +120,15 @@ def _token_use(plan: Plan, lengths: list[int]) -> TokenUse:
 
 
 def _pieces(example: Example, tokenizer: Any) -> list[Piece]:
-    """The row as text, in runs of trained and untrained tokens."""
-    runs: list[tuple[list[int], bool]] = []
-    for token, trained in zip(example.ids, example.trained, strict=True):
-        if not runs or runs[-1][1] != trained:
-            runs.append(([], trained))
-        runs[-1][0].append(token)
-    return [(tokenizer.decode(ids, skip_special_tokens=False), trained) for ids, trained in runs]
+    """The row as text, in runs of trained and untrained tokens; a branch begins a line that says what it follows."""
+    pieces: list[Piece] = []
+    for start, end, first in example.runs():
+        begin = start
+        if start:
+            begin += 1  # the token that it shares, once more
+            pieces.append((f"\n  ↳ after the first {first + 1} tokens: ", False))
+        flags = example.trained[begin:end]
+        for trained, run in groupby(range(len(flags)), flags.__getitem__):
+            ids = [example.ids[begin + index] for index in run]
+            pieces.append((tokenizer.decode(ids, skip_special_tokens=False), trained))
+    return pieces

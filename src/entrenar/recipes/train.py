@@ -21,7 +21,7 @@ from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.models.acceleration.activations import set_recompute
 from entrenar.models.head import padding_id, vocabulary_size
-from entrenar.models.isolation import isolates_documents
+from entrenar.models.isolation import isolates_branches, isolates_documents
 from entrenar.objectives.registry import OBJECTIVES
 from entrenar.opening.compute import resolve_device, resolve_dtype
 from entrenar.optim.groups import lora_plus_groups
@@ -106,6 +106,7 @@ def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> 
         say(f"the chat template writes the day's date: it is {data.date} for the whole run (data.date)")
     model, libraries = load_adapted(directory.config, source)
     refuse_foreign_tokens(data, model, directory.config)
+    data = fit_trees(data, model, say)
     where = "machine"
     if model.device.type == "cuda":
         where = "GPU"
@@ -220,6 +221,15 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ends: An
             f"{section.train} holds out none: raise it, name a file in data.validation, or set it to 0"
         )
     return data
+
+
+def fit_trees(data: PreparedData, model: PreTrainedModel, say: Say = _ignore) -> PreparedData:
+    """Data whose branches (data/tree.py) are rows of their own where the model would mix them."""
+    if not any(part.has_trees for part in (data.train, data.validation) if part) or isolates_branches(model):
+        return data
+    say(f"{type(model).__name__} mixes branches of a conversation: each answer gets a row of its own")
+    validation = data.validation.expanded() if data.validation else None
+    return replace(data, train=data.train.expanded(), validation=validation)
 
 
 def refuse_foreign_tokens(data: PreparedData, model: PreTrainedModel, config: RunConfig) -> None:

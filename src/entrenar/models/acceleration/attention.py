@@ -2,8 +2,8 @@
 PyTorch's.
 
 transformers describes documents, padding and sliding windows by one boolean mask, as it does for `sdpa`. A mask in
-which every token sees one stretch of keys that ends with itself is the kernel's kind (ops/attention.py); it is read
-once and serves every layer.
+which every token sees one stretch of keys that ends with itself, with one gap at most, is the kernel's kind
+(ops/attention.py); it is read once and serves every layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from entrenar.core.attachment import Attachment
-from entrenar.ops.attention import causal_attention
+from entrenar.ops.attention import attention_mask, causal_attention
 
 NAME = "entrenar"
 Attend = Callable[..., tuple[Tensor, Any]]
@@ -68,7 +68,8 @@ def attention_forward(
 
 
 def first_keys(mask: Tensor) -> Tensor | None:
-    """The first key of each token, (B, T) int32, if mask (B, 1, T, T) bool is of the kernel's kind; else None.
+    """The first key of each token, (B, T) int32, or with gaps (B, T, 3), if mask (B, 1, T, T) bool is of the kernel's
+    kind; else None.
 
     A token that does not see itself is padding, whose result nobody reads: it counts as seeing itself alone.
     """
@@ -87,8 +88,12 @@ def _read(mask: Tensor) -> Tensor | None:
     real = seen.diagonal(dim1=1, dim2=2)
     starts = torch.where(real, seen.to(torch.uint8).argmax(dim=-1), index)
     stretch = (index >= starts[..., None]) & (index <= index[:, None])
-    falls = (starts.diff(dim=-1) < 0).any()
-    return None if falls or ((stretch != seen) & real[..., None]).any() else starts.int()
+    if ((stretch == seen) | ~real[..., None]).all():
+        return None if (starts.diff(dim=-1) < 0).any() else starts.int()
+    hidden = stretch & ~seen & real[..., None]
+    gap = torch.where(hidden.any(dim=-1), hidden.to(torch.uint8).argmax(dim=-1), 0)
+    with_gap = torch.stack([starts, gap, gap + hidden.sum(dim=-1)], dim=-1).int()
+    return with_gap if ((attention_mask(with_gap) == seen) | ~real[..., None]).all() else None
 
 
 def register() -> None:

@@ -140,7 +140,7 @@ class LayerForward(FastForward):
         plain = (
             kwargs.get("past_key_values") is None
             and not kwargs.get("use_cache")
-            and (mask is None or (starts is not None and starts.shape == h.shape[:2]))
+            and (mask is None or (starts is not None and starts.shape[:2] == h.shape[:2]))
             and attends.config._attn_implementation == attention.NAME
             and not (module.training and getattr(attends, "attention_dropout", 0.0))
             and not _is_watched(module)
