@@ -49,6 +49,30 @@ def test_loading_puts_adapter_optimizer_and_counters_back(
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def momentum_of(model: PreTrainedModel) -> torch.optim.SGD:
+    """An optimiser whose state is made in its first step."""
+    factors = [factor for _, layer in adapted_layers(model) for factor in (layer.lora_a, layer.lora_b)]
+    return torch.optim.SGD(factors, lr=1e-2, momentum=0.9)
+
+
+def test_state_that_is_made_in_the_first_step_is_put_back_too(
+    tiny_qlora: PreTrainedModel, tiny_prepared: PreparedData, tmp_path: Path
+) -> None:
+    optimizer, batches = momentum_of(tiny_qlora), micro_batches(tiny_prepared.train.examples[:4], 4, 0)
+    update(learner(tiny_qlora, optimizer), batches, 1e-2, 1.0)
+    save_checkpoint(tmp_path, "step-1", tiny_qlora, optimizer, State("data", step=1))
+    update(learner(tiny_qlora, optimizer), batches, 1e-2, 1.0)
+    expected = [layer.lora_a.detach().clone() for _, layer in adapted_layers(tiny_qlora)]
+    fresh = momentum_of(tiny_qlora)
+    load_checkpoint(tmp_path / "step-1", tiny_qlora, fresh, "data")
+    update(learner(tiny_qlora, fresh), batches, 1e-2, 1.0)
+    got = [layer.lora_a.detach() for _, layer in adapted_layers(tiny_qlora)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1e-2, momentum=0.9)
+    with pytest.raises(InputError, match="has another optimizer's state"):
+        load_checkpoint(tmp_path / "step-1", tiny_qlora, other, "data")
+
+
 def test_a_damaged_checkpoint_is_passed_over(tiny_qlora: PreTrainedModel, tmp_path: Path) -> None:
     for step in (9, 10):
         save_checkpoint(tmp_path, f"step-{step}", tiny_qlora, optimizer_of(tiny_qlora), State("data", step=step))

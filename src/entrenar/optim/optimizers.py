@@ -33,7 +33,7 @@ class OptimizerKind:
     """One optimiser.
 
     make(groups, options) → over groups of parameters (optim/groups.py), whose rates the loop sets at every step. Its
-    state is tensors per parameter, which a checkpoint stores whatever they are called.
+    state is tensors per parameter, which a checkpoint stores whatever they are called, made here or in the first step.
     state_bytes(parameters) → what that state takes.
     evaluating(optimizer): inside it the parameters are what the model is evaluated and saved with, where those are not
     the ones that are trained (an average of them, say).

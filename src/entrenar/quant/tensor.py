@@ -1,8 +1,7 @@
 """QuantizedTensor and the functions that make and undo one."""
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,10 +36,6 @@ class QuantizedTensor:
     block_size: int
     parts: Parts
     searched: bool = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle takes: the fields, and no addresses that were kept with them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def numel(self) -> int:

@@ -134,9 +134,15 @@ def _read_optimizer(file: Path) -> dict[str, Tensor]:
 def _set_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], source: Path
 ) -> None:
-    """Put tensors into the optimiser's state, whose names and shapes must be theirs."""
+    """Put tensors into the optimiser's state, whose names and shapes must be theirs. One that makes its state in its
+    first step has none to compare with: then they must be of parameters that it has."""
     expected, parameters = _optimizer_tensors(model, optimizer), dict(model.named_parameters())
-    wrong = [name for name in {**expected, **tensors} if _shape(expected, name) != _shape(tensors, name)]
+    if expected:
+        wrong = [name for name in {**expected, **tensors} if _shape(expected, name) != _shape(tensors, name)]
+    else:
+        optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        owners = {name: parameters.get(name.rpartition("|")[0]) for name in tensors}
+        wrong = [name for name, owner in owners.items() if id(owner) not in optimised]
     if wrong:
         raise InputError(f"{source} has another optimizer's state: {listing(wrong, 3)}; choose another output")
     for name, value in tensors.items():
