@@ -2,20 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from entrenar.core.errors import InputError
+from entrenar.data.feed import FEED_NAME
 from entrenar.lora.adapter_io import load_adapter, save_adapter
 from entrenar.lora.attach import adapted_layers, attach_lora
 from entrenar.lora.lora_layer import LoRALayer
+from entrenar.opening.adapted import open_model
+from entrenar.recipes.train import train
 
 pytestmark = pytest.mark.interop
 
@@ -200,3 +205,13 @@ def test_our_config_has_only_keys_that_peft_knows(tmp_path: Path) -> None:
     assert isinstance(theirs, LoraConfig)
     assert ours.keys() <= vars(theirs).keys()
     assert (theirs.r, theirs.lora_alpha, theirs.inference_mode) == (4, 6, True)
+
+
+def test_peft_passes_over_what_a_run_remembers_of_its_rows(make_config: Callable[..., Path]) -> None:
+    config = make_config(**{"model.quantize": "none", "training.epochs": 1})
+    adapter = Path(train(config).adapter)
+    assert (adapter / FEED_NAME).is_file()
+    base = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"]
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
+    ours, _ = open_model(base, str(adapter), dtype="float32")
+    torch.testing.assert_close(logits(ours), logits(theirs.eval()), rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """`entrenar generate`: answer one prompt."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,10 +24,15 @@ def generate(
     check_model(model)
     check_adapter(adapter)
     check_quantize(quantize)
+    from entrenar.data.feed import read_feed
     from entrenar.evaluation.generate import generate as run
     from entrenar.opening.adapted import open_model
 
     loaded, tokenizer = open_model(model, adapter, quantize, dtype.value)
     messages = [[{"role": "user", "content": prompt}]]
-    answer = run(loaded, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature)[0]
-    write_line(printable(answer, PROSE))
+    feed = read_feed(Path(adapter)) if adapter else None
+    answers = run(
+        loaded, tokenizer, messages, max_new_tokens=max_new_tokens, temperature=temperature,
+        options=feed.template_options if feed else None,
+    )  # fmt: skip
+    write_line(printable(answers[0], PROSE))

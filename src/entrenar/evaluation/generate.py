@@ -1,6 +1,7 @@
 """Greedy or sampled text from a model, many prompts at a time, through transformers' generate."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -10,10 +11,13 @@ from entrenar.data.turn_end import end_ids, template_of
 from entrenar.models.head import padding_id, refuse_foreign
 
 
-def prompt_text(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The conversation in the model's template, ready to be answered; without a template, the plain text."""
+def prompt_text(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None
+) -> str:
+    """The conversation in the model's template, ready to be answered; without a template, the plain text. `options`:
+    variables for the template."""
     if tokenizer.chat_template:
-        return template_of(tokenizer).render(messages, answer_next=True)
+        return template_of(tokenizer, options=options).render(messages, answer_next=True)
     return "\n".join(message.get("content") or "" for message in messages)
 
 
@@ -25,9 +29,11 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     temperature: float = 0.0,
+    options: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """The answers to conversations, without special tokens; temperature 0 is greedy."""
-    texts = [prompt_text(messages, tokenizer) for messages in prompts]
+    """The answers to conversations, without special tokens; temperature 0 is greedy. `options`: variables for the
+    chat template."""
+    texts = [prompt_text(messages, tokenizer, options) for messages in prompts]
     encoded = [_token_ids(text, tokenizer) for text in texts]
     return generate_ids(
         model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from entrenar.core.errors import InputError, listing
+from entrenar.data.feed import Feed, write_feed
 from entrenar.files.peft import BaseFormat, LayerTensors, PeftAdapter, read_adapter, write_adapter
 from entrenar.files.peft_tensors import A_END, B_END, MAGNITUDE_END, ROWS_END
 from entrenar.layers.quantized_embedding import QuantizedEmbedding
@@ -46,7 +47,12 @@ class SavesItself(Protocol):
 
 
 def save_adapter(
-    model: nn.Module, directory: str | Path, *, plain: bool = False, tokenizer: SavesItself | None = None
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    plain: bool = False,
+    tokenizer: SavesItself | None = None,
+    feed: Feed | None = None,
 ) -> None:
     """Write the adapters of `model` as a PEFT adapter directory, which must not exist.
 
@@ -54,12 +60,19 @@ def save_adapter(
         plain: write an adapter that was started with pissa or loftq as plain LoRA of twice the rank over the original
             weights (lora/plain.py), for tools that do not change the base.
         tokenizer: one that has new tokens, to lie beside the adapter.
+        feed: how the model was fed in training, to be compared when the adapter is opened (data/feed.py).
 
     Raises:
         InputError: the model has no adapters, or the directory is taken.
     """
     adapter = adapter_of(model)
-    beside = (lambda path: tokenizer.save_pretrained(path)) if tokenizer is not None else (lambda _: None)
+
+    def beside(path: Path) -> None:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+        if feed is not None:
+            write_feed(path, feed)
+
     write_adapter(Path(directory), as_plain(adapter) if plain else adapter, beside)
 
 

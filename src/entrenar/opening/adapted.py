@@ -5,11 +5,14 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entrenar.core.notices import say_once
-from entrenar.files.peft import BaseFormat, largest_token, read_base_format
+from entrenar.files.peft import BaseFormat, read_base_format
 from entrenar.lora.adapter_io import load_adapter
-from entrenar.opening.load import load
+from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
+from entrenar.opening.compute import resolve_device, resolve_dtype
+from entrenar.opening.fed import as_fed
+from entrenar.opening.load import load_source
 from entrenar.opening.original import original_weights
-from entrenar.opening.source import open_source, with_tokenizer_of
+from entrenar.opening.source import open_source
 
 
 def open_model(
@@ -20,27 +23,26 @@ def open_model(
     Args:
         quantize: number format of the base; None means the one the adapter was trained on (noted in its file), or
             a GGUF's own blocks, or none at all.
+
+    Raises:
+        InputError: see `load`, `load_adapter` and `as_fed`.
     """
-    base = read_base_format(Path(adapter)) if adapter else None
-    _tell_other_base(model, base, quantize)
-    if quantize is not None or base is None:
-        loaded, tokenizer = load(model, quantize, dtype=dtype)
-    else:
-        loaded, tokenizer = load(
-            model,
-            base.format,
-            double_quant=base.double_quant,
-            block_size=base.block_size,
-            search=base.search,
-            dtype=dtype,
-        )
+    noted = read_base_format(Path(adapter)) if adapter else None
+    _tell_other_base(model, noted, quantize)
+    source = open_source(model)
     if adapter:
-        before = loaded.config.get_text_config().vocab_size
+        source = as_fed(source, Path(adapter))
+    if quantize is not None or noted is None:
+        format = quantize or (AS_STORED if source.gguf else UNQUANTIZED)
+        noted = BaseFormat(format=format, block_size=64, double_quant=False)
+    where = resolve_device("auto")
+    loaded = load_source(
+        source, noted.format, noted.double_quant, noted.block_size, resolve_dtype(dtype, where), search=noted.search,
+        device=where,
+    )  # fmt: skip
+    if adapter:
         load_adapter(loaded, adapter, original=original_weights(model))
-        largest = largest_token(Path(adapter))
-        if largest >= 0 or loaded.config.get_text_config().vocab_size > before:
-            tokenizer = with_tokenizer_of(open_source(model, with_tokenizer=False), Path(adapter), largest).tokenizer
-    return loaded, tokenizer
+    return loaded, source.tokenizer
 
 
 def _tell_other_base(model: str, trained_on: BaseFormat | None, quantize: str | None) -> None:

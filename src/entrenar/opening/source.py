@@ -59,6 +59,12 @@ class ModelSource:
         with reading(self.path):
             return self.make_tokenizer()
 
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that generation stops at by the model's files: its generation config, else its config."""
+        stated = getattr(self.generation or self.config.get_text_config(), "eos_token_id", None)
+        return stated if isinstance(stated, list) else [stated] if stated is not None else []
+
 
 def open_source(path: str, *, with_tokenizer: bool = True) -> ModelSource:
     """Open a model without reading its weights.

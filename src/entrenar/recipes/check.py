@@ -77,7 +77,7 @@ def check(config_path: str | Path, overrides: Mapping[str, Any] | None = None, s
     """
     directory = open_run_directory(load_config(RunConfig, Path(config_path), overrides))
     source = source_of(directory.config)
-    data = prepare_data(directory.config, source.tokenizer, getattr(source.generation, "eos_token_id", None))
+    data = prepare_data(directory.config, source.tokenizer, source.ends)
     config = with_date(directory, data).config
     model, libraries = load_adapted(config, source)
     refuse_foreign_tokens(data, model, config)

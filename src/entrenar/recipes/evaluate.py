@@ -5,6 +5,8 @@ from pathlib import Path
 
 from entrenar.core.errors import InputError
 from entrenar.data.dataset import TooLong, load_evaluation
+from entrenar.data.feed import read_feed
+from entrenar.data.row_options import AS_THEY_ARE, RowOptions
 from entrenar.data.rows import Rejected
 from entrenar.evaluation.exact_match import Answer, exact_match
 from entrenar.evaluation.perplexity import kl_divergence, perplexity
@@ -55,7 +57,9 @@ def evaluate(
     loaded, tokenizer = open_model(model, adapter, quantize, dtype)
     remedy = "raise --max-length (max_length), or choose truncate or drop with --too-long (too_long)"
     ends = getattr(loaded.generation_config, "eos_token_id", None)
-    read = load_evaluation(Path(data), tokenizer, max_length, too_long, date, remedy, ends)
+    feed = read_feed(Path(adapter)) if adapter else None
+    options = RowOptions(template=feed.template_options) if feed else AS_THEY_ARE
+    read = load_evaluation(Path(data), tokenizer, max_length, too_long, date, remedy, ends, options)
     dataset = read.dataset
     if not len(dataset):
         raise InputError(f"{data} leaves no row to evaluate on: check its rows and max_length {max_length}")

@@ -10,10 +10,10 @@ from entrenar.evaluation.fidelity import ExportStep
 from entrenar.exporting.fuse import fused_tensors, source_tensors
 from entrenar.exporting.gguf import Metadata, copied_metadata, metadata, write_gguf
 from entrenar.exporting.gguf_adapter import export_gguf_adapter, modelfile
-from entrenar.files.peft import largest_token
 from entrenar.opening.adapted import open_model
 from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
-from entrenar.opening.source import ModelSource, open_source, with_tokenizer_of
+from entrenar.opening.fed import as_fed
+from entrenar.opening.source import ModelSource, open_source
 from entrenar.recipes.calibrate import calibrate
 from entrenar.recipes.export_request import ExportRequest, chosen_type
 from entrenar.recipes.export_safetensors import export_safetensors
@@ -96,7 +96,7 @@ def _gguf(request: ExportRequest, type: str, on_verified: OnVerified | None, say
         return
     loaded, tokenizer = open_model(request.model, adapter, quantize, dtype="float32")
     if adapter is not None:
-        source = with_tokenizer_of(source, Path(adapter), largest_token(Path(adapter)))
+        source = as_fed(source, Path(adapter))
     keys = _keys(source, loaded.config, say)
     check: Callable[[Path], None] | None = None
     if on_verified is not None:
@@ -124,10 +124,11 @@ def _keys(source: ModelSource, config: PretrainedConfig, say: Say) -> Metadata:
 def _adapter_alone(request: ExportRequest, say: Say) -> None:
     """The Modelfile first, so that an adapter that is there is whole with what goes beside it."""
     assert request.adapter is not None
+    source = as_fed(open_source(request.model, with_tokenizer=False), Path(request.adapter))
     if request.ollama:
         write_text(request.modelfile, modelfile(request.model, request.output))
     try:
-        export_gguf_adapter(open_source(request.model, with_tokenizer=False), request.adapter, request.output)
+        export_gguf_adapter(source, request.adapter, request.output)
     except BaseException:
         if request.ollama:
             request.modelfile.unlink(missing_ok=True)

@@ -12,13 +12,14 @@ from entrenar.evaluation.perplexity import kl_divergence, perplexity
 from entrenar.exporting.fidelity import Fidelity
 from entrenar.exporting.safetensors_output import export_streamed
 from entrenar.exporting.streaming import StreamedModel
-from entrenar.files.peft import BaseFormat, largest_token, read_adapter
+from entrenar.files.peft import BaseFormat, read_adapter
 from entrenar.files.prequantized import WRITTEN
 from entrenar.models.head import padding_id
 from entrenar.opening.adapted import open_model
 from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
+from entrenar.opening.fed import as_fed
 from entrenar.opening.load import load
-from entrenar.opening.source import open_source, with_tokenizer_of
+from entrenar.opening.source import open_source
 from entrenar.recipes.export_request import ExportRequest
 
 
@@ -39,7 +40,7 @@ def export_safetensors(request: ExportRequest, type: str) -> Fidelity:
     chosen = base or ("original" if type in WRITTEN or format is None else "dequantized")
     read = read_adapter(Path(adapter)) if adapter else None
     if adapter is not None:
-        source = with_tokenizer_of(source, Path(adapter), largest_token(Path(adapter)))
+        source = as_fed(source, Path(adapter))
     streamed = StreamedModel(source, read, format if chosen == "dequantized" else None)
     on_text = None
     if request.text is not None:

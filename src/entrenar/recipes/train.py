@@ -16,6 +16,8 @@ from entrenar.core.errors import InputError, listing
 from entrenar.core.run_log import read_metrics
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
+from entrenar.data.feed import Feed, feed_of
+from entrenar.data.turn_end import template_of
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.lora.embedding import EmbeddingLoRALayer
@@ -24,12 +26,13 @@ from entrenar.models.head import padding_id, vocabulary_size
 from entrenar.models.isolation import isolates_branches, isolates_documents
 from entrenar.objectives.registry import OBJECTIVES
 from entrenar.opening.compute import resolve_device, resolve_dtype
+from entrenar.opening.source import ModelSource
 from entrenar.optim.groups import lora_plus_groups
 from entrenar.optim.optimizers import OPTIMIZERS, OptimizerOptions
 from entrenar.planning.device_memory import peak_memory
 from entrenar.planning.memory_plan import MemoryPlan
 from entrenar.planning.run_plan import plan_memory
-from entrenar.recipes.config import RunConfig
+from entrenar.recipes.config import DataSection, RunConfig
 from entrenar.recipes.doubts import afterthoughts, doubts
 from entrenar.recipes.identity import base_identity
 from entrenar.recipes.run_directory import RunDirectory, locked, open_run_directory, sweep
@@ -80,7 +83,7 @@ def train(
         result = _result(directory, ran, memory.peak)
         # The order matters: with the adapter's rename the run is finished, and everything else must be there then.
         write_result(directory, result)
-        save_adapter(ran.model, directory.adapter, tokenizer=ran.tokenizer)
+        save_adapter(ran.model, directory.adapter, tokenizer=ran.tokenizer, feed=ran.feed)
         drop_older(directory.checkpoints, BEST, keep=1)
         for sentence in afterthoughts(read_metrics(directory.metrics)):
             say(sentence)
@@ -91,6 +94,7 @@ def train(
 class _Ran:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    feed: Feed
     state: State
     resumed: int
     memory: MemoryPlan
@@ -99,7 +103,8 @@ class _Ran:
 def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> _Ran:
     asked = directory.config
     source = source_of(asked)
-    data = prepare_data(asked, source.tokenizer, getattr(source.generation, "eos_token_id", None))
+    data = prepare_data(asked, source.tokenizer, source.ends)
+    feed = _feed(source, data, asked.data)
     directory = with_date(directory, data)
     say(describe(data, asked.data.train))
     if data.date:
@@ -150,7 +155,13 @@ def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> 
         on_step,
         started,
     ).run()
-    return _Ran(model, source.tokenizer if config.lora.new_tokens else None, state, resumed, memory)
+    return _Ran(model, source.tokenizer if config.lora.new_tokens else None, feed, state, resumed, memory)
+
+
+def _feed(source: ModelSource, data: PreparedData, section: DataSection) -> Feed:
+    """What the adapter remembers of how its rows became tokens."""
+    template = template_of(source.tokenizer, ends=source.ends, options=section.template)
+    return feed_of(template, is_chat=any(row.messages for row in data.train.rows), date=data.date)
 
 
 def _result(directory: RunDirectory, ran: _Ran, peak: int) -> TrainResult:
