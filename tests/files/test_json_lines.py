@@ -1,20 +1,19 @@
-"""JSON lines: each line with its number, and what is wrong with it."""
+"""JSON and CSV: each line with its number, and what is wrong with it."""
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from entrenar.core.errors import InputError
-from entrenar.files.json_lines import read_json_lines
+from entrenar.files.data_file import read_data_file
 
 
 def _lines(tmp_path: Path, content: bytes) -> list[tuple[int, object, str]]:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
-    return [(line.number, line.row, line.problem) for line in read_json_lines(path)]
+    return [(line.number, line.row, line.problem) for line in read_data_file(path)]
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
@@ -56,9 +55,9 @@ def test_a_line_that_is_not_an_object_is_a_problem(tmp_path: Path, text: bytes, 
 
 def test_a_file_that_cannot_be_read_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.jsonl does not exist"):
-        list(read_json_lines(tmp_path / "absent.jsonl"))
+        list(read_data_file(tmp_path / "absent.jsonl"))
     with pytest.raises(InputError, match="is a directory, not a file"):
-        list(read_json_lines(tmp_path))
+        list(read_data_file(tmp_path))
 
 
 def test_a_file_that_is_not_utf8_is_an_input_error(tmp_path: Path) -> None:
@@ -98,19 +97,6 @@ def test_lists_on_lines_of_their_own_are_no_array(tmp_path: Path) -> None:
     assert _lines(tmp_path, b'[{"a": 1}]\n[{"a": 2}]\n') == [(n, None, "a JSON list, not an object") for n in (1, 2)]
 
 
-@pytest.mark.parametrize("text", [b'{"a": 1}\n{"a": 2}\n', b'[{"a": 1}, {"a": 2}]'])
-def test_a_gzipped_file_is_read(tmp_path: Path, text: bytes) -> None:
-    assert [row for _, row, _ in _lines(tmp_path, gzip.compress(text))] == [{"a": 1}, {"a": 2}]
-
-
-@pytest.mark.parametrize(
-    "content", [gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], b"\x1f\x8bnot"], ids=["cut", "wrong"]
-)
-def test_a_gzipped_file_that_is_cut_or_wrong_is_an_input_error(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
-        _lines(tmp_path, content)
-
-
 @pytest.mark.parametrize(("name", "separator"), [("data.csv", ","), ("data.TSV", "\t"), ("data.csv.gz", ",")])
 def test_csv_is_read_by_its_name(tmp_path: Path, name: str, separator: str) -> None:
     text = (
@@ -118,38 +104,11 @@ def test_csv_is_read_by_its_name(tmp_path: Path, name: str, separator: str) -> N
     )
     content = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    [line] = read_json_lines(tmp_path / name)
+    [line] = read_data_file(tmp_path / name)
     assert line.row == {"instruction": "Say hi", "output": 'He said "hi",\nand went'}
 
 
 def test_a_csv_record_with_too_many_cells_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("a,b\n1,2,3\n", encoding="utf-8")
-    [line] = read_json_lines(tmp_path / "data.csv")
+    [line] = read_data_file(tmp_path / "data.csv")
     assert (line.number, line.problem) == (2, "more cells than the header has")
-
-
-_KINDS = {
-    b"PAR1\x15\x04": "a Parquet file",
-    b"ARROW1\x00\x00": "an Arrow file",
-    b"\x28\xb5\x2f\xfd\x00": "compressed with Zstandard",
-    b"PK\x03\x04\x14": "a ZIP archive",
-    b"BZh91AY": "compressed with bzip2",
-    "\ufeff{}".encode("utf-16-le"): "UTF-16 text",
-    "\ufeff{}".encode("utf-16-be"): "UTF-16 text",
-    '{"a": 1}'.encode("utf-16-le"): "UTF-16 text",
-    "\ufeff{}".encode("utf-32-le"): "UTF-32 text",
-    b'{"a": 1,\n "b": [2]}\n': r"one JSON object over several lines \(keys: a, b\)",
-    b"prompt,completion\nHi,Hello\n": "looks like CSV",
-}
-
-
-@pytest.mark.parametrize(("content", "kind"), _KINDS.items(), ids=_KINDS.values())
-def test_a_file_of_another_kind_is_refused_by_its_name(tmp_path: Path, content: bytes, kind: str) -> None:
-    with pytest.raises(InputError, match=kind):
-        _lines(tmp_path, content)
-
-
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "data.jsonl")
-    with pytest.raises(InputError, match="named pipe"):
-        list(read_json_lines(tmp_path / "data.jsonl"))

@@ -14,7 +14,7 @@ from entrenar.data.key_names import is_given, says_what_is_trained
 from entrenar.data.shapes import BESIDE, SHAPES, SYSTEM, Row, list_of
 from entrenar.data.spoken import says_something
 from entrenar.data.turns import Message
-from entrenar.files.json_lines import Line, read_json_lines
+from entrenar.files.data_file import Line, read_data_file
 
 __all__ = ["Message", "Rejected", "Row", "RowFile", "check_share", "read_rows"]
 
@@ -60,7 +60,7 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> RowFile:
         InputError: the file is missing or empty, its shape is not known, or more than 1% of its rows are bad (file,
             line and reason of the first are named).
     """
-    lines = [_renamed(line, columns or {}) for line in read_json_lines(path)]
+    lines = [_renamed(line, columns or {}) for line in read_data_file(path)]
     if not lines:
         raise InputError(f"data file {path} is empty: it needs one JSON object a line")
     shape = _recognise(path, lines)

@@ -1,98 +1,37 @@
-"""Rows in a file: JSON, one object a line or in one array, plain or gzipped; or CSV. Each row with its line's number.
+"""Rows in a text: JSON, one object a line or in one array; or CSV. Each row with its line's number."""
 
-A file of another kind is recognised by its first bytes and refused by its name, with what to do.
-"""
-
-import codecs
 import csv
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-from entrenar.core.documents import open_regular, reason
 from entrenar.core.errors import InputError, listing
 
 _MOST_LINE = 2**28  # characters of one line, and bytes of a file that is one JSON value
 _DECODER = json.JSONDecoder()
-_OTHERS = (
-    (b"PAR1", "a Parquet file", "write its rows as JSON lines: pandas' to_json(orient='records', lines=True)"),
-    (b"ARROW1", "an Arrow file", "write its rows as JSON lines: datasets' to_json"),
-    (b"\xff\xff\xff\xff", "an Arrow stream", "write its rows as JSON lines: datasets' to_json"),
-    (b"\x28\xb5\x2f\xfd", "compressed with Zstandard", "decompress it: zstd -d"),
-    (b"\xfd7zXZ", "compressed with xz", "decompress it: xz -d"),
-    (b"BZh", "compressed with bzip2", "decompress it: bzip2 -d"),
-    (b"PK\x03\x04", "a ZIP archive (or a spreadsheet)", "extract it, or export it as CSV"),
-    (b"SQLite format 3", "a SQLite database", "export its rows as JSON lines"),
-    (codecs.BOM_UTF32_LE, "UTF-32 text", "save it as UTF-8: iconv -f UTF-32 -t UTF-8"),
-    (codecs.BOM_UTF16_LE, "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
-    (codecs.BOM_UTF16_BE, "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row: its line's number (from 1) and either its object or what is wrong with it."""
+    """One row: its number (of its line, or of the row in a file without lines; from 1) and either its object or what is
+    wrong with it."""
 
     number: int
     row: dict[str, Any] | None
     problem: str = ""
 
 
-def read_json_lines(path: Path) -> Iterator[Line]:
-    """Every row of a UTF-8 file, good or bad: its non-blank lines, the objects of its one array, or its CSV records.
+def text_rows(text: io.TextIOWrapper, path: Path, separator: str) -> Iterator[Line]:
+    """Every row of a text, good or bad: its non-blank lines, the objects of its one array, or, where `separator` is
+    not empty, its CSV records. `path` names the file in errors.
 
     Raises:
-        InputError: the file cannot be read, or is of another kind, which is named.
+        InputError: the text as a whole is of another kind, which is named.
     """
-    try:
-        with open_regular(path, "data file") as raw:
-            plain = _decompressed(raw, path)
-            _refuse_others(plain, path)
-            text = io.TextIOWrapper(plain, encoding="utf-8-sig", newline="" if _separator(path) else None)
-            yield from _rows(text, path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"data file {path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"data file {path} cannot be read: {reason(error)}") from None
-
-
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
-    compressed = _head(raw, 2) == b"\x1f\x8b"
-    plain = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if compressed else raw
-    if compressed and _head(plain, 2) == b"\x1f\x8b":
-        raise InputError(f"data file {path} is compressed twice: decompress it once")
-    return plain
-
-
-def _head(file: BinaryIO, size: int) -> bytes:
-    start = file.read(size)
-    file.seek(0)
-    return start
-
-
-def _refuse_others(file: BinaryIO, path: Path) -> None:
-    start = _head(file, 64)
-    kinds = [(name, remedy) for magic, name, remedy in _OTHERS if start.startswith(magic)]
-    if not kinds and re.match(rb"[^\x00]\x00[^\x00]\x00|\x00[^\x00]\x00[^\x00]", start):
-        kinds = [("UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8")]
-    if kinds:
-        name, remedy = kinds[0]
-        raise InputError(f"data file {path} is {name}, not JSON lines: {remedy}")
-
-
-def _separator(path: Path) -> str:
-    names = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
-    return {".csv": ",", ".tsv": "\t"}.get(names[-1].lower() if names else "", "")
-
-
-def _rows(text: io.TextIOWrapper, path: Path) -> Iterator[Line]:
-    separator = _separator(path)
     if separator:
         return _records(text, path, separator)
     begin = text.read(1024)
