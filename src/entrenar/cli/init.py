@@ -22,7 +22,7 @@ model:
   device: auto                 # auto: a GPU where torch sees one | cpu | cuda | cuda:1
 
 data:
-  train: path/to/train.jsonl   # rows of messages | prompt, completion | instruction, input, output | text; JSON, CSV, Parquet, Arrow
+  train: path/to/train.jsonl   # JSON, CSV, Parquet or Arrow; a row has messages | prompt, completion | text | ...
   # validation: path/to/validation.jsonl
   validation_fraction: 0.05    # or a share of the training rows, chosen by a hash of each row
   max_length: 1024             # tokens

@@ -193,7 +193,6 @@ def _encode_file(
             example = encode(row, template.tokenizer, template, train_on)
         except InputError as error:
             bad.append(Rejected(str(file.path), row.line, str(error)))
-            check_share(bad, file.total)
             continue
         example = _fit(example, file.path, limit, tally)
         if example is None:
@@ -203,6 +202,7 @@ def _encode_file(
         else:
             examples.append(example)
             rows.append(row)
+    check_share(bad, file.total)
     tally.rejected += sorted(bad + left_out, key=lambda row: row.line)
     return Dataset(examples, rows)
 

@@ -26,6 +26,7 @@ _SUFFIXES = tuple(f".{end}" for end in (A_END, B_END, MAGNITUDE_END, *EMBEDDING_
 _TOGETHER = (PLAIN_ENDS, {*PLAIN_ENDS, MAGNITUDE_END}, {*EMBEDDING_ENDS})
 WRAPPED = ".base_layer"  # the module that an adapted one is laid over
 _BASE_BIAS, _BASE_WEIGHT = f"{WRAPPED}.bias", f"{WRAPPED}.weight"
+_ROWS_LAYER = ".token_adapter"
 ROWS_END = "token_adapter.trainable_tokens_delta"  # whole rows of chosen tokens, see lora/token_rows.py
 # What peft's save_embedding_layers leaves of a module in modules_to_save: the copy once more, and the base's own.
 _COPY, _ORIGINAL = ".modules_to_save.weight", ".original_module.weight"
@@ -138,7 +139,8 @@ def _place(
         return adapter.saved, name
     for end in (_BASE_WEIGHT, _ORIGINAL):
         if name.endswith(end):
-            return adapter.base, f"{name.removesuffix(end)}.weight"
+            # An embedding of which only rows are trained stands below those rows, in its own layer.
+            return adapter.base, f"{name.removesuffix(end).removesuffix(_ROWS_LAYER)}.weight"
     if name.endswith(_COPY):
         return adapter.saved, f"{name.removesuffix(_COPY)}.weight"
     if bias != "none" and name.rpartition(".")[2] == "bias":
