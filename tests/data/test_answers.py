@@ -619,3 +619,41 @@ def test_variables_for_the_template_stand_in_the_config_and_a_rows_own_go_before
     assert "sad" in tokenizer.decode(encode(_row("Hi", "Blue.", options={"mood": "sad"}), tokenizer, template).ids)
     with pytest.raises(InputError, match=r"does not read depth of data\.template"):
         encode(_row("Hi", "Blue."), tokenizer, template_of(tokenizer, options={"depth": 3}))
+
+
+_OPENER = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% for c in m.tool_calls or [] %}" + (
+    "<call>{{ c.function.name }} {{ c.function.arguments|tojson }}</call>{% endfor %}"
+)
+_END_OF_CALLS = {
+    "the next role's marker": (
+        _OPENER + "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|tool|>",
+    ),
+    "a token of its own": (
+        _OPENER + "{{ '<|stop|>' if m.tool_calls else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|stop|>",
+    ),
+    "what ends an answer": (
+        _OPENER + "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", _END_OF_CALLS)
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_turn_that_calls_tools_is_trained_to_the_token_that_lets_them_run(how: str, is_last: bool) -> None:
+    """As GLM (the next role's marker), gpt-oss (`<|call|>`) and Qwen write it; with one call and with two."""
+    template, end = _END_OF_CALLS[how]
+    tokenizer = _make("{{ tools[0].function.name if tools else '' }}" + template)
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {"a": word}}} for word in ("Blue", "Red")]
+    for count in (1, 2):
+        turns: list[dict[str, Any]] = [_ASKED, {"role": "assistant", "content": "", "tool_calls": calls[:count]}]
+        rest = [] if is_last else [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]
+        example = encode(Row(1, (*turns, *rest), tools=({"function": {"name": "look"}},)), tokenizer, train_on="all")
+        written = "".join(f'<call>look {{"a": "{word}"}}</call>' for word in ("Blue", "Red")[:count])
+        spoken = tokenizer.decode([i for i, flag in zip(example.ids, example.trained, strict=True) if flag])
+        assert spoken.startswith(written + end)
+        assert tokenizer.convert_tokens_to_ids(end) in end_ids(tokenizer)
+    assert tokenizer.convert_tokens_to_ids("</call>") not in end_ids(tokenizer)

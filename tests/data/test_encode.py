@@ -261,13 +261,12 @@ def test_what_the_template_refuses_is_an_input_error(tokenizers: dict[str, PreTr
         encode(Row(1, (*_CHAT[1:3], _CHAT[4])), tokenizers["gemma2"])
 
 
-def test_a_template_that_rewrites_earlier_answers_is_an_input_error() -> None:
-    """Reasoning models drop what was thought in earlier turns: their answers cannot be told apart by prefixes."""
+def test_a_template_that_cuts_what_the_user_says_is_an_input_error() -> None:
     forgetful = _make("smollm2")
     forgetful.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{{ m.content if loop.last else m.content | truncate(3) }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(InputError, match="writes earlier turns differently"):
+    with pytest.raises(InputError, match="leaves out or rewrites turn 2"):
         encode(Row(1, _chat("smollm2")), forgetful)

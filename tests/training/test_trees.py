@@ -10,8 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from entrenar.data.batches import micro_batches
+from entrenar.data.dataset import Dataset
 from entrenar.data.encode import Example
+from entrenar.data.rows import Row
 from entrenar.data.tree import Path, as_tree
+from entrenar.evaluation.perplexity import kl_divergence, perplexity
 from entrenar.models.acceleration.activations import decoder_layers
 from entrenar.models.acceleration.fast_forwards import use_fast_forwards
 from entrenar.models.isolation import isolates_branches
@@ -105,3 +108,17 @@ def test_eager_attention_keeps_them_apart_too(family: str) -> None:
 def test_architectures_that_mix_them_are_too(name: str) -> None:
     """OPT takes a mask as it is, though it makes none of its own by positions."""
     assert isolates_branches(make_family(name)) == (name == "opt")
+
+
+@pytest.mark.parametrize("name", ["jamba", "llama"])
+def test_perplexity_and_kl_are_those_of_expanded_rows_in_models_that_mix_and_in_others(name: str) -> None:
+    model, other = make_family(name), make_family(name)
+    torch.nn.init.normal_(other.get_output_embeddings().weight, std=0.1)
+    examples = trees([[3, 9], [], [16]], seed=0)
+    tree = Dataset(examples, [Row(example.line) for example in examples])
+    rows = [Dataset([example], [Row(0)]) for example in tree.expanded().examples]
+    alone = [perplexity(model, row, 1, 0) for row in rows if any(row.examples[0].trained[1:])]
+    loss = sum(one.loss * one.tokens for one in alone) / sum(one.tokens for one in alone)
+    assert perplexity(model, tree, 2, 0).loss == pytest.approx(loss, rel=1e-6)
+    expected = kl_divergence(model, other, tree.expanded(), 1, 0)
+    assert kl_divergence(model, other, tree, 2, 0) == pytest.approx(expected, rel=1e-5)

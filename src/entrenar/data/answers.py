@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from entrenar.core.errors import InputError
 from entrenar.data.conversation import Conversation
 from entrenar.data.spoken import check_said
-from entrenar.data.turn_end import SENTINELS, AddedTokens, TurnEnd, end_of_turn, shared_size, usual_end
+from entrenar.data.turn_end import SENTINELS, AddedTokens, TurnEnd, call_end, end_of_turn, shared_size, usual_end
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ def _start(talk: Conversation, index: int, prompt: str, alone: str) -> int:
     header = _header(talk, index)
     if prompt.startswith(header) and alone.startswith(header):
         return len(header)
-    if shared >= shared_size(prompt, talk.render(talk.turns[:index]) if index else ""):
+    unopened = shared_size(prompt, talk.render(talk.turns[:index]) if index else "")
+    start = _after_opener(talk, index, prompt[unopened:], alone)
+    if start:
+        return start
+    if shared >= unopened:
         raise InputError(
             f"the model's chat template asks for an answer with {_ending(prompt)!r}, and this answer begins "
             f"otherwise, with "
@@ -94,6 +98,19 @@ def _start(talk: Conversation, index: int, prompt: str, alone: str) -> int:
         "the model's chat template writes earlier turns differently once the answer follows, so what leads to it is "
         f"not in the row (it is asked for with {_ending(prompt)!r}): use turns that the template keeps as they are"
     )
+
+
+def _after_opener(talk: Conversation, index: int, opener: str, alone: str) -> int:
+    """Where an answer begins that the template opens as it asks for it, after turns that it writes otherwise now (the
+    thought that led to a call is left out once an answer follows): after the last `opener`. 0: not opened so."""
+    before = list(talk.turns[:index])
+    if not opener.strip() or not before or not isinstance(before[-1].get("content"), str):
+        return 0
+    marked = talk.render([*before[:-1], before[-1] | {"content": SENTINELS[0]}, talk.turns[index]])
+    turn = marked[marked.rfind(SENTINELS[0]) :]  # what stands before the answer's own turn, and that turn
+    place = turn.find(opener)
+    after = turn[place + len(opener) :]
+    return len(alone) - len(after) if place > 0 and after and alone.endswith(opener + after) else 0
 
 
 def _header(talk: Conversation, index: int) -> str:
@@ -109,6 +126,8 @@ def _ending(text: str) -> str:
 
 def _end(talk: Conversation, index: int, alone: str) -> tuple[AddedTokens, TurnEnd]:
     added, end = usual_end(talk.template.tokenizer)
+    if talk.turns[index].get("tool_calls"):
+        end = call_end(talk.template.tokenizer) or end
     if end is None or not alone.endswith(end.tail):
         given = {"tools": talk.tools, "options": talk.options}
         end = end_of_turn(talk.template, added, talk.turns[:index], **given)

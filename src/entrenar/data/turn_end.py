@@ -20,6 +20,16 @@ from entrenar.data.template import ChatTemplate, Turn
 # two renders holds nothing of them.
 SENTINELS = ("Zq7", "Kx3")
 _ASKED: Turn = {"role": "user", "content": "Hm?"}
+_CALL_ID = "call00001"  # nine letters and digits, as some templates ask
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "Zq7",
+        "description": "Hm.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "Hm."}}},
+    },
+}
+_TOLD: Turn = {"role": "tool", "tool_call_id": _CALL_ID, "name": "Zq7", "content": "Hm."}
 
 
 @dataclass(frozen=True)
@@ -125,19 +135,43 @@ def _shared_ending(one: str, other: str) -> str:
     return one[len(one) - shared_size(one[::-1], other[::-1]) :]
 
 
-_Found = tuple[str, AddedTokens, "TurnEnd | None"]
-_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, _Found] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Ends:
+    """What was asked of a tokenizer in a `state` (its template, its tokens): how its template ends an answer, and how a
+    turn that calls tools."""
+
+    state: str
+    added: AddedTokens
+    answer: TurnEnd | None
+    call: TurnEnd | None
+
+
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, _Ends] = WeakKeyDictionary()
 
 
 def usual_end(tokenizer: PreTrainedTokenizerBase) -> tuple[AddedTokens, TurnEnd | None]:
     """The tokenizer's added tokens, and how its template ends a first answer: None where it has no template, or one
-    that refuses a question and an answer. Found once for a tokenizer, again when its tokens or its template change."""
+    that refuses a question and an answer."""
+    ends = _ends(tokenizer)
+    return ends.added, ends.answer
+
+
+def call_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd | None:
+    """How the template ends a turn that calls a tool, which may be otherwise than an answer (`<|call|>`,
+    `<|observation|>`): generation stops there too, for the tool to be run. None where it writes no calls."""
+    return _ends(tokenizer).call
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> _Ends:
+    """Found once for a tokenizer, again when its tokens or its template change."""
     state = repr((tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map))
     known = _KNOWN.get(tokenizer)
-    if known is None or known[0] != state:
+    if known is None or known.state != state:
         added = AddedTokens(tokenizer)
-        known = _KNOWN[tokenizer] = (state, added, _usual(tokenizer, added))
-    return known[1], known[2]
+        answer = _usual(tokenizer, added)
+        call = _usual_call(ChatTemplate(tokenizer, in_parts=answer.in_parts), added, answer) if answer else None
+        known = _KNOWN[tokenizer] = _Ends(state, added, answer, call)
+    return known
 
 
 def _usual(tokenizer: PreTrainedTokenizerBase, added: AddedTokens) -> TurnEnd | None:
@@ -147,6 +181,38 @@ def _usual(tokenizer: PreTrainedTokenizerBase, added: AddedTokens) -> TurnEnd | 
             end = end_of_turn(ChatTemplate(tokenizer, in_parts=in_parts), added)
             return replace(end, in_parts=in_parts)
     return None
+
+
+def _usual_call(template: ChatTemplate, added: AddedTokens, answer: TurnEnd) -> TurnEnd | None:
+    """With a call's arguments as an object; where that is refused, as JSON in a string."""
+    for arguments in ({"a": "b"}, '{"a": "b"}'):
+        with contextlib.suppress(InputError):
+            return _end_of_call(template, added, answer, {"name": "Zq7", "arguments": arguments})
+    return None
+
+
+def _end_of_call(template: ChatTemplate, added: AddedTokens, answer: TurnEnd, function: Turn) -> TurnEnd | None:
+    """As an answer ends, or with the last token that the template writes before what the tool says. A token that also
+    stands between two calls of one turn ends a call, not the turn."""
+    calls = [{"id": _CALL_ID, "type": "function", "function": function}]
+    turns: list[Turn] = [_ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]
+    alone = template.render(turns, tools=[_TOOL])
+    if alone == template.render([_ASKED, {"role": "assistant", "content": ""}], tools=[_TOOL]):
+        return None
+    if answer.tail and alone.endswith(answer.tail):
+        return answer
+    told = template.render([*turns, _TOLD], tools=[_TOOL])
+    if not told.startswith(alone):
+        return None
+    if answer.opens_next:
+        opener = added.at(told, len(alone))
+        return TurnEnd("", opener, opens_next=True) if opener else None
+    place, last = (added.within(alone) or [(0, "")])[-1]
+    with contextlib.suppress(InputError):  # a template that takes one call a turn
+        twice = template.render([_ASKED, turns[1] | {"tool_calls": calls * 2}], tools=[_TOOL])
+        if twice.count(last) > alone.count(last):
+            return None
+    return TurnEnd(alone[place:], last) if last and not alone[place + len(last) :].strip() else None
 
 
 def template_of(
@@ -165,6 +231,10 @@ def template_of(
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that the chat template ends an answer with; None where there is none."""
     added, end = usual_end(tokenizer)
+    return _last_id(end, added)
+
+
+def _last_id(end: TurnEnd | None, added: AddedTokens) -> int | None:
     last = added.within(end.closing)[-1:] if end else []
     return added.ids[last[0][1]] if last else None
 
@@ -178,8 +248,9 @@ def end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, also: Any = None) -> list[int]:
-    """Every token that generation stops at: the end of sequence, what the chat template ends an answer with, and
-    `also`, a model's own list (`generation_config.eos_token_id`: a number, a list or None)."""
+    """Every token that generation stops at: the end of sequence, what the chat template ends an answer or a call with,
+    and `also`, a model's own list (`generation_config.eos_token_id`: a number, a list or None)."""
     stated = also if isinstance(also, list) else [also]
-    ids = [*stated, tokenizer.eos_token_id, turn_end_id(tokenizer)]
+    ends = _ends(tokenizer)
+    ids = [*stated, tokenizer.eos_token_id, *(_last_id(end, ends.added) for end in (ends.answer, ends.call))]
     return sorted({index for index in ids if isinstance(index, int) and index >= 0})

@@ -11,6 +11,7 @@ from entrenar.data.batches import micro_batches
 from entrenar.data.dataset import Dataset
 from entrenar.models.forward import target_logits
 from entrenar.models.head import refuse_foreign
+from entrenar.models.isolation import isolates_branches
 from entrenar.objectives.objective import mean_loss
 from entrenar.objectives.supervised import SUPERVISED
 
@@ -33,7 +34,8 @@ def perplexity(model: PreTrainedModel, dataset: Dataset, micro_batch: int, pad_i
     """Mean loss of `model` over the target tokens of `dataset`; InputError for a token that the model lacks."""
     for example in dataset.examples:
         refuse_foreign(example.ids, model, f"the row at line {example.line}")
-    return Perplexity(*mean_loss(SUPERVISED, model, micro_batches(dataset.examples, micro_batch, pad_id)))
+    examples = separated(dataset, model).examples
+    return Perplexity(*mean_loss(SUPERVISED, model, micro_batches(examples, micro_batch, pad_id)))
 
 
 @torch.no_grad()
@@ -42,10 +44,15 @@ def kl_divergence(
 ) -> float:
     """Mean KL(other ‖ model) in nats per target token: what is lost by using `model` in place of `other`."""
     total, count = 0.0, 0
-    for batch in micro_batches(dataset.examples, micro_batch, pad_id):
+    for batch in micro_batches(separated(dataset, model, other).examples, micro_batch, pad_id):
         logits, _ = target_logits(model, batch.ids, batch.positions, batch.targets)
         reference, _ = target_logits(other, batch.ids, batch.positions, batch.targets)
         log_p, log_q = F.log_softmax(reference.float(), -1), F.log_softmax(logits.float(), -1)
         total += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
         count += batch.target_count
     return total / count
+
+
+def separated(dataset: Dataset, *models: PreTrainedModel) -> Dataset:
+    """The rows as the models take them: where one of them would mix branches (data/tree.py), each is a row."""
+    return dataset.expanded() if dataset.has_trees and not all(map(isolates_branches, models)) else dataset

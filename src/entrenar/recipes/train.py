@@ -18,12 +18,13 @@ from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.data.feed import Feed, feed_of
 from entrenar.data.turn_end import template_of
+from entrenar.evaluation.perplexity import separated
 from entrenar.lora.adapter_io import save_adapter
 from entrenar.lora.attach import adapted_layers, trained_parameters
 from entrenar.lora.embedding import EmbeddingLoRALayer
 from entrenar.models.acceleration.activations import set_recompute
 from entrenar.models.head import padding_id, vocabulary_size
-from entrenar.models.isolation import isolates_branches, isolates_documents
+from entrenar.models.isolation import isolates_documents
 from entrenar.objectives.registry import OBJECTIVES
 from entrenar.opening.compute import resolve_device, resolve_dtype
 from entrenar.opening.source import ModelSource
@@ -236,11 +237,11 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ends: An
 
 def fit_trees(data: PreparedData, model: PreTrainedModel, say: Say = _ignore) -> PreparedData:
     """Data whose branches (data/tree.py) are rows of their own where the model would mix them."""
-    if not any(part.has_trees for part in (data.train, data.validation) if part) or isolates_branches(model):
-        return data
-    say(f"{type(model).__name__} mixes branches of a conversation: each answer gets a row of its own")
-    validation = data.validation.expanded() if data.validation else None
-    return replace(data, train=data.train.expanded(), validation=validation)
+    train = separated(data.train, model)
+    validation = separated(data.validation, model) if data.validation else None
+    if train is not data.train or validation is not data.validation:
+        say(f"{type(model).__name__} mixes branches of a conversation: each answer gets a row of its own")
+    return replace(data, train=train, validation=validation)
 
 
 def refuse_foreign_tokens(data: PreparedData, model: PreTrainedModel, config: RunConfig) -> None:
