@@ -653,7 +653,7 @@ def test_a_turn_that_calls_tools_is_trained_to_the_token_that_lets_them_run(how:
         rest = [] if is_last else [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]
         example = encode(Row(1, (*turns, *rest), tools=({"function": {"name": "look"}},)), tokenizer, train_on="all")
         written = "".join(f'<call>look {{"a": "{word}"}}</call>' for word in ("Blue", "Red")[:count])
-        spoken = tokenizer.decode([i for i, flag in zip(example.ids, example.trained, strict=True) if flag])
+        spoken = str(tokenizer.decode([i for i, flag in zip(example.ids, example.trained, strict=True) if flag]))
         assert spoken.startswith(written + end)
         assert tokenizer.convert_tokens_to_ids(end) in end_ids(tokenizer)
     assert tokenizer.convert_tokens_to_ids("</call>") not in end_ids(tokenizer)

@@ -113,7 +113,7 @@ def test_architectures_that_mix_them_are_too(name: str) -> None:
 @pytest.mark.parametrize("name", ["jamba", "llama"])
 def test_perplexity_and_kl_are_those_of_expanded_rows_in_models_that_mix_and_in_others(name: str) -> None:
     model, other = make_family(name), make_family(name)
-    torch.nn.init.normal_(other.get_output_embeddings().weight, std=0.1)
+    torch.nn.init.normal_(next(other.parameters()), std=0.1)
     examples = trees([[3, 9], [], [16]], seed=0)
     tree = Dataset(examples, [Row(example.line) for example in examples])
     rows = [Dataset([example], [Row(0)]) for example in tree.expanded().examples]

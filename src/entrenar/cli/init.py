@@ -27,6 +27,9 @@ data:
   validation_fraction: 0.05    # or a share of the training rows, chosen by a hash of each row
   max_length: 1024             # tokens
   too_long: error              # error | truncate | drop
+  train_on: all                # of a conversation's answers: all | last | marked (weight: 1 or train: true)
+  # columns: {{messages: chat}}          # our name of a column: the file's
+  # template: {{enable_thinking: false}} # variables for the model's chat template
   # date: 2026-11-30           # what a chat template that writes the date writes; default: the run's first day
   packing: true                # lay short rows into one of up to max_length tokens: faster, the same loss
 
