@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,24 +11,42 @@ from entrenar.core.errors import InputError
 from entrenar.data.rows import Row
 from entrenar.data.template import REASONING_KEYS, ChatTemplate, Turn
 
+_AHEAD = 2**22  # characters, about, that are rendered in one go
+
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row's turns before its template, with all that the template is given; `whole`: the text that it makes."""
+    """A row's turns before its template, with all that the template is given; `whole`: the text that it makes;
+    `asked`: what was rendered ahead, see `ask`."""
 
     turns: Sequence[Turn]
     template: ChatTemplate = field(repr=False)
     tools: Sequence[Any] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     whole: str = ""
+    asked: dict[tuple[int, bool], str | InputError] = field(default_factory=dict, repr=False)
+
+    def ask(self, prefixes: Sequence[tuple[int, bool]]) -> None:
+        """Render beginnings of the turns ahead, in one go: (number of turns, whether an answer comes next)."""
+        size = sum(len(turn.get("content") or "") for turn in self.turns)
+        step = max(1, _AHEAD // (size + 1))
+        for start in range(0, len(prefixes), step):
+            some = prefixes[start : start + step]
+            texts = self.template.render_prefixes(self.turns, some, tools=self.tools, options=self.options)
+            self.asked.update(zip(some, texts, strict=True))
 
     def render(self, turns: Sequence[Turn], answer_next: bool = False) -> str:
         """Some turns as text."""
+        text = self.asked.get((len(turns), answer_next))
+        if text is not None and all(map(operator.is_, turns, self.turns)):
+            if isinstance(text, InputError):
+                raise text
+            return text
         return self.template.render(turns, answer_next=answer_next, tools=self.tools, options=self.options)
 
 
-def converse(row: Row, template: ChatTemplate) -> Conversation:
-    """The row as its template takes it.
+def converse(row: Row, template: ChatTemplate, trained: Sequence[int]) -> Conversation:
+    """The row as its template takes it; what is to be known of its turns `trained` is rendered ahead.
 
     Raises:
         InputError: the template refuses the row, or does not read its tools, calls, reasoning or options.
@@ -41,18 +60,24 @@ def converse(row: Row, template: ChatTemplate) -> Conversation:
         {**turn, "role": "system"} if turn["role"] == "developer" and not reads_developer else turn
         for turn in row.messages
     ]
-    talk, whole = _choose_arguments(turns, template, row)
+    given = Conversation(turns, template, row.tools, row.options)
+    ahead = [(len(turns), False), *((index + 1, False) for index in trained), *((index, True) for index in trained)]
+    if any(_functions(turns)):
+        talk, whole = _choose_arguments(given)
+        talk.ask(ahead)
+    else:
+        given.ask(ahead)
+        talk, whole = given, given.render(turns)
     _check_read(talk, whole)
     return replace(talk, whole=whole)
 
 
-def _choose_arguments(turns: Sequence[Turn], template: ChatTemplate, row: Row) -> tuple[Conversation, str]:
+def _choose_arguments(given: Conversation) -> tuple[Conversation, str]:
     """The conversation with its calls' arguments as JSON in strings or as objects, as the template writes them well.
 
     Both are in use: OpenAI's rows hold strings, servers read them into objects. As given, where that is what the
     template makes of an object too; a string that the template would put into a string once more becomes an object.
     """
-    given = Conversation(turns, template, row.tools, row.options)
     ways = [given, *(_with_arguments(given, change) for change in (_as_object, _as_string))]
     ways = [way for place, way in enumerate(ways) if all(way.turns != other.turns for other in ways[:place])]
     rendered, problems = list[tuple[Conversation, str]](), list[InputError]()
@@ -61,7 +86,7 @@ def _choose_arguments(turns: Sequence[Turn], template: ChatTemplate, row: Row) -
             rendered.append((way, way.render(way.turns)))
         except InputError as error:
             problems.append(error)
-        if way is given and rendered and not _has_strings(turns):
+        if way is given and rendered and not _has_strings(given.turns):
             break  # objects that it takes
     if not rendered:
         raise problems[0]
@@ -95,7 +120,7 @@ def _with_arguments(talk: Conversation, change: Any) -> Conversation:
     for function in _functions(turns):
         if "arguments" in function:
             function["arguments"] = change(function["arguments"])
-    return replace(talk, turns=turns)
+    return replace(talk, turns=turns, asked={})
 
 
 def _functions(turns: Sequence[Turn]) -> list[dict[str, Any]]:

@@ -102,10 +102,13 @@ def encode(
     template = template or template_of(tokenizer)
     silent = end_texts(tokenizer)
     wanted = _wanted(row, train_on, silent)
-    talk = converse(row, template)
+    talk = converse(row, template, wanted)
     answers, rest = find_answers(talk, wanted)
     check_context(talk, wanted)
-    paths = [_path(answer, tokenizer, template.ends) for answer in answers]
+    texts = [text for answer in answers for text in (answer.prompt, answer.prompt + answer.text)]
+    ids = _all_tokens(texts, tokenizer)
+    pairs = zip(answers, ids[::2], ids[1::2], strict=True)
+    paths = [_path(answer, prompt, whole, tokenizer, template.ends) for answer, prompt, whole in pairs]
     span = (paths[-1].start, len(paths[-1].ids)) if wanted[-1] == len(row.messages) - 1 else None
     tree = as_tree(paths, _after_end(rest, answers[-1], tokenizer))
     return Example(row.line, tree.ids, tree.trained, span, tree.branches)
@@ -126,10 +129,12 @@ def _is_answer(turn: Turn, ends: Sequence[str]) -> bool:
     return turn["role"] == "assistant" and says_something(turn, ends)
 
 
-def _path(answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: Any = None) -> Path:
-    """The prompt's tokens and the answer's. `ends`: the model's own ends of generation."""
-    prompt = _tokens(answer.prompt, tokenizer)
-    answer_ids = _own_tokens(answer, prompt, tokenizer)
+def _path(
+    answer: Answer, prompt: list[int], whole: list[int], tokenizer: PreTrainedTokenizerBase, ends: Any = None
+) -> Path:
+    """The tokens of the prompt and of the answer; `whole`: of both as one text. `ends`: the model's own ends of
+    generation."""
+    answer_ids = _own_tokens(answer, prompt, whole, tokenizer)
     if answer_ids[-1] not in end_ids(tokenizer, ends):
         raise InputError(f"the answer ends with {answer.end!r}, which generation does not stop at")
     spoken = _bare(_text(answer_ids, tokenizer))
@@ -141,13 +146,12 @@ def _path(answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: Any = None) 
     return Path(prompt + answer_ids, len(prompt))
 
 
-def _own_tokens(answer: Answer, prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _own_tokens(answer: Answer, prompt: list[int], whole: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The answer's tokens after those of its prompt.
 
     Where prompt and answer make a token together, the answer is tokenized behind something that never joins with it (a
     tokenizer may write a space before the first word of a text); the right one spells the same text as the whole does.
     """
-    whole = _tokens(answer.prompt + answer.text, tokenizer)
     if whole[: len(prompt)] == prompt:
         return whole[len(prompt) :]
     spelled = _text(whole, tokenizer)
@@ -168,7 +172,14 @@ def _after_end(rest: str, answer: Answer, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]) if text else []
+    return _all_tokens([text], tokenizer)[0]
+
+
+def _all_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each text; in one call, which has them made side by side."""
+    given = [text for text in texts if text]
+    ids = iter(tokenizer(given, add_special_tokens=False, return_attention_mask=False)["input_ids"] if given else ())
+    return [list(next(ids)) if text else [] for text in texts]
 
 
 def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

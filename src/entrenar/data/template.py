@@ -84,6 +84,21 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses the conversation, fails, or takes too much time or memory.
         """
+        text = self.render_prefixes(turns, [(len(turns), answer_next)], tools=tools, options=options)[0]
+        if isinstance(text, InputError):
+            raise text
+        return text
+
+    def render_prefixes(
+        self,
+        turns: Sequence[Turn],
+        prefixes: Sequence[tuple[int, bool]],
+        *,
+        tools: Sequence[Any] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> list[str | InputError]:
+        """Of each (number of turns, whether an answer comes next) the text, or why there is none: one question to the
+        process that renders."""
         variables = {
             **_special_tokens(self.tokenizer),
             **self.options,
@@ -91,13 +106,15 @@ class ChatTemplate:
             "messages": [_as_served(turn, self.in_parts) for turn in turns],
             "tools": list(tools) or None,
             "documents": None,
-            "add_generation_prompt": answer_next,
         }
-        answer = _WORKER.ask(self.source(tools), variables, self.day)
-        if "error" in answer:
-            raise InputError(f"the model's chat template refuses this conversation: {answer['error']}")
-        self.reads_clock |= answer["clock"]
-        return answer["text"]
+        answers = _WORKER.ask(self.source(tools), variables, self.day, prefixes)
+        self.reads_clock |= any(answer.get("clock", False) for answer in answers)
+        return [
+            InputError(f"the model's chat template refuses this conversation: {answer['error']}")
+            if "error" in answer
+            else answer["text"]
+            for answer in answers
+        ]
 
 
 def _as_served(turn: Turn, in_parts: bool) -> Turn:
@@ -122,27 +139,29 @@ class _Worker:
         self._known: dict[str, int] = {}
         self._endless: set[str] = set()
 
-    def ask(self, source: str, variables: dict[str, Any], day: date) -> dict[str, Any]:
-        """One render: `text` and `clock`, or `error`."""
+    def ask(
+        self, source: str, variables: dict[str, Any], day: date, prefixes: Sequence[tuple[int, bool]]
+    ) -> list[dict[str, Any]]:
+        """Of every prefix (see data/template_worker.py) `text` and `clock`, or `error`."""
         with self._lock:
             if source in self._endless:  # it would only take its time again
-                return {"error": _ENDLESS}
+                return [{"error": _ENDLESS}] * len(prefixes)
             process = self._running()
-            request: dict[str, Any] = {"variables": variables, "day": day.isoformat()}
+            request: dict[str, Any] = {"variables": variables, "day": day.isoformat(), "prefixes": prefixes}
             if source not in self._known:
                 self._known[source] = len(self._known)
                 request["source"] = source
             request["template"] = self._known[source]
             try:
-                answer = self._exchange(process, request)
-                if answer.get("error") == _ENDLESS:
+                answers = self._exchange(process, request)
+                if any(answer.get("error") == _ENDLESS for answer in answers):
                     self._endless.add(source)
-                return answer
+                return answers
             except BaseException:  # an interrupt too: a half-read answer must not be taken for the next one's
                 self._stop()
                 raise
 
-    def _exchange(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> dict[str, Any]:
+    def _exchange(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> list[dict[str, Any]]:
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -152,11 +171,8 @@ class _Worker:
             raise InputError(f"the model's chat template cannot be given this conversation: {error}") from None
         if not line:
             self._stop()
-            return {"error": _ENDLESS}
-        answer = json.loads(line)
-        if not answer.get("text", "").isascii() and _has_half_pair(answer["text"]):
-            return {"error": "it writes half of a surrogate pair, which is no text"}
-        return answer
+            return [{"error": _ENDLESS}] * len(request["prefixes"])
+        return [_as_text(answer) for answer in json.loads(line)]
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
@@ -187,6 +203,12 @@ class _Worker:
         """End the process, if there is one."""
         with self._lock:
             self._stop()
+
+
+def _as_text(answer: dict[str, Any]) -> dict[str, Any]:
+    if not answer.get("text", "").isascii() and _has_half_pair(answer["text"]):
+        return {"error": "it writes half of a surrogate pair, which is no text"}
+    return answer
 
 
 def _close(pipe: Any) -> None:

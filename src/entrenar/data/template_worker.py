@@ -5,9 +5,10 @@ but not from loops without end or strings without bound, and neither can be stop
 runs. Here both are bounded by the kernel: processor seconds by a timer whose signal ends this process, bytes by
 RLIMIT_AS.
 
-One JSON request a line: `template` (a number), `source` (with a number's first request), `variables`, `day`. One JSON
-answer a line: `text` and `clock` (whether the template asked for the date), or `error`. The functions that a template
-finds are those of transformers' `render_jinja_template`. Only Jinja is imported.
+One JSON request a line: `template` (a number), `source` (with a number's first request), `variables`, `day`, and
+`prefixes`: how many of the messages to render, and whether an answer comes next, any number of times. One JSON answer a
+line: for each of them `text` and `clock` (whether the template asked for the date), or `error`. The functions that a
+template finds are those of transformers' `render_jinja_template`. Only Jinja is imported.
 """
 
 import contextlib
@@ -73,16 +74,26 @@ class Renderer:
         self.environment, self.sources, self.templates = environment, {}, {}
         self.day, self.clock = datetime.min, False
 
-    def answer(self, request: dict[str, Any], most_characters: int) -> dict[str, Any]:
-        """Render once; every mistake of the template becomes an `error`."""
-        self.day, self.clock = datetime.fromisoformat(request["day"]), False
+    def answers(self, request: dict[str, Any], seconds: float, most_characters: int) -> list[dict[str, Any]]:
+        """Render every prefix; every mistake of the template becomes an `error`."""
+        self.day, variables = datetime.fromisoformat(request["day"]), request["variables"]
+        answers = list[dict[str, Any]]()
+        for count, answer_next in request["prefixes"]:
+            own = {"messages": variables["messages"][:count], "add_generation_prompt": answer_next}
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            answers.append(self._answer(request, variables | own, most_characters))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        return answers
+
+    def _answer(self, request: dict[str, Any], variables: dict[str, Any], most_characters: int) -> dict[str, Any]:
+        self.clock = False
         number = request["template"]
         try:
             if number not in self.templates:
                 self.sources.setdefault(number, request.get("source"))
                 self.templates[number] = self.environment.from_string(self.sources[number])
             pieces, total = [], 0
-            for piece in self.templates[number].generate(**request["variables"]):
+            for piece in self.templates[number].generate(**variables):
                 total += len(piece)
                 if total > most_characters:
                     return {"error": f"it writes more than {most_characters:,} characters"}
@@ -126,15 +137,13 @@ def _bound(most_bytes: int) -> None:
 
 
 def main(seconds: float, most_bytes: int, most_characters: int) -> None:
-    """Answer requests until the input ends; a request that takes more processor seconds ends the process."""
+    """Answer requests until the input ends; a render that takes more processor seconds ends the process."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _bound(most_bytes)
     renderer = Renderer()
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        answer = renderer.answer(json.loads(line), most_characters)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        answers = renderer.answers(json.loads(line), seconds, most_characters)
+        sys.stdout.buffer.write(json.dumps(answers).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
