@@ -61,7 +61,8 @@ def converse(row: Row, template: ChatTemplate, trained: Sequence[int]) -> Conver
         for turn in row.messages
     ]
     given = Conversation(turns, template, row.tools, row.options)
-    ahead = [(len(turns), False), *((index + 1, False) for index in trained), *((index, True) for index in trained)]
+    counts = dict.fromkeys([len(turns), *(index + 1 for index in trained)])
+    ahead = [*((count, False) for count in counts), *((index, True) for index in trained)]
     if any(_functions(turns)):
         talk, whole = _choose_arguments(given)
         talk.ask(ahead)

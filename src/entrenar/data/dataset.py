@@ -10,7 +10,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
-from entrenar.data.encode import Example, encode
+from entrenar.data.encode import Example
+from entrenar.data.parallel import encode_all
 from entrenar.data.row_options import AS_THEY_ARE, RowOptions, TrainOn
 from entrenar.data.rows import Rejected, Row, RowFile, check_share, read_rows
 from entrenar.data.spoken import says_something
@@ -188,13 +189,11 @@ def _encode_file(
     read: up to 1% of the file."""
     bad, left_out = list(file.rejected), list[Rejected]()
     examples, rows = list[Example](), list[Row]()
-    for row in file.rows:
-        try:
-            example = encode(row, template.tokenizer, template, train_on)
-        except InputError as error:
-            bad.append(Rejected(str(file.path), row.line, str(error)))
+    for row, result in zip(file.rows, encode_all(file.rows, template, train_on), strict=True):
+        if isinstance(result, InputError):
+            bad.append(Rejected(str(file.path), row.line, str(result)))
             continue
-        example = _fit(example, file.path, limit, tally)
+        example = _fit(result, file.path, limit, tally)
         if example is None:
             left_out.append(Rejected(str(file.path), row.line, f"longer than max_length {limit.max_length}, dropped"))
         elif not any(example.trained[1:]):

@@ -21,6 +21,7 @@ from entrenar.data.row_options import TrainOn
 from entrenar.data.rows import Row
 from entrenar.data.spoken import says_something
 from entrenar.data.template import ChatTemplate, Turn
+from entrenar.data.tokens import all_tokens, tokens
 from entrenar.data.tree import Path, as_tree
 from entrenar.data.turn_end import end_ids, end_texts, template_of
 
@@ -106,7 +107,7 @@ def encode(
     answers, rest = find_answers(talk, wanted)
     check_context(talk, wanted)
     texts = [text for answer in answers for text in (answer.prompt, answer.prompt + answer.text)]
-    ids = _all_tokens(texts, tokenizer)
+    ids = all_tokens(texts, tokenizer)
     pairs = zip(answers, ids[::2], ids[1::2], strict=True)
     paths = [_path(answer, prompt, whole, tokenizer, template.ends) for answer, prompt, whole in pairs]
     span = (paths[-1].start, len(paths[-1].ids)) if wanted[-1] == len(row.messages) - 1 else None
@@ -156,7 +157,7 @@ def _own_tokens(answer: Answer, prompt: list[int], whole: list[int], tokenizer: 
         return whole[len(prompt) :]
     spelled = _text(whole, tokenizer)
     for anchor in (answer.end, "", "\n", ".", "a"):
-        before, both = _tokens(anchor, tokenizer), _tokens(anchor + answer.text, tokenizer)
+        before, both = tokens(anchor, tokenizer), tokens(anchor + answer.text, tokenizer)
         answer_ids = both[len(before) :]
         if both[: len(before)] == before and _text(prompt + answer_ids, tokenizer) == spelled:
             return answer_ids
@@ -167,19 +168,8 @@ def _after_end(rest: str, answer: Answer, tokenizer: PreTrainedTokenizerBase) ->
     """The tokens of what stands after an answer; its end is a token of its own whatever follows."""
     if not rest:
         return []
-    end, both = _tokens(answer.end, tokenizer), _tokens(answer.end + rest, tokenizer)
+    end, both = tokens(answer.end, tokenizer), tokens(answer.end + rest, tokenizer)
     return both[len(end) :]
-
-
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return _all_tokens([text], tokenizer)[0]
-
-
-def _all_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each text; in one call, which has them made side by side."""
-    given = [text for text in texts if text]
-    ids = iter(tokenizer(given, add_special_tokens=False, return_attention_mask=False)["input_ids"] if given else ())
-    return [list(next(ids)) if text else [] for text in texts]
 
 
 def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

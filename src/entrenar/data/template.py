@@ -222,3 +222,5 @@ def _has_half_pair(text: str) -> bool:
 
 _WORKER = _Worker()
 atexit.register(_WORKER.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_WORKER.__init__)  # the pipes are the parent's: two must not ask one process

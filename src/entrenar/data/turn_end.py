@@ -140,7 +140,7 @@ class _Ends:
     """What was asked of a tokenizer in a `state` (its template, its tokens): how its template ends an answer, and how a
     turn that calls tools."""
 
-    state: str
+    state: tuple[Any, ...]
     added: AddedTokens
     answer: TurnEnd | None
     call: TurnEnd | None
@@ -164,7 +164,7 @@ def call_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd | None:
 
 def _ends(tokenizer: PreTrainedTokenizerBase) -> _Ends:
     """Found once for a tokenizer, again when its tokens or its template change."""
-    state = repr((tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map))
+    state = (tokenizer.chat_template, len(tokenizer), tokenizer.special_tokens_map)
     known = _KNOWN.get(tokenizer)
     if known is None or known.state != state:
         added = AddedTokens(tokenizer)
