@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 
 from entrenar.core.errors import EntrenarError, InputError
 from entrenar.data.encode import Example, encode
@@ -46,11 +47,13 @@ def encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(frozen=True)
 class _Job:
     """What a forked process finds when it begins."""
 
-    def __init__(self, rows: Sequence[Row], template: ChatTemplate, train_on: TrainOn) -> None:
-        self.rows, self.template, self.train_on = rows, template, train_on
+    rows: Sequence[Row]
+    template: ChatTemplate
+    train_on: TrainOn
 
 
 _JOBS: list[_Job] = []
