@@ -78,7 +78,9 @@ def test_an_ollama_modelfile_on_request(tiny_model_dir: Path, tmp_path: Path) ->
     _trained(tiny_model_dir, tmp_path / "adapter")
     arguments = {"to": "gguf-adapter", "adapter": str(tmp_path / "adapter")}
     export(str(tiny_model_dir), tmp_path / "a.gguf", ollama=True, **arguments)  # pyright: ignore[reportArgumentType]
-    assert (tmp_path / "Modelfile").read_text() == f"FROM {tiny_model_dir.resolve()}\nADAPTER ./a.gguf\n"
+    assert (tmp_path / "Modelfile").read_text() == (
+        f'FROM {tiny_model_dir.resolve()}\nADAPTER ./a.gguf\nPARAMETER stop "<|im_end|>"\n'
+    )
     with pytest.raises(InputError, match="Modelfile already exists"):
         export(str(tiny_model_dir), tmp_path / "b.gguf", ollama=True, **arguments)  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "b.gguf").exists()

@@ -4,7 +4,8 @@
 the file and each tensor's own rank, so that a layer whose scale is another has the quotient in its B.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -67,13 +68,15 @@ def _bytes(factor: Tensor) -> Tensor:
     return factor.contiguous().view(torch.uint8)
 
 
-def modelfile(base: str, adapter: Path) -> str:
-    """An Ollama Modelfile that runs `adapter`, a file beside it, over the model `base`; lines of a name are refused."""
+def modelfile(base: str, adapter: Path, stops: Sequence[str]) -> str:
+    """An Ollama Modelfile that runs `adapter`, a file beside it, over the model `base`, and stops at the texts `stops`;
+    lines of a name are refused."""
     places = str(Path(base).resolve()), f"./{adapter.name}"
     for place in places:
         if not place.isprintable():
             raise InputError(f"a Modelfile has no place for a name with control characters, {place!r}: rename it")
-    return f"FROM {places[0]}\nADAPTER {places[1]}\n"
+    parameters = [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops if stop.isprintable()]
+    return "\n".join([f"FROM {places[0]}", f"ADAPTER {places[1]}", *parameters, ""])
 
 
 def _hollow(source: ModelSource, base: Mapping[str, Tensor]) -> PreTrainedModel:

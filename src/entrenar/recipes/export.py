@@ -1,6 +1,7 @@
 """Export: fuse a model with its adapter and write it for another tool, or write the adapter alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -12,7 +13,7 @@ from entrenar.exporting.gguf import Metadata, copied_metadata, metadata, write_g
 from entrenar.exporting.gguf_adapter import export_gguf_adapter, modelfile
 from entrenar.opening.adapted import open_model
 from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
-from entrenar.opening.fed import as_fed
+from entrenar.opening.fed import as_fed, stopping
 from entrenar.opening.source import ModelSource, open_source
 from entrenar.recipes.calibrate import calibrate
 from entrenar.recipes.export_request import ExportRequest, chosen_type
@@ -114,11 +115,13 @@ def _keys(source: ModelSource, config: PretrainedConfig, say: Say) -> Metadata:
     copied = copied_metadata(source.gguf.raw_metadata) if source.gguf else {}
     if copied and config.vocab_size == source.config.vocab_size:
         return copied
-    ends = getattr(source.generation, "eos_token_id", None)
-    described = metadata(
-        config, source.tokenizer, ends if isinstance(ends, list) else [ends] if ends is not None else [], say
-    )
+    described = metadata(config, source.tokenizer, replace(source, generation=stopping(source)).ends, say)
     return {**copied, **described, **source.provenance}
+
+
+def _stop_texts(source: ModelSource) -> list[str]:
+    ends = replace(source, generation=stopping(source)).ends
+    return [str(token) for token in source.tokenizer.convert_ids_to_tokens(ends)]
 
 
 def _adapter_alone(request: ExportRequest, say: Say) -> None:
@@ -126,7 +129,7 @@ def _adapter_alone(request: ExportRequest, say: Say) -> None:
     assert request.adapter is not None
     source = as_fed(open_source(request.model, with_tokenizer=False), Path(request.adapter))
     if request.ollama:
-        write_text(request.modelfile, modelfile(request.model, request.output))
+        write_text(request.modelfile, modelfile(request.model, request.output, _stop_texts(source)))
     try:
         export_gguf_adapter(source, request.adapter, request.output)
     except BaseException:

@@ -1,6 +1,7 @@
 """Export as a Hugging Face directory: open files and adapter, fuse tensor by tensor, measure on text."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from entrenar.files.prequantized import WRITTEN
 from entrenar.models.head import padding_id
 from entrenar.opening.adapted import open_model
 from entrenar.opening.as_stored import AS_STORED, UNQUANTIZED
-from entrenar.opening.fed import as_fed
+from entrenar.opening.fed import as_fed, stopping
 from entrenar.opening.load import load
 from entrenar.opening.source import open_source
 from entrenar.recipes.export_request import ExportRequest
@@ -41,6 +42,7 @@ def export_safetensors(request: ExportRequest, type: str) -> Fidelity:
     read = read_adapter(Path(adapter)) if adapter else None
     if adapter is not None:
         source = as_fed(source, Path(adapter))
+    source = replace(source, generation=stopping(source))
     streamed = StreamedModel(source, read, format if chosen == "dequantized" else None)
     on_text = None
     if request.text is not None:
