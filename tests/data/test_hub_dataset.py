@@ -94,3 +94,5 @@ def test_only_the_files_of_the_split_are_fetched_and_then_they_are_here(tmp_path
         again = _fetched(endpoint, tmp_path, changes)
         assert [Path(line) for line in again.splitlines()] == paths
     assert "within reach" in _fetched(endpoint, tmp_path / "empty", {})
+    paths[0].unlink()  # as if the fetch had been broken off
+    assert "hub dataset within reach" in _fetched(endpoint, tmp_path, {"HF_HUB_OFFLINE": "1"})

@@ -22,6 +22,11 @@ class SourceRows:
     rows: int
     others: list[str] = field(default_factory=list)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one file with each of its rows once."""
+        return self.files == 1 and self.rows == self.usable
+
     def sentence(self) -> str:
         """Which rows, and how many of how many."""
         if not self.files:
@@ -37,6 +42,11 @@ class Gathered:
     dataset: Dataset
     sources: list[SourceRows]
     files: list[RowFile]
+
+
+def told(sources: Sequence[SourceRows]) -> str:
+    """What the entries gave, one after the other."""
+    return "; ".join(source.sentence() for source in sources)
 
 
 def as_sources(given: Path | str | Sequence[Source]) -> list[Source]:
@@ -56,14 +66,14 @@ def gather(sources: Sequence[Source], encoder: Encoder, seed: int, split: str) -
     """
     parts = [_read(source, encoder, split) for source in sources]
     counts = row_counts(sources, [len(part.dataset) for part in parts])
-    dataset, told = Dataset([], []), list[SourceRows]()
+    dataset, gave = Dataset([], []), list[SourceRows]()
     for index, (part, count) in enumerate(zip(parts, counts, strict=True)):
         chosen = choose(len(part.dataset), count, seed, f"{split}|{index}")
         dataset.examples.extend(part.dataset.examples[row] for row in chosen)
         dataset.rows.extend(part.dataset.rows[row] for row in chosen)
         shapes = list(dict.fromkeys(file.shape for file in part.files))
-        told.append(SourceRows(sources[index].path, shapes, len(part.files), len(part.dataset), count, part.others))
-    return Gathered(dataset, told, [file for part in parts for file in part.files])
+        gave.append(SourceRows(sources[index].path, shapes, len(part.files), len(part.dataset), count, part.others))
+    return Gathered(dataset, gave, [file for part in parts for file in part.files])
 
 
 @dataclass(frozen=True)

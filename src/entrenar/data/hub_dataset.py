@@ -5,8 +5,9 @@ huggingface_hub decides what is fetched and what the cache already has; HF_HUB_O
 
 import glob
 from pathlib import Path
+from typing import Any
 
-from entrenar.core.documents import read_text
+from entrenar.core.documents import read_json, read_text
 from entrenar.core.errors import InputError, first_line
 from entrenar.data.splits import split_files
 
@@ -41,10 +42,14 @@ def _fetch(dataset: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _names(dataset: str, root: Path) -> list[str]:
-    """All files of the dataset, or those of it that are here where the hub cannot be asked."""
+    """All files of the dataset; where the hub cannot be asked, by what the cache knows of this commit, which is more
+    than what it has of it after a fetch that was broken off."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().list_repo_files(dataset, revision=root.name, repo_type="dataset")
     except Exception:
+        known = root.parent.parent / "trees" / f"{root.name}.json"
+        if known.is_file():
+            return list(read_json(known, "listing of a dataset", dict[str, Any]).get("files") or [])
         return [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]

@@ -17,7 +17,7 @@ from entrenar.core.run_log import read_metrics
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.data.feed import Feed, feed_of
-from entrenar.data.gather import SourceRows
+from entrenar.data.gather import told
 from entrenar.data.sources import source_names
 from entrenar.data.turn_end import template_of
 from entrenar.lora.adapter_io import save_adapter
@@ -281,16 +281,13 @@ def make_plan(config: RunConfig, data: PreparedData) -> Plan:
 
 def describe(data: PreparedData) -> str:
     """One sentence on what was read: of one file alone its rows, of more what each entry gave."""
-    [first, *more] = data.sources
-    if more or first.files > 1 or first.rows != first.usable:
-        parts = ["; ".join(source.sentence() for source in data.sources) + f"; {len(data.train)} to train on"]
-    else:
+    parts, first = [f"{told(data.sources)}; {len(data.train)} to train on"], data.sources[0]
+    if len(data.sources) == 1 and first.is_plain:
         parts = [f"{first.path}: {listing(first.shapes)} rows, {len(data.train)} to train on"]
     if data.validation:
-        entries = (
-            f" ({'; '.join(map(SourceRows.sentence, aside))})" if len(aside := data.validation_sources) > 1 else ""
-        )
-        parts.append(f"{len(data.validation)} held out{entries}")
+        aside = data.validation_sources
+        is_plain = not aside or (len(aside) == 1 and aside[0].is_plain)
+        parts.append(f"{len(data.validation)} held out" + ("" if is_plain else f" ({told(aside)})"))
     if data.truncated:
         parts.append(f"{data.truncated} truncated")
     if data.silent_turns:
