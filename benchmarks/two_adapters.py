@@ -104,7 +104,7 @@ def main() -> None:
             file.write_text("\n".join(rows) + "\n", encoding="utf-8")
         held_out = [HELD_OUT, files[1]]
         adapters: dict[str, Path] = {}
-        for task, data in (("commands", ROOT / config.data.train), ("numbers", files[0])):
+        for task, data in (("commands", ROOT / config.data.train[0].path), ("numbers", files[0])):
             changes = {
                 "output": str(folder / task), "model.path": str(base), "model.quantize": "none",
                 "data.train": str(data), "training.seed": 1,

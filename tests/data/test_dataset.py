@@ -43,7 +43,7 @@ def test_without_a_split_all_rows_train_in_the_order_of_the_file(
     tiny_data: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     data = prepare(tiny_tokenizer, tiny_data)
-    assert data.shape == "prompt/completion"
+    assert data.sources[0].shapes == ["prompt/completion"]
     assert [example.line for example in data.train.examples] == [row.line for row in data.train.rows]
     assert [example.line for example in data.train.examples] == list(range(1, 25))
     assert (data.validation, data.rejected, data.truncated) == (None, [], 0)

@@ -58,7 +58,7 @@ def test_the_quickstart_is_a_valid_config_over_enough_rows() -> None:
     config = load_config(RunConfig, ROOT / "examples/quickstart.yaml")
     train, held_out = (
         [json.loads(line) for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
-        for path in (config.data.train, "examples/quickstart/heldout.jsonl")
+        for path in (config.data.train[0].path, "examples/quickstart/heldout.jsonl")
     )
     assert len(train) >= 400
     assert len(held_out) >= 60

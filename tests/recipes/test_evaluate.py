@@ -195,13 +195,13 @@ def test_a_token_that_the_model_lacks_is_refused_in_a_sentence(
     path = _rows(
         tmp_path / "data.jsonl", {"prompt": "a", "completion": "b"}, {"prompt": prompt, "completion": completion}
     )
-    message = r"line 2: the tokenizer makes token (\d+) of this text, and the model has \1 tokens"
+    message = r"data\.jsonl:2: the tokenizer makes token (\d+) of this text, and the model has \1 tokens"
     with pytest.raises(InputError, match=message):
         evaluate(str(larger_tokenizer), path, quantize="none")
     if "<more>" in prompt:
         model, tokenizer = load(str(larger_tokenizer))
         messages = [[{"role": "user", "content": text}] for text in ("a", prompt)]
-        with pytest.raises(InputError, match=message.replace("line 2", "prompt 2 of 2")):
+        with pytest.raises(InputError, match=message.replace(r"data\.jsonl:2", "prompt 2 of 2")):
             generate(model, tokenizer, messages, max_new_tokens=2)
 
 

@@ -58,7 +58,7 @@ def _print_data(console: "Console", report: "CheckReport") -> None:
     from entrenar.recipes.train import describe
 
     console.print("\ndata", style="bold")
-    console.print(f"  {printable(describe(report.data, report.config.data.train), PROSE)}")
+    console.print(f"  {printable(describe(report.data), PROSE)}")
     bins = histogram(report.lengths)
     most = max(count for *_, count in bins)
     for start, end, count in bins:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, typer.Option("--data", help="Rows to measure on: JSON lines, a JSON array or CSV.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Rows to measure on: a file, a pattern, a directory or a hub dataset.")
+    ],
     adapter: AdapterOption = None,
     against: Annotated[str | None, typer.Option(help="Another model: prints KL(OTHER ‖ MODEL).")] = None,
     quantize: QuantizeOption = None,
@@ -28,12 +30,12 @@ def evaluate(
     show: Annotated[int, typer.Option(min=0, help="Print this many wrong answers.")] = 3,
 ) -> None:
     """Measure a model on a file: perplexity of the trained tokens, exact match of its greedy answers."""
-    from entrenar.recipes.inputs import check_adapter, check_file, check_model, check_quantize
+    from entrenar.recipes.inputs import check_adapter, check_data, check_model, check_quantize
 
     for path in filter(None, (model, against)):
         check_model(path)
     check_adapter(adapter)
-    check_file(data, "data file")
+    check_data(data)
     check_quantize(quantize)
     from entrenar.recipes.evaluate import evaluate as run
 

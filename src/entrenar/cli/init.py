@@ -23,6 +23,8 @@ model:
 
 data:
   train: path/to/train.jsonl   # JSON, CSV, Parquet or Arrow; a row has messages | prompt, completion | text | ...
+  # train: [rows/*.jsonl, a/directory, org/dataset]    # patterns, directories, hub datasets; a list is read in order
+  # train: [{{path: a.jsonl, weight: 3}}, {{path: b.jsonl, weight: 1}}]    # mixed by weight, or rows: 500 of an entry
   # validation: path/to/validation.jsonl
   validation_fraction: 0.05    # or a share of the training rows, chosen by a hash of each row
   max_length: 1024             # tokens

@@ -21,3 +21,9 @@ def listing(names: list[str], limit: int = 8) -> str:
     """Join names for an error sentence, cutting a long list and saying how many were left out."""
     head = ", ".join(names[:limit])
     return head if len(names) <= limit else f"{head} and {len(names) - limit} more"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of its message, and the second where the first ends with a colon."""
+    head, _, rest = str(error).strip().partition("\n")
+    return f"{head} {rest.strip().partition(chr(10))[0]}" if head.endswith(":") else head

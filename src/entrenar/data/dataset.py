@@ -5,47 +5,25 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from entrenar.core.errors import InputError
-from entrenar.data.encode import Example
-from entrenar.data.parallel import encode_all
-from entrenar.data.row_options import AS_THEY_ARE, RowOptions, TrainOn
-from entrenar.data.rows import Rejected, Row, RowFile, check_share, read_rows
+from entrenar.data.encoded import Dataset, Encoder, Limit, TooLong
+from entrenar.data.gather import SourceRows, as_sources, gather
+from entrenar.data.row_options import AS_THEY_ARE, RowOptions
+from entrenar.data.rows import Rejected, Row, RowFile
+from entrenar.data.sources import Source, source_names
 from entrenar.data.spoken import says_something
 from entrenar.data.template import ChatTemplate
 from entrenar.data.turn_end import end_texts, template_of
 from entrenar.data.turns import unused_keys
 
-TooLong = Literal["error", "truncate", "drop"]
+__all__ = ["Dataset", "EvaluationData", "PreparedData", "TooLong", "load_dataset", "load_evaluation", "prepare"]
+
 # The day that chat templates are told when a model is measured: a fixed one, so that the numbers stay what they are.
 EVALUATION_DAY = "2026-01-01"
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Encoded rows of one split."""
-
-    examples: list[Example]
-    rows: list[Row] = field(repr=False)
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.examples)
-
-    @property
-    def has_trees(self) -> bool:
-        """Whether any row has branches (data/tree.py)."""
-        return any(example.branches for example in self.examples)
-
-    def expanded(self) -> "Dataset":
-        """Every branch as a row of its own."""
-        pairs = [
-            (part, row) for example, row in zip(self.examples, self.rows, strict=True) for part in example.expanded()
-        ]
-        return Dataset([part for part, _ in pairs], [row for _, row in pairs])
 
 
 @dataclass(frozen=True)
@@ -53,23 +31,25 @@ class PreparedData:
     """What training needs: both splits, and what was said and left out on the way.
 
     `date`: the day that the chat template wrote into the rows, None if it asks for none. `unused`: columns that nothing
-    reads. `silent_turns`: assistant turns without a word, which are context and not trained.
+    reads. `silent_turns`: assistant turns without a word, which are context and not trained. `sources`: the entries of
+    the training set before a share of it is held out; `validation_sources`: of a validation set of its own.
     """
 
     train: Dataset
     validation: Dataset | None
-    shape: str
+    sources: list[SourceRows]
     rejected: list[Rejected]
     truncated: int
     fingerprint: str
     date: str | None = None
     unused: list[str] = field(default_factory=list)
     silent_turns: int = 0
+    validation_sources: list[SourceRows] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """A file to measure on, what was left out of it, and the day that the chat template wrote (None: none)."""
+    """Rows to measure on, what was left out of it, and the day that the chat template wrote (None: none)."""
 
     dataset: Dataset
     rejected: list[Rejected]
@@ -77,25 +57,10 @@ class EvaluationData:
     date: str | None
 
 
-@dataclass(frozen=True)
-class _Limit:
-    """The longest row in tokens, what becomes of longer ones, and how the user names both."""
-
-    max_length: int
-    too_long: TooLong
-    remedy: str
-
-
-@dataclass
-class _Tally:
-    rejected: list[Rejected] = field(default_factory=list)
-    truncated: int = 0
-
-
 def prepare(
     tokenizer: PreTrainedTokenizerBase,
-    train: Path,
-    validation: Path | None = None,
+    train: Path | Sequence[Source],
+    validation: Path | Sequence[Source] | None = None,
     *,
     validation_fraction: float = 0.0,
     max_length: int = 1024,
@@ -108,8 +73,9 @@ def prepare(
     """Read, split and encode the data.
 
     Args:
-        validation: a file of its own; or `validation_fraction` of the training file, chosen by a seeded hash of each
-            row, so that a row keeps its side whatever else the file holds.
+        train: a file, or entries (data/sources.py) that are mixed by `seed`. validation: the same for a set of its own;
+            or `validation_fraction` of the training set, chosen by a seeded hash of each row, so that a row keeps its
+            side whatever else the set holds, and however often.
         max_length: tokens; a longer row is an error, cut, or left out, by `too_long`.
         date: the day that a chat template is told, as 2026-11-30; None: today.
         ends: the model's own ends of generation (`generation_config.eos_token_id`: a number, a list or None).
@@ -119,33 +85,39 @@ def prepare(
         InputError: see `read_rows`; a row that is too long under `error`; rows that the template refuses, more than 1%
             of a file with those that cannot be read; a split without rows to train on.
     """
-    template, tally = template_of(tokenizer, read_date(date) if date else None, ends, options.template), _Tally()
-    silent = end_texts(tokenizer)
-    limit = _Limit(
+    template = template_of(tokenizer, read_date(date) if date else None, ends, options.template)
+    limit = Limit(
         max_length, too_long, f"data.max_length is {max_length}: raise it, or set data.too_long to truncate or drop"
     )
-    file = read_rows(train, options.columns)
-    training = _encode_file(file, template, limit, tally, options.train_on)
-    files = [file]
+    encoder = Encoder(template, limit, options)
+    sources = as_sources(train)
+    gathered = gather(sources, encoder, seed, "train")
+    files, validation_sources = gathered.files, list[SourceRows]()
     if validation is not None:
-        files.append(read_rows(validation, options.columns))
-        evaluating, source = _encode_file(files[1], template, limit, tally, options.train_on), validation
+        others = as_sources(validation)
+        beside = gather(others, encoder, seed, "validation")
+        training, evaluating, validation_sources = gathered.dataset, beside.dataset, beside.sources
+        files += beside.files
     else:
-        training, evaluating = _split(training, seed, validation_fraction)
-        source = train
-    for path, dataset, purpose in ((train, training, "train"), (source, evaluating, "validate")):
+        others = sources
+        training, evaluating = _split(gathered.dataset, seed, validation_fraction)
+    for entries, dataset, purpose in ((sources, training, "train"), (others, evaluating, "validate")):
         if dataset is not None and not len(dataset):
-            raise InputError(f"{path} leaves no row to {purpose} on: check max_length and the rejected rows")
+            raise InputError(
+                f"{source_names(entries)} leaves no row to {purpose} on: check max_length and the rejected rows"
+            )
+    silent = end_texts(tokenizer)
     return PreparedData(
         training,
         evaluating,
-        file.shape,
-        tally.rejected,
-        tally.truncated,
+        gathered.sources,
+        encoder.tally.rejected,
+        encoder.tally.truncated,
         _fingerprint(training, evaluating),
         template.day.isoformat() if template.reads_clock else None,
         _unused(files, template),
         sum(_silent_turns(row, silent) for dataset in (training, evaluating) if dataset for row in dataset.rows),
+        validation_sources,
     )
 
 
@@ -155,7 +127,7 @@ def load_dataset(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 
 def load_evaluation(
-    path: Path,
+    source: Path | str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     too_long: TooLong = "error",
@@ -164,14 +136,17 @@ def load_evaluation(
     ends: Any = None,
     options: RowOptions = AS_THEY_ARE,
 ) -> EvaluationData:
-    """Read and encode one file for evaluation. `date`: see `prepare`; None: a fixed day (`EVALUATION_DAY`), so that
+    """Read and encode a file, or what else an entry of `data.train` may be (of a hub dataset: the split test), for
+    evaluation. `date`: see `prepare`; None: a fixed day (`EVALUATION_DAY`), so that
     what is measured does not change with the calendar. `remedy`: what to do about a row that is too long.
     `ends`, `options`: see `prepare`."""
-    template, tally = template_of(tokenizer, read_date(date or EVALUATION_DAY), ends, options.template), _Tally()
-    limit = _Limit(max_length, too_long, f"the limit is {max_length}: {remedy or 'raise it'}")
-    dataset = _encode_file(read_rows(path, options.columns), template, limit, tally, options.train_on)
+    template = template_of(tokenizer, read_date(date or EVALUATION_DAY), ends, options.template)
+    encoder = Encoder(
+        template, Limit(max_length, too_long, f"the limit is {max_length}: {remedy or 'raise it'}"), options
+    )
+    dataset = gather(as_sources(source), encoder, 0, "test").dataset
     day = template.day.isoformat() if template.reads_clock else None
-    return EvaluationData(dataset, tally.rejected, tally.truncated, day)
+    return EvaluationData(dataset, encoder.tally.rejected, encoder.tally.truncated, day)
 
 
 def read_date(text: str) -> datetime.date:
@@ -180,30 +155,6 @@ def read_date(text: str) -> datetime.date:
         return datetime.date.fromisoformat(text)
     except ValueError:
         raise InputError(f"the date {text!r} is none: write it as 2026-11-30") from None
-
-
-def _encode_file(
-    file: RowFile, template: ChatTemplate, limit: _Limit, tally: _Tally, train_on: TrainOn = "all"
-) -> Dataset:
-    """Every row of a file that can be trained on. Rows that the template refuses are bad rows as those that cannot be
-    read: up to 1% of the file."""
-    bad, left_out = list(file.rejected), list[Rejected]()
-    examples, rows = list[Example](), list[Row]()
-    for row, result in zip(file.rows, encode_all(file.rows, template, train_on), strict=True):
-        if isinstance(result, InputError):
-            bad.append(Rejected(str(file.path), row.line, str(result)))
-            continue
-        example = _fit(result, file.path, limit, tally)
-        if example is None:
-            left_out.append(Rejected(str(file.path), row.line, f"longer than max_length {limit.max_length}, dropped"))
-        elif not any(example.trained[1:]):
-            left_out.append(Rejected(str(file.path), row.line, "no token to train on within max_length"))
-        else:
-            examples.append(example)
-            rows.append(row)
-    check_share(bad, file.total)
-    tally.rejected += sorted(bad + left_out, key=lambda row: row.line)
-    return Dataset(examples, rows)
 
 
 def _split(data: Dataset, seed: int, fraction: float) -> tuple[Dataset, Dataset | None]:
@@ -228,17 +179,6 @@ def _unused(files: list[RowFile], template: ChatTemplate) -> list[str]:
 
 def _silent_turns(row: Row, ends: Sequence[str]) -> int:
     return sum(turn["role"] == "assistant" and not says_something(turn, ends) for turn in row.messages)
-
-
-def _fit(example: Example, path: Path, limit: _Limit, tally: _Tally) -> Example | None:
-    if example.longest <= limit.max_length:
-        return example
-    if limit.too_long == "error":
-        raise InputError(f"{path}:{example.line}: the row has {example.longest} tokens, {limit.remedy}")
-    if limit.too_long == "drop":
-        return None
-    tally.truncated += 1
-    return example.cut(limit.max_length)
 
 
 def _chosen(row: Row, seed: int, fraction: float) -> bool:

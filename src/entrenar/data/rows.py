@@ -4,7 +4,7 @@ Beside a conversation may stand `tools`, a system text and `chat_template_kwargs
 shown or trained, and that nothing here reads, is refused by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from entrenar.data.spoken import says_something
 from entrenar.data.turns import Message
 from entrenar.files.data_file import Line, read_data_file
 
-__all__ = ["Message", "Rejected", "Row", "RowFile", "check_share", "read_rows"]
+__all__ = ["Message", "Rejected", "Row", "RowFile", "check_share", "places", "read_rows"]
 
 # Above this share of unusable rows a file is taken to be wrong as a whole.
 MAX_BAD_SHARE = 0.01
@@ -69,7 +69,7 @@ def read_rows(path: Path, columns: Mapping[str, str] | None = None) -> RowFile:
     for line in lines:
         row = _convert(shape, line)
         if isinstance(row, Row):
-            rows.append(row)
+            rows.append(replace(row, file=str(path)))
             unused |= dict.fromkeys(_unused(shape, line.row or {}))
         else:
             rejected.append(Rejected(str(path), line.number, row))
@@ -85,6 +85,15 @@ def check_share(rejected: list[Rejected], total: int) -> None:
             f"{first.file}:{first.line}: {first.reason}; {len(rejected)} of {total} rows are unusable, more than 1%: "
             "mend or remove them"
         )
+
+
+def places(rows: Iterable[Row]) -> str:
+    """Where rows stand: lines 3, 4 of a.jsonl; 7 of b.jsonl."""
+    lines = dict[str, set[int]]()
+    for row in rows:
+        lines.setdefault(row.file, set()).add(row.line)
+    named = (f"{', '.join(map(str, sorted(lines[file])))} of {file}" for file in sorted(lines))
+    return "lines " + "; ".join(named)
 
 
 def _renamed(line: Line, columns: Mapping[str, str]) -> Line:

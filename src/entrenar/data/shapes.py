@@ -19,7 +19,7 @@ _NOT_TRAINED = -100  # what a label says of a token that is not trained, as PyTo
 
 @dataclass(frozen=True)
 class Row:
-    """One usable row: a conversation (`messages`), plain `text`, or token `ids`; and the line it stood on.
+    """One usable row: a conversation (`messages`), plain `text`, or token `ids`; and the file and line it stood on.
 
     `tools` and `options` (a row's `chat_template_kwargs`) are for the chat template. `untrained`: assistant turns that
     the row says not to train on, `marked`: those that it says to train on, by their index. `mask`: which of the ids
@@ -35,6 +35,7 @@ class Row:
     marked: frozenset[int] = frozenset()
     ids: tuple[int, ...] = ()
     mask: tuple[bool, ...] = ()
+    file: str = field(default="", compare=False)
 
 
 def list_of(value: Any) -> Any:

@@ -32,8 +32,8 @@ class Perplexity:
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, dataset: Dataset, micro_batch: int, pad_id: int) -> Perplexity:
     """Mean loss of `model` over the target tokens of `dataset`; InputError for a token that the model lacks."""
-    for example in dataset.examples:
-        refuse_foreign(example.ids, model, f"the row at line {example.line}")
+    for example, row in zip(dataset.examples, dataset.rows, strict=True):
+        refuse_foreign(example.ids, model, f"the row at {row.file}:{row.line}")
     examples = separated(dataset, model).examples
     return Perplexity(*mean_loss(SUPERVISED, model, micro_batches(examples, micro_batch, pad_id)))
 

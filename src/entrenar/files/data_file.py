@@ -17,7 +17,7 @@ from entrenar.core.documents import open_regular, reason
 from entrenar.core.errors import InputError
 from entrenar.files.json_lines import Line, text_rows
 
-__all__ = ["COMPRESSED", "SUFFIXES", "Line", "read_data_file"]
+__all__ = ["COMPRESSED", "SUFFIXES", "Line", "is_data_file", "read_data_file"]
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 COMPRESSED = (".gz", ".zst")
@@ -27,6 +27,8 @@ SUFFIXES = (
     ".parquet",
     ".arrow",
 )
+# JSON that `datasets` and the hub write beside the rows.
+_BESIDE_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _GZIP, _ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _COLUMNAR = {b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
 _OTHERS = (
@@ -40,6 +42,11 @@ _OTHERS = (
     (codecs.BOM_UTF16_LE, "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
     (codecs.BOM_UTF16_BE, "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
 )  # fmt: skip
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a file is named as one with rows, by its suffix."""
+    return name.lower().endswith(SUFFIXES) and Path(name).name not in _BESIDE_ROWS
 
 
 def read_data_file(path: Path) -> Iterator[Line]:

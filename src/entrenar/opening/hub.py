@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from entrenar.core.errors import InputError
-from entrenar.opening.reading import first_line
+from entrenar.core.errors import InputError, first_line
 
 
 def local_directory(path: str) -> Path:

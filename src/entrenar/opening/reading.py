@@ -6,7 +6,7 @@ from pathlib import Path
 
 import transformers
 
-from entrenar.core.errors import InputError
+from entrenar.core.errors import InputError, first_line
 
 
 @contextmanager
@@ -20,9 +20,3 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(
             f"{path} is not a model that transformers {transformers.__version__} knows: {first_line(error)}"
         ) from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of its message, and the second where the first ends with a colon."""
-    head, _, rest = str(error).strip().partition("\n")
-    return f"{head} {rest.strip().partition(chr(10))[0]}" if head.endswith(":") else head

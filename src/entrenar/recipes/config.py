@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from entrenar.core.config import Section
 from entrenar.data.row_options import RowOptions, TrainOn
+from entrenar.data.sources import Sources
 from entrenar.files.lora_options import Bias
 from entrenar.lora.spec import LoraSpec
 from entrenar.opening.compute import DEVICES
@@ -115,15 +116,16 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """Which rows, and what becomes of them; `packing` lays several into one of up to `max_length`, kept apart. `date`:
-    what a chat template that writes the day's date writes; null: the day of the run's first start, which it keeps.
-    `train_on`: every answer of a conversation, the last, or those marked by `weight: 1` or `train: true`; `columns`:
-    our name of a column → the file's (`{messages: chat}`); `template`: variables for the chat template
-    (`{enable_thinking: false}`), which a row's own `chat_template_kwargs` go before.
+    """Which rows, and what becomes of them. `train`, `validation`: a file, a pattern, a directory, a hub dataset, or a
+    list of such entries, each also with its weight or rows (data/sources.py). `packing` lays several rows into one of
+    up to `max_length`, kept apart. `date`: what a chat template that writes the day's date writes; null: the day of the
+    run's first start, which it keeps. `train_on`: every answer of a conversation, the last, or those marked by
+    `weight: 1` or `train: true`; `columns`: our name of a column → the file's (`{messages: chat}`); `template`:
+    variables for the chat template (`{enable_thinking: false}`), which a row's own `chat_template_kwargs` go before.
     """
 
-    train: str
-    validation: str | None = None
+    train: Sources
+    validation: Sources | None = None
     validation_fraction: Fraction = 0.0
     max_length: Positive = 1024
     too_long: Literal["error", "truncate", "drop"] = "error"

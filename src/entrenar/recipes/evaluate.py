@@ -59,7 +59,7 @@ def evaluate(
     ends = getattr(loaded.generation_config, "eos_token_id", None)
     feed = read_feed(Path(adapter)) if adapter else None
     options = RowOptions(template=feed.template_options) if feed else AS_THEY_ARE
-    read = load_evaluation(Path(data), tokenizer, max_length, too_long, date, remedy, ends, options)
+    read = load_evaluation(data, tokenizer, max_length, too_long, date, remedy, ends, options)
     dataset = read.dataset
     if not len(dataset):
         raise InputError(f"{data} leaves no row to evaluate on: check its rows and max_length {max_length}")

@@ -39,6 +39,14 @@ def check_file(path: str | Path | None, what: str) -> None:
         raise InputError(f"{what} {path} does not exist: check the path")
 
 
+def check_data(path: str) -> None:
+    """InputError for a data file that is not there; a hub id of a dataset passes."""
+    from entrenar.data.sources import is_hub_id
+
+    if not is_hub_id(path):
+        check_file(path, "data file")
+
+
 def check_inspected(path: str | Path) -> None:
     """InputError for nothing to look into."""
     if not _exists(str(path)):
@@ -67,8 +75,11 @@ def check_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -
     if isinstance(model.get("path"), str):
         check_model(model["path"])
     for key in ("train", "validation"):
-        if isinstance(data.get(key), str):
-            check_file(data[key], "data file")
+        entries = data.get(key)
+        for entry in entries if isinstance(entries, list) else [entries]:
+            named = entry.get("path") if isinstance(entry, Mapping) else entry
+            if isinstance(named, str):
+                check_data(named)
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -17,6 +17,8 @@ from entrenar.core.run_log import read_metrics
 from entrenar.data.batches import batches_per_epoch
 from entrenar.data.dataset import PreparedData, prepare
 from entrenar.data.feed import Feed, feed_of
+from entrenar.data.gather import told
+from entrenar.data.sources import source_names
 from entrenar.data.turn_end import template_of
 from entrenar.evaluation.perplexity import separated
 from entrenar.lora.adapter_io import save_adapter
@@ -107,7 +109,7 @@ def _run(directory: RunDirectory, started: float, on_step: OnStep, say: Say) -> 
     data = prepare_data(asked, source.tokenizer, source.ends)
     feed = _feed(source, data, asked.data)
     directory = with_date(directory, data)
-    say(describe(data, asked.data.train))
+    say(describe(data))
     if data.date:
         say(f"the chat template writes the day's date: it is {data.date} for the whole run (data.date)")
     model, libraries = load_adapted(directory.config, source)
@@ -217,8 +219,8 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ends: An
     section = config.data
     data = prepare(
         tokenizer,
-        Path(section.train),
-        Path(section.validation) if section.validation else None,
+        section.train,
+        section.validation,
         validation_fraction=section.validation_fraction,
         max_length=section.max_length,
         too_long=section.too_long,
@@ -230,7 +232,7 @@ def prepare_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, ends: An
     if section.validation_fraction and data.validation is None:
         raise InputError(
             f"data.validation_fraction {section.validation_fraction:g} of the {len(data.train)} rows of "
-            f"{section.train} holds out none: raise it, name a file in data.validation, or set it to 0"
+            f"{source_names(section.train)} holds out none: raise it, name a file in data.validation, or set it to 0"
         )
     return data
 
@@ -247,12 +249,11 @@ def fit_trees(data: PreparedData, model: PreTrainedModel, say: Say = _ignore) ->
 def refuse_foreign_tokens(data: PreparedData, model: PreTrainedModel, config: RunConfig) -> None:
     """InputError when a row has a token that the model has no embedding for."""
     size = vocabulary_size(model)
-    named = ((data.train, config.data.train), (data.validation, config.data.validation or config.data.train))
-    for dataset, path in named:
-        for example in dataset.examples if dataset else ():
+    for dataset in (data.train, data.validation):
+        for example, row in zip(dataset.examples, dataset.rows, strict=True) if dataset else ():
             if max(example.ids) >= size:
                 raise InputError(
-                    f"{path}:{example.line}: the tokenizer makes token {max(example.ids)} of this row, and the model "
+                    f"{row.file}:{row.line}: the tokenizer makes token {max(example.ids)} of this row, and the model "
                     f"has {size} tokens: the tokenizer in {config.model.path} is not this model's"
                 )
 
@@ -279,15 +280,22 @@ def make_plan(config: RunConfig, data: PreparedData) -> Plan:
     )
 
 
-def describe(data: PreparedData, path: str) -> str:
-    """One sentence on what was read."""
-    parts = [f"{path}: {data.shape} rows, {len(data.train)} to train on"]
+def describe(data: PreparedData) -> str:
+    """One sentence on what was read: of one file alone its rows, of more what each entry gave."""
+    parts, first = [f"{told(data.sources)}; {len(data.train)} to train on"], data.sources[0]
+    if len(data.sources) == 1 and first.is_plain:
+        parts = [f"{first.path}: {listing(first.shapes)} rows, {len(data.train)} to train on"]
     if data.validation:
-        parts.append(f"{len(data.validation)} held out")
+        aside = data.validation_sources
+        is_plain = not aside or (len(aside) == 1 and aside[0].is_plain)
+        parts.append(f"{len(data.validation)} held out" + ("" if is_plain else f" ({told(aside)})"))
     if data.truncated:
         parts.append(f"{data.truncated} truncated")
     if data.silent_turns:
         parts.append(f"{data.silent_turns} assistant turns without a word, not trained")
+    for source in (*data.sources, *data.validation_sources):
+        if source.others:
+            parts.append(f"not read in {source.path}: {listing(source.others)}")
     if data.unused:
         parts.append(f"not used: {listing(data.unused)}")
     if data.rejected:

@@ -13,6 +13,7 @@ from entrenar.core.run_log import MetricsLog
 from entrenar.data.batches import Batch, batch_rows
 from entrenar.data.dataset import Dataset, PreparedData
 from entrenar.data.encode import Example
+from entrenar.data.rows import places
 from entrenar.optim.schedule import learning_rate_factor
 from entrenar.planning.device_memory import used_bytes
 from entrenar.training import loss_scale
@@ -88,7 +89,7 @@ class Trainer:
         result = self._update(batches, lr)
         state.batch += 1
         if not result.is_finite:
-            self._skip(result, sorted(line for batch in batches for line in batch.lines))
+            self._skip(result, places(self._data.train.rows[row] for row in rows))
             return
         if not result.is_sound:
             self._refuse_unsound(lr)
@@ -192,10 +193,9 @@ class Trainer:
         if self._log:
             self._log.write(row)
 
-    def _skip(self, result: StepResult, lines: list[int]) -> None:
+    def _skip(self, result: StepResult, where: str) -> None:
         state = self.state
         state.skipped_in_a_row += 1
-        where = f"lines {', '.join(map(str, lines))} of the training file"
         values = {"skipped": where, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
         self._write({"step": state.step, "batch": state.batch, **values})
         if state.skipped_in_a_row >= MAX_SKIPPED:
