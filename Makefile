@@ -93,6 +93,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 bench: setup .venv/.peers build/mergekit/.done
+	$(PIP) datasets
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
