@@ -44,8 +44,9 @@ def some_ids(old: int) -> Tensor:
     return torch.tensor([[1, 7, old, 5, old + 1, 9, 7, 2], [old + 1, 3, 7, 7, old, 2, 8, 11]])
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["rows alone", "embedding saved too"])
 @pytest.mark.parametrize("names", [["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
-def test_rows_of_pefts(base: Path, tmp_path: Path, names: list[str]) -> None:
+def test_rows_of_pefts(base: Path, tmp_path: Path, names: list[str], whole: bool) -> None:
     theirs = their_base(base, 2)
     old = theirs.config.vocab_size - 2
     tokens, ids = [7, old, old + 1], some_ids(old)
@@ -55,7 +56,7 @@ def test_rows_of_pefts(base: Path, tmp_path: Path, names: list[str]) -> None:
         if parameter.requires_grad:
             with torch.no_grad():
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    theirs.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    theirs.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=whole)
     ours, _ = load(str(base), "none", dtype="float32")
     load_adapter(ours, tmp_path / "adapter")
     for model in (ours, theirs.eval()):

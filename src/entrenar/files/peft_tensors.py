@@ -32,6 +32,7 @@ ROWS_END = "token_adapter.trainable_tokens_delta"  # whole rows of chosen tokens
 _COPY, _ORIGINAL = ".modules_to_save.weight", ".original_module.weight"
 # Embeddings and heads, whose base weights peft writes beside an adapter when the vocabulary has another size.
 _EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
+_HEADS = ("lm_head", "embed_out")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Floats too, but nothing computes with them: read as float32, as peft copies them.
 _WIDENED = (torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -91,7 +92,7 @@ def embedding_rows(shapes: Mapping[str, Sequence[int]]) -> int:
     for name, shape in shapes.items():
         for end in (_BASE_WEIGHT, _ORIGINAL, _COPY, ".weight"):
             if name.endswith(end):
-                owner = name.removesuffix(end).rpartition(".")[2]
+                owner = name.removesuffix(end).removesuffix(_ROWS_LAYER).rpartition(".")[2]
                 rows = max(rows, *shape[:1]) if owner in _EMBEDDINGS and shape else rows
                 break
     return rows
@@ -126,9 +127,25 @@ def read_tensors(file: Path, modules_to_save: Sequence[str] | None = None, bias:
             strange.append(key)
         else:
             _put(*place, _read(checkpoint, key), file)
+    _drop_tied_head(adapter)
     _check_keys(file, adapter, strange)
     _check_shapes(file, adapter)
     return adapter
+
+
+def _drop_tied_head(adapter: AdapterTensors) -> None:
+    """Where it saves the embedding too, peft writes the trained rows of a tied head twice, the second time as the
+    head's own."""
+    layers = [name.removesuffix(f".{ROWS_END}") for name in adapter.saved if name.endswith(f".{ROWS_END}")]
+    for head in [layer for layer in layers if layer.rpartition(".")[2] in _HEADS]:
+        if any(_same_rows(adapter, head, layer) for layer in layers if layer != head):
+            del adapter.saved[f"{head}.{ROWS_END}"], adapter.base[f"{head}.weight"]
+
+
+def _same_rows(adapter: AdapterTensors, one: str, other: str) -> bool:
+    base = [adapter.base.get(f"{layer}.weight") for layer in (one, other)]
+    rows = [adapter.saved[f"{layer}.{ROWS_END}"] for layer in (one, other)]
+    return base[0] is not None and base[1] is not None and torch.equal(base[0], base[1]) and torch.equal(*rows)
 
 
 def _place(
