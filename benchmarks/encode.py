@@ -84,8 +84,10 @@ def theirs(path: Path) -> float:
     tokenizer.chat_template = MARKED
 
     def tokenized(row: dict[str, Any]) -> dict[str, Any]:
-        made: Any = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
-        return {"input_ids": made["input_ids"], "assistant_masks": made["assistant_masks"]}
+        encoded: Any = tokenizer.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        return {"input_ids": encoded["input_ids"], "assistant_masks": encoded["assistant_masks"]}
 
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
@@ -103,12 +105,12 @@ def encoding(rounds: int) -> Row:
         path = Path(folder) / "rows.jsonl"
         write_rows(path, ROWS)
         for _ in range(rounds):
-            for side, found in times.items():
+            for side, seconds in times.items():
                 command = [sys.executable, __file__, "--side", side, "--rows", str(path)]
-                found.append(
+                seconds.append(
                     float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
                 )
-    rates = [ROWS / median(found) for found in times.values()]
+    rates = [ROWS / median(seconds) for seconds in times.values()]
     return Row(
         metric="encode_rows_per_s", shape=f"{ROWS}x{TURNS}", unit="rows/s", ours=rates[0], peer=rates[1],
         peer_name="datasets.map, as TRL", ratio=rates[0] / rates[1], limit=3.0,
@@ -149,8 +151,8 @@ def trees(rounds: int) -> Row:
 
     times: list[list[float]] = [[], []]
     for _ in range(rounds):
-        for found, rows in zip(times, (examples, expanded), strict=True):
-            found.append(step(rows))
+        for seconds, rows in zip(times, (examples, expanded), strict=True):
+            seconds.append(step(rows))
     return duration(
         "multi_turn_step_tokens_saved", "8x6", (median(times[0]), median(times[1])), "expanded rows (ours)", 2.0
     )

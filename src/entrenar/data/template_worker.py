@@ -79,9 +79,9 @@ class Renderer:
         self.day, variables = datetime.fromisoformat(request["day"]), request["variables"]
         answers = list[dict[str, Any]]()
         for count, answer_next in request["prefixes"]:
-            own = {"messages": variables["messages"][:count], "add_generation_prompt": answer_next}
+            prefix = {"messages": variables["messages"][:count], "add_generation_prompt": answer_next}
             signal.setitimer(signal.ITIMER_PROF, seconds)
-            answers.append(self._answer(request, variables | own, most_characters))
+            answers.append(self._answer(request, variables | prefix, most_characters))
             signal.setitimer(signal.ITIMER_PROF, 0)
         return answers
 
